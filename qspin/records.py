@@ -1,0 +1,97 @@
+"""The types that flow through a run, from a data file's rows to scored pairs, and their JSON forms.
+
+row of a file ─ data.py ─► Record ─ chat.py ─► Example ─ generation.py ─► Pair ─ scoring.py ─► Score
+                      └──► Reject          └──► Reject
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One good row: a conversation that ends on a user turn, and the human's answer to it."""
+
+    id: str  # the row's own id, else "file name:line"; unique within a data set
+    prompt: tuple[Message, ...]
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """One row that is left out, and why."""
+
+    line: int  # 1-based line (JSONL, CSV) or row (JSON, Parquet, hub)
+    code: str  # short and stable, as in "empty-completion"
+    reason: str  # a sentence for a person
+    malformed: bool = True  # False for duplicates and over-long rows, which say nothing bad about the file
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A record as tokens. `real_ids` ends in the end-of-turn token unless the completion was cut."""
+
+    record_id: str
+    prompt_ids: tuple[int, ...]
+    real_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An example with the opponent's completion of its prompt.
+
+    `generated_ids` are the very tokens that were sampled. A sampled stop token stays as the last of them; a
+    completion that hit the cap has none (`ended` is False).
+    """
+
+    record_id: str
+    iteration: int  # whose opponent generated it
+    prompt_ids: tuple[int, ...]
+    real_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+    ended: bool
+
+    @property
+    def key(self) -> str:
+        return f"{self.iteration}/{self.record_id}"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Pair:
+        return Pair(
+            record_id=value["record_id"],
+            iteration=value["iteration"],
+            prompt_ids=tuple(value["prompt_ids"]),
+            real_ids=tuple(value["real_ids"]),
+            generated_ids=tuple(value["generated_ids"]),
+            ended=value["ended"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Summed log-probs (nats) of a pair's two completions under the opponent of one iteration."""
+
+    key: str  # Pair.key
+    opponent_real_logps: float
+    opponent_generated_logps: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
