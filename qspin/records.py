@@ -6,7 +6,7 @@ row of a file ─ data.py ─► Record ─ chat.py ─► Example ─ generatio
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -27,6 +27,7 @@ class Record:
     id: str  # the row's own id, else "file name:line"; unique within a data set
     prompt: tuple[Message, ...]
     completion: str
+    line: int = field(default=0, compare=False)  # where it was found, as in Reject
 
 
 @dataclass(frozen=True, slots=True)

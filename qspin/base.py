@@ -1,0 +1,163 @@
+"""Which base model: an installed package that carries one, a local folder, or a hub id; and its tokenizer.
+
+base = find_base(config.model)
+tokenizer = load_tokenizer(base)        # no weights are read
+folder = base.weights()                 # the first time, a GGUF is dequantised into the cache
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from qspin.config import ModelConfig
+from qspin.errors import QspinError
+from qspin.files import commit_folder, sha256_of
+
+# what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError
+_LOAD_ERRORS = (OSError, ValueError)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """Where a base model's files are, and the name it is known by."""
+
+    name: str  # hub id where there is one, else the folder's name: never a path
+    location: str  # a folder, or a hub id to download
+    revision: str | None
+    gguf: Path | None  # the file to dequantise
+    origin: dict[str, str]  # for the run's record
+
+    def weights(self) -> str:
+        """Folder or hub id with 16-bit safetensors."""
+        return self.location if self.gguf is None else str(_dequantised_weights(self.gguf, self.origin))
+
+
+def find_base(config: ModelConfig) -> Base:
+    """Look in the named package first, then for a local folder, else take a hub id.
+
+    Raises:
+        QspinError: neither a package, a folder nor a hub id is named, or the folder holds no model.
+    """
+    if config.package is not None:
+        gguf = _gguf_of_package(config.package)
+        if gguf is not None:
+            version = importlib.metadata.version(config.package)
+            origin = {"package": f"{config.package} {version}", "file": gguf.name, "sha256": sha256_of(gguf)}
+            return Base(config.id, str(gguf.parent), None, gguf, origin)
+    if not config.id:
+        raise QspinError("model.id is not set: give --model a hub id or a local folder, or start from a preset")
+    folder = Path(config.id).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise QspinError(f"model.id: {folder} holds no config.json; name a folder saved with save_pretrained")
+        return Base(folder.resolve().name, str(folder), None, None, {"folder": folder.resolve().name})
+    if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
+        raise QspinError(f"model.id: {config.id} is neither a folder here nor a hub id of the form owner/name")
+    return Base(config.id, config.id, config.revision, None, {"hub": config.id})
+
+
+def load_tokenizer(base: Base) -> Any:
+    """The base's tokenizer. Reads no weights."""
+    try:
+        if base.gguf is not None:
+            return transformers.AutoTokenizer.from_pretrained(_converted_tokenizer(base.gguf, base.origin))
+        return transformers.AutoTokenizer.from_pretrained(base.location, revision=base.revision)
+    except _LOAD_ERRORS as error:
+        raise unreachable(base, error) from None
+
+
+def load_model_config(base: Base) -> Any:
+    """The base's architecture, as a transformers configuration. Reads no weights."""
+    try:
+        if base.gguf is not None:
+            return transformers.AutoConfig.from_pretrained(base.location, gguf_file=base.gguf.name)
+        return transformers.AutoConfig.from_pretrained(base.location, revision=base.revision)
+    except _LOAD_ERRORS as error:
+        raise unreachable(base, error) from None
+
+
+def stop_tokens(base: Base) -> tuple[int, ...]:
+    """The stop tokens of the model's generation_config; the rest of that file is not ours to follow."""
+    if base.gguf is not None:
+        return ()
+    try:
+        generation = transformers.GenerationConfig.from_pretrained(base.location, revision=base.revision)
+    except OSError:  # most local folders have none
+        return ()
+    ids = generation.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def unreachable(base: Base, error: Exception) -> QspinError:
+    """One line for a base that can't be loaded."""
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if Path(base.location).is_dir():
+        return QspinError(f"model.id: {base.location} can't be loaded: {first_line}")
+    revision = f" at revision {base.revision}" if base.revision else ""
+    return QspinError(
+        f"model.id: {base.location}{revision} can't be had from the hub (offline, a wrong id, or a gated model that "
+        f"needs `hf auth login`): {first_line}"
+    )
+
+
+def quiet_libraries() -> None:
+    """transformers' warnings and bars speak of its own API; a download's bar stays."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def cache_dir() -> Path:
+    """$QSPIN_CACHE, else qspin's folder in the user's cache."""
+    if "QSPIN_CACHE" in os.environ:
+        return Path(os.environ["QSPIN_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qspin"
+
+
+def _gguf_of_package(package: str) -> Path | None:
+    """The GGUF file that an installed package carries; the package itself is not imported."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        return None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    return files[0] if files else None
+
+
+def _converted_tokenizer(gguf: Path, origin: dict[str, str]) -> Path:
+    """The GGUF's tokenizer in the cache, made once: converting it takes seconds."""
+    folder = _cached(gguf, origin) / "tokenizer"
+    if not folder.is_dir():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with commit_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:
+    """The GGUF's weights as 16-bit safetensors in the cache, made once.
+
+    `save_pretrained` refuses a model that was read from a GGUF, so its weights move into a fresh one.
+    """
+    folder = _cached(gguf, origin) / "weights"
+    if not folder.is_dir():
+        source = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+        )
+        plain = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
+        fresh = transformers.AutoModelForCausalLM.from_config(type(source.config)(**plain), dtype=torch.bfloat16)
+        fresh.load_state_dict(source.state_dict())
+        with commit_folder(folder) as temporary:
+            fresh.save_pretrained(temporary)
+            (temporary / "ORIGIN.txt").write_text("".join(f"{key}: {value}\n" for key, value in origin.items()))
+    return folder
+
+
+def _cached(gguf: Path, origin: dict[str, str]) -> Path:
+    return cache_dir() / f"{gguf.stem}-{origin['sha256'][:16]}"

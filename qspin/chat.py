@@ -1,0 +1,295 @@
+"""Messages become tokens here and nowhere else, and sampled tokens become text again.
+
+    renderer = Renderer.build(tokenizer, template=None, template_kwargs={}, date=run_date, ...)
+    renderer.example(record, line=7)               # an Example, or a Reject that says why
+    renderer.completion_text(pair.generated_ids)
+
+`build` renders a conversation of known texts and looks at what the template writes around them. From then on a full
+conversation must be, character for character, the prompt's text (which ends in the generation prompt), the answer and
+the same tail; whatever is not is left out, with its reason. A completion ends in the tail's end-of-turn token.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import jinja2
+
+from qspin.errors import QspinError
+from qspin.records import Example, Message, Record, Reject
+
+PieceKind = Literal["prompt", "completion", "end-of-turn"]
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: str | dict[str, str] | None
+    added_tokens_decoder: Mapping[int, Any]  # tokens that are matched as a whole: .content, .special
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> str: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """A tokenizer with its chat template; use `build`."""
+
+    end_of_turn: int  # what the template writes after an answer; often not what the tokenizer calls EOS
+    notes: tuple[str, ...]  # for the user: what the template can't do, and what is done instead
+    max_prompt_tokens: int
+    max_completion_tokens: int  # end-of-turn included
+    long_completions: Literal["drop", "cut"]
+    vocab_size: int  # rows of the model's embedding matrix
+    _template: _Template
+    _tail: str  # what the template writes after the last answer ...
+    _tail_kept: int  # ... and how many characters of it belong to the completion
+    _control: Mapping[str, int]  # tokens that structure a conversation
+    _forbidden: re.Pattern[str]  # in messages: their text, encoded as the real thing; halves of surrogate pairs
+    _system_fits: bool
+
+    @staticmethod
+    def build(
+        tokenizer: Tokenizer,
+        *,
+        template: str | None,
+        template_kwargs: Mapping[str, Any],
+        date: datetime.date,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        long_completions: Literal["drop", "cut"],
+        vocab_size: int,
+    ) -> Renderer:
+        """Probes the template: the tokenizer's own, unless `template` is the Jinja text of another.
+
+        A template that asks for today's date (Llama 3.2, gpt-oss) gets `date`.
+
+        Raises:
+            QspinError: there is no template; its generation prompt does not lead up to the answer; no token ends one.
+        """
+        own = tokenizer.chat_template
+        source = template or (own.get("default") if isinstance(own, dict) else own)
+        if not source:
+            raise QspinError(f"the tokenizer has no chat template (a base model?): {_OWN_TEMPLATE}")
+        chat = _Template(tokenizer, source, template_kwargs, date)
+        conversation, tail = _probe_answer(chat)
+        control = _control_tokens(tokenizer, written=conversation)
+        end_of_turn, tail_kept = _find_end_of_turn(control, tail)
+        refusal = _probe_system(chat)
+        note = f"The chat template {refusal}; it is put before the first user turn's text, after it a blank line."
+        renderer = Renderer(
+            end_of_turn=end_of_turn,
+            notes=(note,) if refusal else (),
+            max_prompt_tokens=max_prompt_tokens,
+            max_completion_tokens=max_completion_tokens,
+            long_completions=long_completions,
+            vocab_size=vocab_size,
+            _template=chat,
+            _tail=tail,
+            _tail_kept=tail_kept,
+            _control=control,
+            _forbidden=re.compile("[\ud800-\udfff]|" + "|".join(map(re.escape, control))),
+            _system_fits=not refusal,
+        )
+        probed = renderer.example(Record("", (_QUESTION,), _ANSWER.content), line=0)
+        if isinstance(probed, Reject) and probed.code == "boundary":
+            raise QspinError(f"chat template and tokenizer do not go together: {probed.reason}; {_OWN_TEMPLATE}")
+        return renderer
+
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The tokens that generation starts from; a QspinError says why there are none."""
+        return self._encode(self._text(messages, generation_prompt=True))
+
+    def example(self, record: Record, line: int) -> Example | Reject:
+        """The record as tokens, or why it is left out."""
+        try:
+            return self._example(record)
+        except _UnfitError as unfit:
+            return Reject(line, unfit.code, str(unfit), malformed=not unfit.code.startswith("long-"))
+
+    def completion_text(self, ids: Sequence[int]) -> str:
+        """What a person reads of a completion: no end-of-turn, no other control tokens."""
+        hidden = set(self._control.values())
+        return self._decode([token for token in ids if token not in hidden])
+
+    def pieces(self, example: Example) -> list[tuple[PieceKind, str]]:
+        """The example's tokens as texts to show, each with its part; tokens that share a character share a piece."""
+        ids = (*example.prompt_ids, *example.real_ids)
+        start, end = len(example.prompt_ids), len(ids) - (example.real_ids[-1:] == (self.end_of_turn,))
+        parts: dict[PieceKind, tuple[int, int]] = {
+            "prompt": (0, start), "completion": (start, end), "end-of-turn": (end, len(ids)),
+        }  # fmt: skip
+        return [(kind, text) for kind, part in parts.items() for text in self._shown(ids, *part)]
+
+    def _example(self, record: Record) -> Example:
+        if not record.completion.strip():
+            raise _UnfitError("empty-completion", "the completion is empty")
+        prompt_text = self._text(record.prompt, generation_prompt=True)
+        prompt_ids = self._encode(prompt_text)
+        if (size := len(prompt_ids)) > (limit := self.max_prompt_tokens):
+            raise _UnfitError("long-prompt", f"the prompt has {size} tokens; data.max_prompt_tokens is {limit}")
+
+        full_text = self._text((*record.prompt, Message("assistant", record.completion)), generation_prompt=False)
+        answer = full_text[len(prompt_text) : len(full_text) - len(self._tail)]  # many templates trim it
+        if full_text != prompt_text + answer + self._tail or answer.strip() != record.completion.strip():
+            seen = _parting(prompt_text + record.completion + self._tail, full_text)
+            raise _UnfitError("template", f"the chat template changes this answer, or what stands around it: {seen}")
+
+        # end-of-turn is matched as a whole: cutting the text right after it changes no token before the cut
+        ids = self._encode(full_text[: len(full_text) - len(self._tail) + self._tail_kept])
+        real_ids = ids[len(prompt_ids) :]
+        if ids[: len(prompt_ids)] != prompt_ids or real_ids[-1:] != (self.end_of_turn,):
+            raise _UnfitError("boundary", "a token spans the border between prompt and completion; none sampled could")
+        if not set(real_ids[:-1]).isdisjoint(self._control.values()):  # SmolLM2 writes <|endoftext|> for bytes it lacks
+            raise _UnfitError("unknown-character", "the tokenizer has no token for a character of the completion")
+        if (size := len(real_ids)) > (limit := self.max_completion_tokens) and self.long_completions == "drop":
+            raise _UnfitError("long-completion", f"it has {size} tokens; data.max_completion_tokens is {limit}")
+        return Example(record.id, prompt_ids, real_ids[:limit])
+
+    def _text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        for message in messages:
+            if found := self._forbidden.search(message.content):
+                code = "control-token" if found.group() in self._control else "encoding"
+                raise _UnfitError(code, f"the {message.role} text contains {found.group()!r}, which is not plain text")
+        shown = messages if self._system_fits else _system_into_user(messages)
+        return self._template.text(shown, generation_prompt=generation_prompt)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        # the template writes BOS where the model wants one; the tokenizer would write it a second time
+        ids = self._template.tokenizer.encode(text, add_special_tokens=False)
+        if (largest := max(ids, default=0)) >= self.vocab_size:
+            raise QspinError(f"model.id: the tokenizer writes token {largest}, but {self.vocab_size} have an embedding")
+        return tuple(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._template.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _shown(self, ids: Sequence[int], start: int, end: int) -> Iterator[str]:
+        for at in range(start, end):
+            # U+FFFD stands for an unfinished character; one has at most 4 bytes, so a fifth token can't finish it
+            before = ids[max(0, start - 1) : start]  # decoded along: alone, a SentencePiece token loses its space
+            text = self._decode([*before, *ids[start : at + 1]])[len(self._decode(before)) :]
+            if "\ufffd" not in text or at - start == 3 or at == end - 1:
+                yield text
+                start = at + 1
+
+
+class _UnfitError(QspinError):
+    """One conversation that can't be rendered; becomes a Reject."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The chat template, with all that its text depends on besides the messages."""
+
+    tokenizer: Tokenizer
+    source: str
+    kwargs: Mapping[str, Any]
+    date: datetime.date
+
+    def text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.content} for message in messages],
+                chat_template=self.source,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+                strftime_now=self.date.strftime,  # shadows the environment's clock
+                **self.kwargs,
+            )
+        # besides Jinja's own errors: Python's, of the template's expressions and of a switch of the wrong kind
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise _UnfitError("template", f"the chat template fails: {error}") from None
+
+    def probe(self) -> tuple[str, str]:
+        """The generation prompt of a plain question, and the conversation with an answer to it."""
+        return self.text([_QUESTION], generation_prompt=True), self.text([_QUESTION, _ANSWER], generation_prompt=False)
+
+
+_SYSTEM = Message("system", "qspin probes the system text")
+_QUESTION = Message("user", "qspin probes a question")
+_ANSWER = Message("assistant", "qspin probes an answer")
+_OWN_TEMPLATE = "set chat.template to a Jinja file that suits this model"
+
+
+def _probe_answer(chat: _Template) -> tuple[str, str]:
+    """A conversation, and what comes after its answer; sees to it that the generation prompt leads up to that."""
+    try:
+        prompt, full = chat.probe()
+    except _UnfitError as unfit:
+        raise QspinError(f"{unfit} (on a plain question); check chat.template_kwargs, or {_OWN_TEMPLATE}") from None
+    if _QUESTION.content not in prompt or _ANSWER.content not in full:
+        raise QspinError(f"the chat template does not show plain text (is it for images?): {_OWN_TEMPLATE}")
+    if not _leads_up(prompt, full):
+        mended = _leads_up(*replace(chat, kwargs={**chat.kwargs, "enable_thinking": False}).probe())
+        advice = f"look for a switch to give in chat.template_kwargs, or {_OWN_TEMPLATE}"
+        raise QspinError(
+            "the chat template's generation prompt does not lead up to the answer, so its other text would tell the "
+            f"real completions from the generated ones: {_parting(prompt + _ANSWER.content, full)}; "
+            + ("they agree with --set chat.template_kwargs.enable_thinking=false" if mended else advice)
+        )
+    return full, full.rpartition(_ANSWER.content)[2]
+
+
+def _leads_up(prompt: str, full: str) -> bool:
+    """Whether nothing but white space is between generation prompt and answer (Mistral's space is generated)."""
+    before = full.rpartition(_ANSWER.content)[0]
+    return before.startswith(prompt) and not before[len(prompt) :].strip()
+
+
+def _parting(expected: str, actual: str) -> str:
+    at = len(os.path.commonprefix([expected, actual]))  # noqa: RUF071 (character by character is what is wanted)
+    around = slice(max(0, at - 40), at + 40)
+    return f"where {expected[around]!r} is expected, it writes {actual[around]!r}"
+
+
+def _control_tokens(tokenizer: Tokenizer, written: str) -> dict[str, int]:
+    """What the template writes, marked as special or not (and no plain words or blanks, which may be added as well)."""
+    return {
+        added.content: token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.content.strip() and (added.special or added.content in written)
+    }
+
+
+def _find_end_of_turn(control: Mapping[str, int], tail: str) -> tuple[int, int]:
+    """The first control token of the tail, and where in the tail it ends."""
+    start, _, text = min(((tail.index(text), -len(text), text) for text in control if text in tail), default=(0, 0, ""))
+    if not text or tail[:start].strip():
+        raise QspinError(
+            f"no end-of-turn token: after an answer the chat template writes {tail!r}, which does not begin with one "
+            f"of the tokenizer's added tokens, so no completion could end; {_OWN_TEMPLATE}"
+        )
+    return control[text], start + len(text)
+
+
+def _probe_system(chat: _Template) -> str:
+    """How the template refuses system messages; empty if it takes them."""
+    try:
+        text = chat.text([_SYSTEM, _QUESTION], generation_prompt=True)
+    except _UnfitError as unfit:
+        return f"refuses a system text ({str(unfit).removeprefix('the chat template fails: ')})"
+    return "" if _SYSTEM.content in text else "leaves out a system text"
+
+
+def _system_into_user(messages: Sequence[Message]) -> list[Message]:
+    """Each system text goes before the text of the user turn that follows it."""
+    folded: list[Message] = []
+    waiting = ""
+    for message in messages:
+        if message.role == "system":
+            waiting += f"{message.content}\n\n"
+            continue
+        before, waiting = (waiting, "") if message.role == "user" else ("", waiting)
+        folded.append(replace(message, content=before + message.content))
+    return folded

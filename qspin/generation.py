@@ -1,0 +1,139 @@
+"""Batched sampling from whoever is in the slot.
+
+Finished rows leave the batch at once and waiting prompts take their places; nothing is padded. Prompts are taken
+longest first, so that rows of like lengths sit side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qspin.attention import Decode, KVCache, Prefill
+from qspin.model import SlotModel
+from qspin.sampling import sample, uniform
+
+PREFILL_TOKENS = 2048  # prompt tokens computed at once
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt to complete; `key` (see sampling.noise_key) picks its random numbers."""
+
+    prompt_ids: tuple[int, ...]
+    key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    ids: tuple[int, ...]  # the sampled stop token included
+    ended: bool  # False: cut at the cap
+
+
+@dataclass(slots=True)
+class _Live:
+    index: int  # into the requests
+    ids: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def generate(
+    model: SlotModel,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    width: int,
+    stop_ids: frozenset[int],
+    on_step: Callable[[int, float], None],
+) -> list[Completion]:
+    """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
+    of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
+
+    The result does not depend on `width` or on the order of the requests beyond rounding.
+    """
+    waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # popped from the end
+    width = min(width, len(requests))
+    capacity = max(len(request.prompt_ids) for request in requests) + max_new_tokens
+    cache = KVCache(slots=width, capacity=capacity, device=model.device)
+    live: list[_Live] = []
+    done: list[Completion | None] = [None] * len(requests)
+
+    def choose(logits: torch.Tensor, rows: Sequence[_Live]) -> None:
+        """Sample a token for each row from its (B, V) logits."""
+        numbers = [uniform(requests[row.index].key, len(row.ids)) for row in rows]
+        uniforms = torch.tensor(numbers, dtype=torch.float64, device=model.device)
+        tokens = sample(logits, uniforms, temperature=temperature, top_p=top_p).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.ids.append(token)
+
+    def retire() -> int:
+        """Take finished rows out; the last live row moves into each gap, so that live slots stay the first ones.
+
+        Returns the tokens that these rows won't need.
+        """
+        spared = 0
+        for slot in reversed(range(len(live))):
+            row = live[slot]
+            ended = row.ids[-1] in stop_ids
+            if ended or len(row.ids) == max_new_tokens:
+                done[row.index] = Completion(tuple(row.ids), ended)
+                spared += max_new_tokens - len(row.ids)
+                last = live.pop()
+                if slot < len(live):
+                    live[slot] = last
+                    cache.move(len(live), slot)
+        return spared
+
+    while waiting or live:
+        if waiting and _worth_prefilling(len(live), len(waiting), width):
+            admitted = _admit(waiting, requests, width - len(live))
+            prompts = [requests[row.index].prompt_ids for row in admitted]
+            choose(_prefill(model, cache, prompts, len(live)), admitted)
+            live += admitted
+            new = len(admitted)
+        else:
+            choose(_decode(model, cache, requests, live), live)
+            new = len(live)
+        on_step(new, (new + retire()) / max_new_tokens)
+    return [completion for completion in done if completion is not None]
+
+
+def _worth_prefilling(live: int, waiting: int, width: int) -> bool:
+    """A prefill dequantises every weight like any step: let an eighth of the places fall free first."""
+    free = width - live
+    return free >= min(max(1, width // 8), waiting) or live == 0
+
+
+def _admit(waiting: list[int], requests: Sequence[Request], free: int) -> list[_Live]:
+    """The longest waiting prompts that fit into the free places and one prefill; at least one."""
+    admitted: list[_Live] = []
+    tokens = 0
+    while waiting and len(admitted) < free:
+        tokens += len(requests[waiting[-1]].prompt_ids)
+        if admitted and tokens > PREFILL_TOKENS:
+            break
+        admitted.append(_Live(waiting.pop()))
+    return admitted
+
+
+def _prefill(model: SlotModel, cache: KVCache, prompts: Sequence[tuple[int, ...]], first_slot: int) -> torch.Tensor:
+    """Compute the prompts into slots first_slot, first_slot + 1, …; (B, V) logits after each."""
+    lengths = [len(prompt) for prompt in prompts]
+    ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
+    layout = Prefill(cache, range(first_slot, first_slot + len(prompts)), lengths)
+    hidden = model.hidden(ids, positions, layout)
+    ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    return model.logits(hidden[ends])
+
+
+def _decode(model: SlotModel, cache: KVCache, requests: Sequence[Request], live: Sequence[_Live]) -> torch.Tensor:
+    """One step of every live row; (B, V) logits."""
+    ids = torch.tensor([row.ids[-1] for row in live], device=model.device)
+    positions = [len(requests[row.index].prompt_ids) + len(row.ids) - 1 for row in live]
+    layout = Decode(cache, len(live))
+    return model.logits(model.hidden(ids, torch.tensor(positions, device=model.device), layout))

@@ -1,0 +1,231 @@
+"""The 4-bit base and its one adapter slot.
+
+    model = SlotModel.load(base, config, device=torch.device("cpu"))
+    model.set_adapter(opponent)                 # whoever is in the slot plays
+    h = model.hidden(input_ids, position_ids, layout)
+    logits = model.logits(h[-1:])
+
+Players are swapped by copying weights into the slot: no second base, no second adapter on the device. The LoRA
+master weights are fp32 whatever the compute type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
+from qspin.attention import Lengths as GroupLengths
+from qspin.base import Base, unreachable
+from qspin.config import LoraConfig, ModelConfig
+from qspin.errors import QspinError
+from qspin.lora import fuse_lora
+
+Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
+
+SLOT = "default"  # PEFT's merging and saving read the adapter of this name
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+
+transformers.AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+class SlotModel:
+    """A causal language model in NF4 with a LoRA slot, called on packed rows."""
+
+    def __init__(self, peft_model: Any, base: Base, device: torch.device, dtype: torch.dtype) -> None:
+        self.base = base
+        self.device = device
+        self.dtype = dtype
+        self.peft_model = peft_model
+        self._causal_lm = peft_model.get_base_model()
+        self._decoder = self._causal_lm.get_decoder()
+        self._head = self._causal_lm.get_output_embeddings()
+        self._softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
+
+    @staticmethod
+    def load(base: Base, model: ModelConfig, lora: LoraConfig, *, seed: int, device: torch.device) -> SlotModel:
+        """Quantise the base to NF4 and put a fresh adapter (B = 0: it plays as the base) into the slot.
+
+        Raises:
+            QspinError: the base can't be loaded, or its architecture computes logits in a way not known here.
+        """
+        dtype = compute_dtype(model, device)
+        try:
+            causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
+                base.weights(),
+                revision=base.revision,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=transformers.BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=model.double_quant,
+                    bnb_4bit_compute_dtype=dtype,
+                ),
+            )
+        except (OSError, ValueError, SafetensorError) as error:
+            raise unreachable(base, error) from None
+        torch.manual_seed(seed)
+        peft_model = peft.get_peft_model(
+            causal_lm,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                target_modules=lora.targets,
+                lora_dropout=0.0,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+            adapter_name=SLOT,
+        )
+        _prepare(peft_model)
+        loaded = SlotModel(peft_model, base, device, dtype)
+        loaded._check_head()
+        return loaded
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+        """(T,), (T,) → (T, D): the decoder's last hidden state, after its final norm."""
+        output = self._decoder(
+            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) → (N, V) fp32. Makes no graph: see `logits_backward`."""
+        with torch.no_grad():
+            logits: Tensor = self._head(hidden).float()
+            if self._softcap is not None:
+                logits = self._softcap * torch.tanh(logits / self._softcap)
+        return logits
+
+    def logits_backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """d/d hidden, (N, D), of what `logits` made, from d/d logits, (N, V) fp32."""
+        if self._softcap is not None:
+            grad = grad * (1 - (logits / self._softcap) ** 2)
+        grad_hidden: Tensor = grad.to(self._head.weight.dtype) @ self._head.weight
+        return grad_hidden
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The slot's weights, by PEFT's names in a fixed order."""
+        named = {name.replace(f".{SLOT}.", "."): p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+        return dict(sorted(named.items()))
+
+    def adapter(self) -> Adapter:
+        """A copy of what is in the slot."""
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+
+    def set_adapter(self, adapter: Mapping[str, Tensor]) -> None:
+        """Put a player into the slot.
+
+        Raises:
+            QspinError: its weights are not of the slot's names and shapes.
+        """
+        slot = self.parameters
+        wrong = sorted(set(slot) ^ set(adapter)) or [n for n in slot if slot[n].shape != adapter[n].shape]
+        if wrong:
+            raise QspinError(
+                f"the adapter does not fit the slot: {len(wrong)} weights differ in name or shape, the first "
+                f"{wrong[0]}; lora.rank and lora.targets must be those it was trained with"
+            )
+        with torch.no_grad():
+            for name, parameter in slot.items():
+                parameter.copy_(adapter[name])  # never through .data: kernels cache by version
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write what is in the slot in PEFT's format, the same bytes for the same weights."""
+        save_file(self.adapter(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        config = self.peft_model.peft_config[SLOT].to_dict()
+        config = {key: sorted(value) if isinstance(value, set | list) else value for key, value in config.items()}
+        config |= {"base_model_name_or_path": self.base.name, "revision": self.base.revision, "inference_mode": True}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+    def base_hash(self) -> str:
+        """sha256 over every weight that training must not move: NF4 data and constants, and the 16-bit rest."""
+        digest = hashlib.sha256()
+        slot = {id(p) for p in self.parameters.values()}
+        for name, parameter in self.peft_model.named_parameters():
+            if id(parameter) in slot:
+                continue
+            digest.update(name.encode())
+            digest.update(_bytes(parameter.detach()))
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                for tensor in (state.absmax, *((state.state2.absmax, state.offset) if state.nested else ())):
+                    digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def use_gradient_checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            self._causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            self._causal_lm.enable_input_require_grads()
+        else:
+            self._causal_lm.gradient_checkpointing_disable()
+
+    def _check_head(self) -> None:
+        """Our hidden states and logits must be the model's own: some families scale or cap them in a way of theirs."""
+        ids = torch.arange(8, device=self.device) % self._head.weight.shape[0]
+        layout = Packed([GroupLengths(8)], self.device)
+        with torch.no_grad():
+            ours = self.logits(self.hidden(ids, ids, layout))
+            theirs = self._causal_lm(input_ids=ids[None], position_ids=ids[None], use_cache=False, layout=layout)
+        if not torch.equal(ours, theirs.logits[0].float()):
+            raise QspinError(
+                f"model.id: {self.base.name} ({self._causal_lm.config.model_type}) computes its logits in a way that "
+                "qspin does not know; please report the model"
+            )
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """An adapter's weights from PEFT's format, fp32.
+
+    Raises:
+        QspinError: no such file, or a damaged one.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise QspinError(f"{folder} holds no {WEIGHTS_FILE}: name a folder written by PEFT's save_pretrained")
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise QspinError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The configured type; `auto` is bfloat16 where it is native, else fp32 on a CPU and fp16 on a GPU."""
+    if model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _prepare(peft_model: Any) -> None:
+    """Fused LoRA layers, attention by layouts, no dropout anywhere, and no repacking of the base."""
+    peft_model.get_base_model().config._attn_implementation = IMPLEMENTATION
+    peft_model.train()  # one mode for generating, scoring and training; in eval mode bitsandbytes repacks on CPUs
+    for module in peft_model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, peft.tuners.lora.Linear4bit):
+            fuse_lora(module, SLOT)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())

@@ -1,0 +1,97 @@
+"""Pairs → micro-batches under a token budget.
+
+A plan is made once an iteration and kept: scoring and every epoch of training run the same micro-batches, since
+16-bit rounding depends on a batch's company. Free of any model.
+
+    plan = plan_batches(lengths, batch_size=16, token_budget=2048, seed=0)
+    plan[i] is effective batch i; plan[i][j] its micro-batch j; plan[i][j][k] an index into the pairs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qspin.attention import Lengths, Packed, group_positions
+from qspin.records import Pair
+
+MicroBatch = list[int]
+Plan = list[list[MicroBatch]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One packed micro-batch of B pairs: T tokens computed, C completion tokens predicted."""
+
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,)
+    layout: Packed
+    predictors: Tensor  # (C,) places in the row whose hidden state predicts a completion token
+    targets: Tensor  # (C,) those tokens
+    owners: Tensor  # (C,) whose: 2·pair for the real completion, 2·pair + 1 for the generated one
+    pairs: int  # B
+
+
+def plan_batches(lengths: Sequence[Lengths], *, batch_size: int, token_budget: int, seed: int) -> Plan:
+    """Shuffle the pairs, cut the order into effective batches, and pack each under the token budget.
+
+    A pair longer than the budget gets a micro-batch of its own. The last effective batch may be smaller.
+    """
+    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [_pack(batch, lengths, token_budget) for batch in batches]
+
+
+def _pack(batch: list[int], lengths: Sequence[Lengths], token_budget: int) -> list[MicroBatch]:
+    """First fit, longest first: within 11/9 of the fewest micro-batches that would do."""
+    bins: list[MicroBatch] = []
+    free: list[int] = []
+    for index in sorted(batch, key=lambda i: (-lengths[i].total, i)):
+        need = lengths[index].total
+        place = next((i for i, room in enumerate(free) if room >= need), None)
+        if place is None:
+            bins.append([index])
+            free.append(token_budget - need)
+        else:
+            bins[place].append(index)
+            free[place] -= need
+    return bins
+
+
+def lengths_of(pair: Pair) -> Lengths:
+    return Lengths(len(pair.prompt_ids), len(pair.real_ids), len(pair.generated_ids))
+
+
+def pack_row(pairs: Sequence[Pair], device: torch.device) -> Row:
+    """The tensors of one micro-batch.
+
+    The last prompt token predicts the first token of both completions, so it stands among the predictors twice.
+    """
+    groups = [lengths_of(pair) for pair in pairs]
+    input_ids: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for index, (pair, group) in enumerate(zip(pairs, groups, strict=True)):
+        last_prompt = len(input_ids) + group.prompt - 1
+        input_ids += pair.prompt_ids
+        for side, completion in enumerate((pair.real_ids, pair.generated_ids)):
+            if not completion:
+                continue
+            start = len(input_ids)
+            input_ids += completion
+            predictors += [last_prompt, *range(start, start + len(completion) - 1)]
+            targets += completion
+            owners += [2 * index + side] * len(completion)
+    return Row(
+        input_ids=torch.tensor(input_ids, device=device),
+        position_ids=torch.cat([group_positions(group) for group in groups]).to(device),
+        layout=Packed(groups, device),
+        predictors=torch.tensor(predictors, device=device),
+        targets=torch.tensor(targets, device=device),
+        owners=torch.tensor(owners, device=device),
+        pairs=len(groups),
+    )

@@ -1,0 +1,100 @@
+"""The run's record, run.json: what the run is a function of. A folder is only ever continued as the same run."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from typing import Any
+
+import torch
+
+import qspin
+from qspin.config import RunConfig, changed_results, dump_config
+from qspin.errors import QspinError
+from qspin.files import read_json, write_json, write_jsonl, write_text
+from qspin.model import SlotModel
+from qspin.prepare import Prepared
+from qspin.run_dir import RunDir
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
+
+
+def template_date(run_dir: RunDir) -> datetime.date:
+    """The date that this run tells its template: today for a new run, then always the same."""
+    if run_dir.record.is_file():
+        return datetime.date.fromisoformat(read_json(run_dir.record)["template_date"])
+    return datetime.date.today()
+
+
+def open_run(prepared: Prepared, run_dir: RunDir) -> int:
+    """Record a new run, or check that an old one is continued as what it is; the number of threads to compute with.
+
+    Raises:
+        QspinError: settings that define the result, or the data, differ from the record.
+    """
+    if run_dir.record.is_file():
+        record = read_json(run_dir.record)
+        _refuse_changes(record, prepared, run_dir)
+    else:
+        record = _new_record(prepared)
+        write_json(run_dir.record, record)
+    write_text(run_dir.config, dump_config(prepared.config))
+    write_jsonl(run_dir.rejects, ({"source": source, **reject.to_json()} for source, reject in prepared.rejects))
+    threads: int = record["threads"]
+    return threads
+
+
+def verify_base(run_dir: RunDir, model: SlotModel) -> None:
+    """The base's weights are those that the run began with; the first call records them.
+
+    Raises:
+        QspinError: they are others.
+    """
+    record = read_json(run_dir.record)
+    found = model.base_hash()
+    if "base_hash" not in record:
+        write_json(run_dir.record, record | {"base_hash": found})
+    elif record["base_hash"] != found:
+        raise QspinError(
+            f"model.id: the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with "
+            "(another model, revision, device or version of bitsandbytes); choose another --out"
+        )
+
+
+def _new_record(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "qspin": qspin.__version__,
+        "config": prepared.config.model_dump(mode="json"),
+        "base": {"name": prepared.base.name, "revision": prepared.base.revision, **prepared.base.origin},
+        "data": {
+            "format": prepared.format,
+            "fingerprint": prepared.fingerprint,
+            "train_rows": len(prepared.train),
+            "heldout_rows": len(prepared.heldout),
+            "rejected_rows": len(prepared.rejects),
+        },
+        "template_date": prepared.date.isoformat(),
+        "end_of_turn": prepared.renderer.end_of_turn,
+        "stop_ids": sorted(prepared.stop_ids),
+        # 16-bit rounding depends on how a product is shared out among threads
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
+    }
+
+
+def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:
+    changes = changed_results(RunConfig.model_validate(record["config"]), prepared.config)
+    if changes:
+        diff = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
+        raise QspinError(
+            f"{run_dir.path} is a run with other settings; choose another --out, or go on with its own:\n{diff}"
+        )
+    if record["data"]["fingerprint"] != prepared.fingerprint:
+        raise QspinError(
+            f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; "
+            "choose another --out, or bring the old file back"
+        )

@@ -1,0 +1,117 @@
+"""A run's results as tables: SUMMARY.md, and the same rows for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qspin.config import RunConfig
+from qspin.evaluate import Evaluation, nll_change
+from qspin.files import read_json, read_jsonl
+from qspin.run_dir import IterationDir, RunDir
+
+PHASES = ("generate", "score", "train", "evaluate")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading, and what the figure under it means."""
+
+    heading: str
+    meaning: str
+
+
+def columns(config: RunConfig) -> list[Column]:
+    found = [
+        Column("player", "the untouched base, or the policy that an iteration ended with"),
+        Column("NLL", "nats a token of the real held-out completions; lower is better"),
+        Column("change", "of the NLL against the base, with its 95% bootstrap interval over rows"),
+        Column("ended", "share of its own held-out completions that end by themselves"),
+        Column("tokens", "mean length of its held-out completions; real: of the real ones"),
+        Column("margin", "mean margin in the last epoch of training"),
+        Column("seconds", "generate / score / train / evaluate"),
+    ]
+    if config.evaluation.style is not None:
+        found.insert(4, Column("style", "share of its held-out completions in the data's style (evaluation.style)"))
+    return found
+
+
+def rows(run_dir: RunDir, config: RunConfig) -> list[list[str]]:
+    """One row a player that has been evaluated, the base first."""
+    base = Evaluation(**read_json(run_dir.base.evaluation))
+    found = [_row("base", run_dir.base, base, base, config)]
+    index = 0
+    while (folder := run_dir.iteration(index)).evaluation.is_file():
+        found.append(_row(str(index), folder, Evaluation(**read_json(folder.evaluation)), base, config))
+        index += 1
+    return found
+
+
+def _row(name: str, folder: IterationDir, player: Evaluation, base: Evaluation, config: RunConfig) -> list[str]:
+    change = "" if player is base else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*nll_change(base, player))
+    margin = ""
+    if folder.metrics.is_file():
+        steps = read_jsonl(folder.metrics)
+        last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"]]
+        margin = f"{sum(last) / len(last):.2f}"
+    seconds = folder.seconds()
+    real = sum(player.real_tokens) / len(player.real_tokens)
+    generated = sum(player.generated_tokens) / len(player.generated_tokens)
+    cells = [
+        name,
+        f"{player.nll:.3f}",
+        change,
+        f"{player.ended_share:.0%}",
+        f"{generated:.0f} (real {real:.0f})",
+        margin,
+        " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES),
+    ]
+    if config.evaluation.style is not None:
+        cells.insert(4, f"{player.style_share(config.evaluation.style):.0%}")
+    return cells
+
+
+def summary(run_dir: RunDir, config: RunConfig) -> str:
+    """SUMMARY.md."""
+    headings = columns(config)
+    table = [
+        _line([column.heading for column in headings]),
+        _line(["---"] * len(headings)),
+        *(_line(cells) for cells in rows(run_dir, config)),
+    ]
+    record = read_json(run_dir.record)
+    data = record["data"]
+    meanings = [f"- **{column.heading}**: {column.meaning}" for column in headings]
+    return "\n".join(
+        [
+            f"# {record['base']['name']}: {len(table) - 3} of {config.iterations} iterations of self-play",
+            "",
+            f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
+            "(rejects.jsonl).",
+            "",
+            *table,
+            "",
+            *meanings,
+            "",
+        ]
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One held-out prompt with its completion before and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+def before_after(run_dir: RunDir, prompts: Sequence[str], last: int, count: int) -> list[Shown]:
+    """The first held-out prompts, answered by the base and by the last iteration."""
+    before = Evaluation(**read_json(run_dir.base.evaluation)).completions
+    after = Evaluation(**read_json(run_dir.iteration(last).evaluation)).completions
+    return [Shown(*both) for both in zip(prompts[:count], before, after, strict=False)]

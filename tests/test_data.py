@@ -1,0 +1,861 @@
+"""Every file and hub data set ends in records and rejects, or in one clear error."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from qspin.config import DataConfig
+from qspin.data import Dataset, check_malformed_share, load_records, remove_overlap, split_heldout
+from qspin.errors import QspinError
+from qspin.records import Message, Record, Reject
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello."}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+def load(source: object, **settings: Any) -> Dataset:
+    data = DataConfig(**settings)
+    return load_records(
+        str(source),
+        split=data.split,
+        config=data.config,
+        format=data.format,
+        columns=data.columns,
+        limit=data.limit,
+    )
+
+
+def write_jsonl(folder: Path, *rows: object, name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def record(id: str, prompt: str, completion: str) -> Record:
+    return Record(id, (Message("user", prompt),), completion)
+
+
+def codes(dataset: Dataset) -> list[tuple[int, str]]:
+    return [(reject.line, reject.code) for reject in dataset.rejects]
+
+
+# --- formats ---
+
+HI = (Message("user", "Hi"),)
+KIND = (Message("system", "Be kind."), *HI)
+TALK = (*KIND, Message("assistant", "Hello."), Message("user", "More?"))
+MORE = {"role": "user", "content": "More?"}
+YES = {"role": "assistant", "content": "Yes."}
+
+GOOD = [
+    ("messages", {"messages": [USER, ASSISTANT]}, HI, "Hello."),
+    ("messages", {"messages": [SYSTEM, USER, ASSISTANT, MORE, YES]}, TALK, "Yes."),
+    ("messages", {"messages": [SYSTEM, USER, ASSISTANT, MORE, USER]}, KIND, "Hello."),
+    ("messages", {"messages": [{"role": "system", "content": " "}, USER, ASSISTANT]}, HI, "Hello."),
+    ("messages", {"messages": [{**USER, "name": "Ann"}, ASSISTANT], "source": 3}, HI, "Hello."),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in ("H", "i")]}, ASSISTANT]},
+        HI,
+        "Hello.",
+    ),
+    *[
+        (
+            "sharegpt",
+            {"conversations": [{"from": user, "value": "Hi"}, {"from": model, "value": "Hello."}]},
+            HI,
+            "Hello.",
+        )
+        for user, model in [
+            ("human", "gpt"),
+            ("user", "assistant"),
+            ("human", "chatgpt"),
+            ("user", "model"),
+            ("user", "bot"),
+        ]
+    ],
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": f, "value": v} for f, v in [("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello.")]
+            ]
+        },
+        KIND,
+        "Hello.",
+    ),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello."}, HI, "Hello."),
+    ("alpaca", {"instruction": "Hi", "input": None, "output": "Hello."}, HI, "Hello."),
+    ("alpaca", {"instruction": "Hi", "output": "Hello."}, HI, "Hello."),
+    ("alpaca", {"instruction": "Sum up.", "input": "a b", "output": "a"}, (Message("user", "Sum up.\n\na b"),), "a"),
+    ("prompt-completion", {"prompt": "Hi", "completion": "Hello."}, HI, "Hello."),
+    ("prompt-completion", {"prompt": "\n Hi\t", "completion": "  Hello.\n"}, HI, "Hello."),
+    ("prompt-completion", {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, KIND, "Hello."),
+    ("prompt-completion", {"prompt": [SYSTEM, USER, ASSISTANT, MORE], "completion": "Yes."}, TALK, "Yes."),
+    ("prompt-completion", {"prompt": "Hi", "completion": [ASSISTANT]}, HI, "Hello."),
+    ("prompt-response", {"prompt": "Hi", "response": "Hello."}, HI, "Hello."),
+    (
+        "instruction-response",
+        {"instruction": "Hi", "context": "", "response": "Hello.", "category": "chat"},
+        HI,
+        "Hello.",
+    ),
+    ("question-answer", {"question": "Hi", "answer": "Hello."}, HI, "Hello."),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "prompt", "completion"), GOOD)
+def test_each_format_is_found_and_read(
+    tmp_path: Path, format: str, row: dict[str, Any], prompt: tuple[Message, ...], completion: str
+) -> None:
+    path = write_jsonl(tmp_path, row)
+    found = load(path)
+    assert (found.format, found.records, found.rejects, found.rows) == (
+        format,
+        (Record("rows.jsonl:1", prompt, completion),),
+        (),
+        1,
+    )
+    assert load(path, format=format) == found
+
+
+def test_every_format_of_the_config_is_tried_above() -> None:
+    formats = set(get_args(DataConfig.model_fields["format"].annotation))
+    assert formats == {format for format, *_ in GOOD} | {"auto", "columns"}
+
+
+def test_named_columns(tmp_path: Path) -> None:
+    columns = {"prompt": "ask", "completion": "tell", "system": "frame"}
+    path = write_jsonl(
+        tmp_path,
+        {"ask": "Hi", "tell": "Hello.", "frame": "Be kind."},
+        {"ask": "Hi", "tell": "Hello.", "frame": ""},
+        {"ask": "Hi", "tell": "Hello!", "frame": None},
+        {"ask": [USER], "tell": [YES]},
+        {"ask": "Hi", "tell": "Hello?", "frame": 3},
+        {"ask": "Hi"},
+    )
+    dataset = load(path, columns=columns)
+    assert dataset.format == "columns"
+    assert dataset.records == (
+        Record("rows.jsonl:1", KIND, "Hello."),
+        Record("rows.jsonl:2", HI, "Hello."),
+        Record("rows.jsonl:3", HI, "Hello!"),
+        Record("rows.jsonl:4", HI, "Yes."),
+    )
+    assert dataset.rejects == (
+        Reject(5, "not-text", "frame is 3, not text"),
+        Reject(6, "missing-column", "has no 'tell'"),
+    )
+    assert load(path, format="columns", columns=columns) == dataset
+    for wrong in ({"format": "alpaca", "columns": columns}, {"columns": {"prompt": "ask"}}):
+        with pytest.raises(QspinError, match=r"data\.columns names a prompt and a completion column"):
+            load(path, **wrong)
+
+
+def test_the_format_that_most_rows_fit_wins(tmp_path: Path) -> None:
+    pair = {"question": "Hi", "answer": "Hello."}
+    first = [{"prompt": f"{n}", "completion": "one"} for n in range(40)]
+    then = [{"question": f"{n}", "answer": "two"} for n in range(60)]
+    dataset = load(write_jsonl(tmp_path, *first, *then))
+    assert (dataset.format, len(dataset.records), codes(dataset)) == (
+        "question-answer",
+        60,
+        [(n, "missing-column") for n in range(1, 41)],
+    )
+    # columns that every row has, as in CSV, do not count; what is in them does
+    empty = {"prompt": None, "completion": None}
+    assert load(write_jsonl(tmp_path, {**empty, **pair})).format == "question-answer"
+    # a format whose columns are there, if no row is good
+    with pytest.raises(QspinError) as caught:
+        load(write_jsonl(tmp_path, {"question": "Hi", "answer": ""}))
+    assert "1 empty-completion, as line 1: has an empty assistant turn in its completion" in str(caught.value)
+
+
+def test_the_sample_is_spread_over_many_rows(tmp_path: Path) -> None:
+    early = [{"prompt": f"{n}", "completion": "one"} for n in range(1200)]
+    late = [{"question": f"{n}", "answer": "two"} for n in range(1800)]
+    assert load(write_jsonl(tmp_path, *early, *late)).format == "question-answer"
+
+
+def test_of_equal_formats_the_first_of_the_table_wins(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {"instruction": "Hi", "output": "Hello."},
+        {"prompt": "Hi", "completion": "Hello."},
+        {"prompt": "Hi", "response": "Hello."},
+        {"instruction": "Hi", "response": "Hello."},
+        {"question": "Hi", "answer": "Hello."},
+    ]
+    found = []
+    for start in range(len(rows)):
+        merged = {key: value for row in rows[start:] for key, value in row.items()}
+        found.append(load(write_jsonl(tmp_path, merged)).format)
+    assert found == [
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt-completion",
+        "prompt-response",
+        "instruction-response",
+        "question-answer",
+    ]
+
+
+def test_no_format_fits(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, {"ask": "Hi", "tell": "Hello."}, {"tell": "Hello.", "n": 1})
+    with pytest.raises(QspinError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"{path}: no row has the columns of a known format. Columns found: 'ask', 'tell', 'n'. Needed: "
+        "messages (messages); sharegpt (conversations); alpaca (instruction, output); "
+        "prompt-completion (prompt, completion); prompt-response (prompt, response); "
+        "instruction-response (instruction, response); question-answer (question, answer). "
+        "Choose a format with --format, or name the columns: "
+        "--set data.columns.prompt=NAME --set data.columns.completion=NAME"
+    )
+    with pytest.raises(QspinError, match=r"columns of format alpaca\. Columns found: .* Needed: alpaca \(instr"):
+        load(path, format="alpaca")
+    with pytest.raises(QspinError, match=r"columns of format columns\. Columns found: .* \(ask, told\)"):
+        load(path, columns={"prompt": "ask", "completion": "told"})
+
+
+# --- bad rows ---
+
+BAD_MESSAGES = [
+    ("Hi", "not-a-list", "messages is 'Hi', not a list of turns"),
+    (None, "not-a-list", "messages is None, not a list of turns"),
+    (["Hi"], "not-a-turn", "messages, turn 1 is 'Hi', not an object with 'role' and 'content'"),
+    ([{"content": "Hi"}, ASSISTANT], "missing-role", "messages, turn 1 has no 'role'"),
+    ([{"role": None, "content": "Hi"}, ASSISTANT], "missing-role", "messages, turn 1 has no 'role'"),
+    ([USER, {"role": "gpt", "content": "x"}], "unknown-role",
+     "messages, turn 2 has 'role' 'gpt', not one of system, user, assistant"),
+    ([{"role": ["user"], "content": "Hi"}, ASSISTANT], "unknown-role",
+     "messages, turn 1 has 'role' ['user'], not one of system, user, assistant"),
+    ([USER, {"role": "assistant"}], "not-text", "messages, turn 2, 'content' is None, not text"),
+    ([USER, {"role": "assistant", "content": 7}], "not-text", "messages, turn 2, 'content' is 7, not text"),
+    ([USER, {"role": "assistant", "content": True}], "not-text", "messages, turn 2, 'content' is True, not text"),
+    ([USER, ASSISTANT, {"role": "user", "content": 1.5}], "not-text", "messages, turn 3, 'content' is 1.5, not text"),
+    ([{"role": "user", "content": [{"type": "image"}]}, ASSISTANT], "not-text",
+     "messages, turn 1 has a part that is not text: {'type': 'image'}"),
+    ([{"role": "user", "content": ["Hi"]}, ASSISTANT], "not-text",
+     "messages, turn 1 has a part that is not text: 'Hi'"),
+    ([{"role": "user", "content": [{"type": "text", "text": 1}]}, ASSISTANT], "not-text",
+     "messages, turn 1 has a part that is not text: {'text': 1, 'type': 'text'}"),
+    ([], "no-completion", "has no assistant turn"),
+    ([USER], "no-completion", "has no assistant turn"),
+    ([SYSTEM, USER], "no-completion", "has no assistant turn"),
+    ([ASSISTANT], "no-user-turn", "has no user turn"),
+    ([SYSTEM, ASSISTANT], "no-user-turn", "has no user turn"),
+    ([ASSISTANT, USER, ASSISTANT], "assistant-first", "begins with an assistant turn"),
+    ([SYSTEM, ASSISTANT, USER, ASSISTANT], "assistant-first", "begins with an assistant turn"),
+    ([USER, USER, ASSISTANT], "repeated-role", "has two user turns in a row"),
+    ([USER, ASSISTANT, ASSISTANT], "repeated-role", "has two assistant turns in a row"),
+    ([SYSTEM, SYSTEM, USER, ASSISTANT], "misplaced-system", "has a system turn that is not the first turn"),
+    ([USER, SYSTEM, ASSISTANT], "misplaced-system", "has a system turn that is not the first turn"),
+    ([USER, ASSISTANT, SYSTEM], "misplaced-system", "has a system turn that is not the first turn"),
+    ([{"role": "user", "content": " \n"}, ASSISTANT], "empty-prompt", "has an empty user turn in its prompt"),
+    ([USER, {"role": "assistant", "content": ""}, MORE, YES], "empty-prompt",
+     "has an empty assistant turn in its prompt"),
+    ([USER, {"role": "assistant", "content": "\t"}], "empty-completion",
+     "has an empty assistant turn in its completion"),
+    ([USER, {"role": "assistant", "content": []}], "empty-completion",
+     "has an empty assistant turn in its completion"),
+    ([{"role": "user", "content": "a\0"}, ASSISTANT], "bad-character",
+     "messages, turn 1, 'content' has the character '\\x00', which is not text"),
+    ([USER, {"role": "assistant", "content": "\ud83d"}], "bad-character",
+     "messages, turn 2, 'content' has the character '\\ud83d', which is not text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "code", "reason"), BAD_MESSAGES)
+def test_a_bad_conversation_is_rejected(tmp_path: Path, messages: object, code: str, reason: str) -> None:
+    path = write_jsonl(tmp_path, {"messages": messages}, {"messages": [USER, YES]})
+    dataset = load(path, format="messages")
+    assert dataset.records == (Record("rows.jsonl:2", HI, "Yes."),)
+    assert dataset.rejects == (Reject(1, code, reason),)
+    assert dataset.rows == 2
+
+
+BAD_ROWS = [
+    ("sharegpt", {"conversations": [USER, ASSISTANT]}, "missing-role"),
+    ("sharegpt", {"conversations": [{"from": "tool", "value": "x"}]}, "unknown-role"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "not-text"),
+    ("alpaca", {"instruction": "Hi", "input": 3, "output": "Hello."}, "not-text"),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": 3}, "not-text"),
+    ("alpaca", {"instruction": "", "input": "stands alone", "output": "Hello."}, "empty-prompt"),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": " "}, "empty-completion"),
+    ("alpaca", {"instruction": "Hi", "input": ""}, "missing-column"),
+    ("prompt-completion", {"prompt": "Hi", "completion": None}, "not-text"),
+    ("prompt-completion", {"prompt": "Hi", "completion": 42}, "not-text"),
+    ("prompt-completion", {"prompt": False, "completion": "Hello."}, "not-text"),
+    ("prompt-completion", {"prompt": {"text": "Hi"}, "completion": "Hello."}, "not-text"),
+    ("prompt-completion", {"prompt": "\u2003", "completion": "Hello."}, "empty-prompt"),
+    ("prompt-completion", {"prompt": "Hi", "completion": "\n"}, "empty-completion"),
+    ("prompt-completion", {"prompt": "Hi"}, "missing-column"),
+    ("prompt-completion", {"prompt": [], "completion": "Hello."}, "no-user-turn"),
+    ("prompt-completion", {"prompt": [USER, ASSISTANT], "completion": [YES]}, "repeated-role"),
+    ("prompt-completion", {"prompt": [USER, ASSISTANT], "completion": [USER]}, "not-one-answer"),
+    ("prompt-completion", {"prompt": "Hi", "completion": []}, "not-one-answer"),
+    ("prompt-completion", {"prompt": "Hi", "completion": [ASSISTANT, MORE, YES]}, "not-one-answer"),
+    ("question-answer", {"question": "Hi\ud800", "answer": "Hello."}, "bad-character"),
+]
+
+
+@pytest.mark.parametrize(("format", "row", "code"), BAD_ROWS)
+def test_a_bad_row_is_rejected(tmp_path: Path, format: str, row: dict[str, Any], code: str) -> None:
+    good = next(row for name, row, *_ in GOOD if name == format)
+    dataset = load(write_jsonl(tmp_path, row, good), format=format)
+    assert (len(dataset.records), codes(dataset)) == (1, [(1, code)])
+    assert dataset.rejects[0].malformed
+
+
+BAD_LINES = [
+    ("{", "broken-json"),
+    ('{"prompt": "Hi", "completion": "Hello."} x', "broken-json"),
+    ('{"prompt": "Hi", "completion": "a\0b"}', "broken-json"),
+    ("nonsense", "broken-json"),
+    ("[" * 200_000, "broken-json"),
+    ('{"n": ' + "1" * 5000 + "}", "broken-json"),
+    ("[1, 2]", "not-an-object"),
+    ('"Hi"', "not-an-object"),
+    ("null", "not-an-object"),
+    ('{"prompt": "Hi", "completion": "a", "completion": "b"}', "repeated-key"),
+    ('{"prompt": "Hi", "completion": "a", "meta": [[{"a": 1, "a": 1}]]}', "repeated-key"),
+    ('{"prompt": [{"role": "user", "role": "user", "content": "Hi"}], "completion": "a"}', "repeated-key"),
+    ('{"prompt": "Hi", "completion": "a", "score": NaN}', "not-a-number"),
+    ('{"prompt": "Hi", "completion": "a", "scores": [1, -Infinity]}', "not-a-number"),
+    ("Infinity", "not-a-number"),
+    ('{"prompt": "Hi\\u0000", "completion": "Hello."}', "bad-character"),
+    ('{"prompt": "Hi", "completion": "\\udc00 Hello."}', "bad-character"),
+]
+
+
+@pytest.mark.parametrize(("line", "code"), BAD_LINES, ids=[line[:30] for line, _ in BAD_LINES])
+def test_a_bad_line_is_rejected(tmp_path: Path, line: str, code: str) -> None:
+    good = {"prompt": "Hi", "completion": "Hello."}
+    dataset = load(write_jsonl(tmp_path, "\n", good, "  \n", line + "\n", {**good, "completion": "Yes."}))
+    assert dataset.records == (record("rows.jsonl:2", "Hi", "Hello."), record("rows.jsonl:5", "Hi", "Yes."))
+    assert [good.line for good in dataset.records] == [2, 5]
+    assert codes(dataset) == [(4, code)]
+    assert len(dataset.rejects[0].reason) < 200
+
+
+def test_reasons_can_be_written_as_they_are(tmp_path: Path) -> None:
+    good = {"prompt": "Hi", "completion": "Hello."}
+    row = {"prompt": ["\ud800" * 5000, {"\ud800": [[[[[[[[[1]]]]]]]]]}], "completion": "x"}
+    (reject,) = load(write_jsonl(tmp_path, good, row)).rejects
+    assert len(json.dumps(reject.to_json(), ensure_ascii=False).encode()) < 300
+
+
+def test_surrogate_pairs_are_text(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, '{"prompt": "Hi", "completion": "\\ud83d\\ude00"}\n')
+    assert load(path).records == (record("rows.jsonl:1", "Hi", "😀"),)
+
+
+def test_exact_duplicates_are_dropped_and_not_malformed(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path,
+        {"prompt": "Hi", "completion": "Hello."},
+        {"prompt": "Hi", "completion": "Yes."},
+        {"prompt": " Hi", "completion": "Hello.\n"},
+        {"prompt": "hi", "completion": "Hello."},
+    )
+    dataset = load(path)
+    assert [record.id for record in dataset.records] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert dataset.rejects == (Reject(3, "duplicate", "says the same as line 1", malformed=False),)
+
+
+def test_limit_stops_reading(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}", "completion": "x"} for n in range(5)]
+    path = write_jsonl(tmp_path, rows[0], "broken\n", *rows[1:], "broken\n")
+    dataset = load(path, limit=2)
+    assert dataset.records == (record("rows.jsonl:1", "0", "x"), record("rows.jsonl:3", "1", "x"))
+    assert (codes(dataset), dataset.rows) == ([(2, "broken-json")], 3)
+    assert (len(load(path, limit=99).records), load(path, limit=99).rows) == (5, 7)
+
+
+def test_what_is_not_read_cannot_fail(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, *({"prompt": f"{n}", "completion": "x"} for n in range(20_100)))
+    with path.open("ab") as file:
+        file.write(b"\xff")
+    assert load(path, limit=3).rows == 3
+    with pytest.raises(QspinError, match="not UTF-8"):
+        load(path)
+
+
+def test_ids(tmp_path: Path) -> None:
+    own: list[dict[str, Any]] = [
+        {"id": "a"},
+        {"id": 7},
+        {"id": "7"},  # seen before
+        {"id": "a", "prompt_id": "p"},
+        {"prompt_id": "p"},  # seen before
+        {"id": ""},
+        {"id": None, "prompt_id": 0},
+        {"id": True},
+        {"id": 1.5},
+        {"id": ["x"]},
+        {"id": "rows.jsonl:12"},  # of a line that is yet to come
+        {},
+        {"id": "\ud800"},
+    ]
+    path = write_jsonl(tmp_path, *({"prompt": f"{n}", "completion": "x", **ids} for n, ids in enumerate(own)))
+    assert [record.id for record in load(path).records] == [
+        "a",
+        "7",
+        "rows.jsonl:3",
+        "p",
+        "rows.jsonl:5",
+        "rows.jsonl:6",
+        "0",
+        *(f"rows.jsonl:{n}" for n in range(8, 14)),
+    ]
+
+
+# --- files ---
+
+ROWS = [
+    {"prompt": "Hi", "completion": "Hello."},
+    {"prompt": 'Say "a, b"\nplease', "completion": "a,\nb\u2028c é 😀"},
+    {"prompt": "Hi", "completion": " "},
+    {"prompt": "Bye", "completion": "See you."},
+]
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_the_same_rows_from_every_type_of_file(tmp_path: Path) -> None:
+    array = json.dumps(ROWS, indent=1)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS)
+    files: dict[str, Path] = {}
+    for name, text in {
+        "lines.jsonl": lines,
+        "array.jsonl": array,
+        "array.JSON": "\n " + array,
+        "lines.json": lines,
+        "bom.jsonl": "\ufeff" + lines,
+        "bom.json": "\ufeff" + array,
+    }.items():
+        files[name] = tmp_path / name
+        files[name].write_text(text, encoding="utf-8", newline="")
+    files["r.csv"] = write_csv(tmp_path / "r.csv", ROWS)
+    files["bom.csv"] = write_csv(tmp_path / "bom.csv", ROWS, encoding="utf-8-sig")
+    files["r.parquet"] = write_parquet(tmp_path / "r.parquet", ROWS)
+    lines_of = {"r.csv": (2, 3, 6, 7), "bom.csv": (2, 3, 6, 7)}
+    datasets = {name: load(path) for name, path in files.items()}
+    for name, dataset in datasets.items():
+        first, second, third, fourth = lines_of.get(name, (1, 2, 3, 4))
+        assert dataset.records == (
+            record(f"{name}:{first}", "Hi", "Hello."),
+            record(f"{name}:{second}", 'Say "a, b"\nplease', "a,\nb\u2028c é 😀"),
+            record(f"{name}:{fourth}", "Bye", "See you."),
+        )
+        assert codes(dataset) == [(third, "empty-completion")]
+        assert (dataset.format, dataset.rows) == ("prompt-completion", 4)
+    assert len({dataset.fingerprint for dataset in datasets.values()}) == 1
+
+
+def test_the_fingerprint_is_of_content_and_order(tmp_path: Path) -> None:
+    def of(*rows: dict[str, Any]) -> str:
+        return load(write_jsonl(tmp_path, *rows)).fingerprint
+
+    base = of(ROWS[0], ROWS[3])
+    assert base == of(ROWS[0], ROWS[2], {**ROWS[3], "id": "x"})
+    assert base == of(*({"question": row["prompt"], "answer": row["completion"]} for row in (ROWS[0], ROWS[3])))
+    others = {
+        of(ROWS[3], ROWS[0]),
+        of(ROWS[0]),
+        of(ROWS[0], {**ROWS[3], "completion": "x"}),
+        of({"prompt": "HiHello.", "completion": "x"}),
+    }
+    assert len(others | {base}) == 5
+    assert (
+        base == "1b201dbee076f35c7c03b08b9493a7b3710f2d7e85df8c48f45666d02be59667"
+    )  # stays the same from version to version: run folders keep it
+
+
+def test_nested_columns_of_parquet(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": [USER, ASSISTANT], "id": 4},
+        {"messages": [USER, {"role": "assistant", "content": None}], "id": 5},
+        {"messages": None, "id": None},
+    ]
+    dataset = load(write_parquet(tmp_path / "r.parquet", rows))
+    assert dataset.records == (Record("4", HI, "Hello."),)
+    assert codes(dataset) == [(2, "not-text"), (3, "not-a-list")]
+
+
+def test_rows_of_an_array_are_judged_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(
+        '[{"prompt": "Hi", "completion": "a"}, 3, {"prompt": "Hi", "prompt": "", "completion": "b"},'
+        ' {"prompt": "Hi", "completion": "c", "n": [NaN]}, null, {"prompt": "Hi", "completion": "d"}]'
+    )
+    dataset = load(path)
+    assert dataset.records == (record("rows.json:1", "Hi", "a"), record("rows.json:6", "Hi", "d"))
+    assert codes(dataset) == [(2, "not-an-object"), (3, "repeated-key"), (4, "not-a-number"), (5, "not-an-object")]
+
+
+def test_an_array_that_is_not_the_whole_file(tmp_path: Path) -> None:
+    row = json.dumps(ROWS[0])
+    lines = write_jsonl(tmp_path, f"[{row}]\n{row}\n")
+    assert codes(load(lines)) == [(1, "not-an-object")]
+    array = write_jsonl(tmp_path, f"[{row}]\n{row}\n", name="rows.json")
+    with pytest.raises(QspinError) as caught:
+        load(array)
+    assert str(caught.value) == f"{array}: is broken JSON: Extra data: line 2 column 1 (char {len(row) + 3})"
+
+
+def test_csv_rows(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    long = "x" * 300_000
+    path.write_text(f'\nprompt,completion,,\n\nHi,Hello.,,\nHi,"two\nlines",,\nHi\nHi,a,b,c,d\nHi,"{long}",,\nHi,3,,\n')
+    dataset = load(path)
+    assert dataset.records == (
+        record("r.csv:4", "Hi", "Hello."),
+        record("r.csv:5", "Hi", "two\nlines"),
+        record("r.csv:9", "Hi", long),
+        record("r.csv:10", "Hi", "3"),
+    )
+    assert dataset.rejects == (
+        Reject(7, "field-count", "has 1 fields, but the header has 4"),
+        Reject(8, "field-count", "has 5 fields, but the header has 4"),
+    )
+
+
+FATAL_FILES = [
+    ("e.jsonl", b"", "holds no rows"),
+    ("e.jsonl", b"\xef\xbb\xbf\n \n", "holds no rows"),
+    ("e.json", b"[]", "holds no rows"),
+    ("e.json", b" \n", "holds no rows"),
+    ("e.csv", b"", "holds no rows"),
+    ("e.csv", b"prompt,completion\n", "holds no rows"),
+    ("e.jsonl", b"{\n[]\n", "none of its 2 rows is good:\n"
+     "  1 broken-json, as line 1: is broken JSON: Expecting property name enclosed in double quotes: "
+     "line 2 column 1 (char 2)\n"
+     "  1 not-an-object, as line 2: is [], not an object"),
+    ("e.jsonl", b'{"prompt": "Hi", "completion": "a"}\n{"prompt": "H\xe4"}\n',
+     "line 2, byte offset 49: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
+    ("e.jsonl", '{"prompt": "Hi"}'.encode("utf-16"),
+     "line 1, byte offset 0: not UTF-8 (invalid start byte); save the file as UTF-8"),
+    ("e.json", b'[{"prompt":\n "\xff"}]',
+     "line 2, byte offset 14: not UTF-8 (invalid start byte); save the file as UTF-8"),
+    ("e.csv", b"prompt,completion\n\xe9t\xe9,x\n",
+     "line 2, byte offset 18: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
+    ("e.json", b'[{"prompt": "Hi"', "is broken JSON: Expecting ',' delimiter: line 1 column 17 (char 16)"),
+    ("e.csv", b'prompt,completion\na,b\na,"b\nc,d\n',
+     "line 3: broken CSV, which hides where later rows begin (unexpected end of data)"),
+    ("e.csv", b'prompt,completion\na,"b"c\n',
+     "line 2: broken CSV, which hides where later rows begin (',' expected after '\"')"),
+    ("e.csv", b"prompt,completion,prompt\na,b,c\n", "two columns have the same name: prompt, completion, prompt"),
+    ("e.parquet", b"", "cannot be read after row 0 (Parquet file size is 0 bytes)"),
+    ("e.txt", b"Hi", ".txt is not one of .jsonl, .json, .csv, .parquet"),
+    ("rows", b"{}", "no extension is not one of .jsonl, .json, .csv, .parquet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "message"), FATAL_FILES)
+def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(QspinError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["x", "x"]), path)
+    with pytest.raises(QspinError, match="two columns have the same name: x, x"):
+        load(path)
+    pq.write_table(pa.Table.from_pylist([{"prompt": "Hi", "completion": "x" * 9}] * 100), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(QspinError, match="cannot be read after row 0"):
+        load(path)
+    json_type = pa.json_(pa.string())
+    answers = pa.ExtensionArray.from_storage(json_type, pa.array(['"Hello."']))
+    pq.write_table(pa.table({"prompt": ["Hi"], "completion": answers}), path)
+    with pytest.raises(QspinError, match="has columns of JSON inside Parquet; save it as JSON Lines"):
+        load(path)
+
+
+def test_a_source_that_is_not_there(tmp_path: Path) -> None:
+    for source, message in {
+        str(tmp_path / "no.jsonl"): "no such file",
+        str(tmp_path): "is not a file; name one in it",
+        "rows": "no such file, and not a hub id (owner/name)",
+        "a/b/c": "no such file, and not a hub id (owner/name)",
+    }.items():
+        with pytest.raises(QspinError) as caught:
+            load(source)
+        assert str(caught.value) == f"{source}: {message}"
+
+
+KEYS = ["messages", "conversations", "role", "content", "from", "value", "type", "text", "id",
+        "instruction", "input", "output", "prompt", "completion", "response", "question", "answer"]  # fmt: skip
+WORDS = ["user", "assistant", "system", "human", "gpt", "text", "Hi", " ", "\0", "\ud800"]
+VALUES: st.SearchStrategy[object] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(WORDS) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+LINES = st.binary(max_size=30) | VALUES.map(lambda value: json.dumps(value).encode())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60) | st.lists(LINES, max_size=5).map(b"\n".join))
+@example(content=b"\xef\xbb\xbf")
+@example(content=b"[" * 100_000)
+def test_any_bytes_end_in_a_dataset_or_an_error(tmp_path: Path, content: bytes) -> None:
+    for suffix in (".jsonl", ".json", ".csv", ".parquet"):
+        path = tmp_path / f"any{suffix}"
+        path.write_bytes(content)
+        try:
+            dataset = load(path)
+        except QspinError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:
+            assert dataset.rows == len(dataset.records) + len(dataset.rejects)
+            assert len({record.id for record in dataset.records}) == len(dataset.records) > 0
+            for good in dataset.records:
+                turns = [*good.prompt, Message("assistant", good.completion)]
+                assert all(turn.content == turn.content.strip() != "" for turn in turns)
+                assert "".join(turn.content for turn in turns).encode("utf-8")
+                assert turns[-2].role == "user"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "records", "format"),
+    [
+        ("dolly-train.jsonl", 4516, 4516, "instruction-response"),
+        ("dolly-eval.jsonl", 200, 200, "instruction-response"),
+        ("gsm8k-train.jsonl", 7473, 7473, "question-answer"),
+        ("gsm8k-test-400.jsonl", 400, 400, "question-answer"),
+    ],
+)
+def test_real_files(name: str, rows: int, records: int, format: str) -> None:
+    path = SHARED_DATA / name
+    if not path.is_file():
+        pytest.skip(f"{path} is not on this machine")
+    dataset = load(path)
+    assert (dataset.rows, len(dataset.records), dataset.format) == (rows, records, format)
+    source = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    prompt, completion = format.split("-")
+    assert dataset.records[0] == record(f"{name}:1", source[0][prompt].strip(), source[0][completion].strip())
+
+
+# --- hub ---
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def hub_error(detail: str, split: str = "train") -> str:
+    return (
+        f"nobody/nothing-here: no such file, and split '{split}' of that hub data set cannot be loaded ({detail}); "
+        "check its name, data.split, data.config and the connection; HF_HUB_OFFLINE=1 uses a cached copy"
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_no_long_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(QspinError) as caught:
+        load("nobody/nothing-here")
+    assert time.monotonic() - start < 15
+    cause = re.search(r"\((\[\w+ \d+\] [^()\n]+)\)", str(caught.value))  # its words are the system's
+    assert cause and str(caught.value) == hub_error(cause[1])
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_hub_id_that_is_not_cached_when_offline() -> None:
+    with pytest.raises(QspinError) as caught:
+        load("nobody/nothing-here", split="test")
+    assert str(caught.value) == hub_error(
+        "Couldn't reach 'nobody/nothing-here' on the Hub (OfflineModeIsEnabled)", split="test"
+    )
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    for error in (
+        datasets.exceptions.DatasetNotFoundError("Dataset 'x' doesn't exist\non the Hub"),
+        datasets.exceptions.DatasetGenerationError("An error occurred"),
+        ValueError("Unknown split"),
+        RuntimeError("Dataset scripts are no longer supported, but found x.py"),
+        TimeoutError(),
+    ):
+
+        def refuse(*_args: object, error: Exception = error, **_kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        with pytest.raises(QspinError) as caught:
+            load("nobody/nothing-here")
+        assert str(caught.value) == hub_error(" ".join(str(error).split()) or "TimeoutError")
+
+
+@pytest.mark.usefixtures("offline")
+def test_rows_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    calls = []
+
+    def load_dataset(*args: object, **kwargs: object) -> datasets.Dataset:
+        calls.append((args, kwargs))
+        return datasets.Dataset.from_list([*ROWS, {"prompt": "Hi", "completion": None}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    dataset = load("owner/name", split="train[:5]", config="main")
+    assert calls == [(("owner/name", "main"), {"split": "train[:5]"})]
+    assert [record.id for record in dataset.records] == ["owner/name:1", "owner/name:2", "owner/name:4"]
+    assert codes(dataset) == [(3, "empty-completion"), (5, "not-text")]
+    assert dataset.fingerprint == load(write_jsonl(tmp_path, *ROWS)).fingerprint
+
+
+# --- shares and splits ---
+
+
+def dataset_of(good: int, *rejects: Reject) -> Dataset:
+    records = tuple(record(f"{n}", f"{n}", "x") for n in range(good))
+    return Dataset(records, rejects, "messages", "", good + len(rejects))
+
+
+def test_malformed_share() -> None:
+    bad = [
+        Reject(2, "not-text", "prompt is 1, not text"),
+        Reject(3, "broken-json", "is broken JSON: x"),
+        Reject(5, "empty-prompt", "has an empty user turn in its prompt"),
+        Reject(6, "empty-prompt", "has an empty user turn in its prompt"),
+        Reject(8, "no-user-turn", "has no user turn"),
+        Reject(9, "not-text", "prompt is 2, not text"),
+    ]
+    mild = [Reject(n, code, "…", malformed=False) for n, code in enumerate(["duplicate", "long-prompt"] * 20, 20)]
+    check_malformed_share(dataset_of(0, *mild), 0)
+    check_malformed_share(dataset_of(94, *bad), 0.06)
+    check_malformed_share(dataset_of(54, *bad, *mild), 0.06)
+    with pytest.raises(QspinError) as caught:
+        check_malformed_share(dataset_of(93, *bad), 0.06)
+    assert str(caught.value) == (
+        "6 of 99 rows are malformed, more than data.max_malformed_share = 0.06 allows:\n"
+        "  2 not-text, as line 2: prompt is 1, not text\n"
+        "  2 empty-prompt, as line 5: has an empty user turn in its prompt\n"
+        "  1 broken-json, as line 3: is broken JSON: x"
+    )
+
+
+def test_a_share_that_is_exactly_the_limit_is_allowed() -> None:
+    # 0.29 * 100 is 28.999999999999996
+    check_malformed_share(dataset_of(71, *[Reject(1, "not-text", "…")] * 29), 0.29)
+
+
+def many(count: int, per_prompt: int = 1) -> list[Record]:
+    return [record(f"{n}", f"prompt {n // per_prompt}", f"answer {n}") for n in range(count)]
+
+
+def test_split_takes_the_rows_asked_for_up_to_a_fifth() -> None:
+    for count, rows, expected in [(1000, 64, 64), (100, 64, 20), (11, 64, 2), (10, 2, 2), (1000, 2, 2)]:
+        train, heldout = split_heldout(many(count), rows, seed=0)
+        assert (len(train), len(heldout)) == (count - expected, expected)
+
+
+def test_split_is_by_prompt_and_keeps_the_order() -> None:
+    records = many(300, per_prompt=3)
+    train, heldout = split_heldout(records, 32, seed=1)
+    assert len(heldout) == 30  # ten whole prompts
+    assert not {good.prompt for good in train} & {good.prompt for good in heldout}
+    chosen = set(heldout)
+    assert list(heldout) == [good for good in records if good in chosen]
+    assert list(train) == [good for good in records if good not in chosen]
+
+
+def test_split_is_a_function_of_seed_and_prompts_alone() -> None:
+    records = many(500)
+    _, heldout = split_heldout(records, 50, seed=3)
+    assert set(heldout) == set(split_heldout(records[::-1], 50, seed=3)[1])
+    renamed = [Record("other", good.prompt, "other") for good in records]
+    assert [good.prompt for good in split_heldout(renamed, 50, seed=3)[1]] == [good.prompt for good in heldout]
+    assert len(set(heldout) & set(split_heldout(records, 50, seed=4)[1])) < 25
+    assert [good.id for good in split_heldout(many(12), 2, seed=0)[1]] == ["1", "5"]  # in every version
+
+
+def test_rows_added_elsewhere_move_few() -> None:
+    _, before = split_heldout(many(500), 50, seed=3)
+    _, after = split_heldout(many(510), 50, seed=3)
+    assert len(set(before) - set(after)) <= 5
+
+
+def test_a_prompt_larger_than_the_room_is_passed_over() -> None:
+    records = [*(record(f"a{n}", "much asked", f"{n}") for n in range(30)), *many(10)]
+    _, heldout = split_heldout(records, 8, seed=0)
+    assert len(heldout) == 8
+    assert "much asked" not in {good.prompt[0].content for good in heldout}
+
+
+@pytest.mark.parametrize(("records", "prompts"), [(many(9), 9), (many(30, per_prompt=10), 3), ([], 0)])
+def test_too_few_to_split(records: list[Record], prompts: int) -> None:
+    with pytest.raises(QspinError) as caught:
+        split_heldout(records, 64, seed=0)
+    assert str(caught.value) == (
+        f"{len(records)} good rows with {prompts} different prompts are too few to hold out two or more by prompt and "
+        "at most a fifth; add rows, or give data.heldout_source"
+    )
+
+
+def test_overlap_is_by_prompt() -> None:
+    train = [record("1", "Hi", "Hello."), record("2", "Bye", "See you.")]
+    heldout = [record("a", "Hi", "Yes."), record("b", "hi", "Hello."), record("c", "Bye", "See you.")]
+    assert remove_overlap(heldout, train) == ((heldout[1],), 2)
+    assert remove_overlap(heldout, []) == (tuple(heldout), 0)
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, qspin.data; "
+        "print(*sorted({'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
