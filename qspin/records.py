@@ -24,7 +24,7 @@ class Message:
 class Record:
     """One good row: a conversation that ends on a user turn, and the human's answer to it."""
 
-    id: str  # the row's own id, else "file name:line"; unique within a data set
+    id: str  # the row's own id, else "row-" and its number; unique within a data set
     prompt: tuple[Message, ...]
     completion: str
     line: int = field(default=0, compare=False)  # where it was found, as in Reject

@@ -1,0 +1,171 @@
+"""Files and hub data sets → raw rows, each with its line; what can't be read as a row says why in its place.
+
+JSON and CSV are read with the standard library, so that every row is judged on its own and its line is known.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from reprlib import repr as _short
+from typing import Any
+
+from qspin.errors import QspinError
+
+
+class BadRow(Exception):
+    """Why a row is left out. Readers hand one on in place of a row that they could not read."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+Object = dict[str, Any]
+Row = tuple[int, Object | BadRow]  # with its line; with its number where rows have no lines
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    if not path.is_file():
+        raise QspinError(f"{path}: {'is not a file; name one in it' if path.exists() else 'no such file'}")
+    if path.suffix.lower() not in READERS:
+        raise QspinError(f"{path}: {path.suffix or 'no extension'} is not one of {', '.join(READERS)}")
+    return READERS[path.suffix.lower()](path)
+
+
+def hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row]:
+    import datasets
+    import httpx
+    import huggingface_hub
+
+    Refused = (OSError, ValueError, RuntimeError, ImportError, httpx.HTTPError, datasets.exceptions.DatasetsError)
+    try:
+        if not datasets.config.HF_HUB_OFFLINE:
+            # fails at once, or in ten seconds, where load_dataset would retry for half a minute and more
+            api = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
+            api.dataset_info(repo, timeout=10, expand=["sha"])
+        yield from enumerate(datasets.load_dataset(repo, config, split=split), 1)
+    except Refused as error:
+        raise QspinError(
+            f"{repo}: no such file, and split {split!r} of that hub data set cannot be loaded ({_one_line(error)}); "
+            f"check its name, data.split, data.config and the connection; HF_HUB_OFFLINE=1 uses a cached copy"
+        ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    number, offset = 1, 0
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                text = raw.decode("utf-8")
+                yield number, text.removeprefix("\ufeff") if offset == 0 else text
+                offset += len(raw)
+    except UnicodeDecodeError as error:
+        where = f"line {number}, byte offset {offset + error.start}"
+        raise QspinError(f"{path}: {where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except OSError as error:
+        raise QspinError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """An object a line, or one array of objects, in .jsonl and .json alike."""
+    first = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
+    if first.startswith("["):
+        try:
+            values = _parse_json("".join(line for _, line in _lines(path)))
+        except BadRow as error:
+            if path.suffix.lower() == ".json":
+                raise QspinError(f"{path}: {error.reason}") from None
+            # else the first line begins with a bracket, and is judged like any other
+        else:
+            yield from ((number, _as_row(value)) for number, value in enumerate(values, 1))
+            return
+    for number, line in _lines(path):
+        if line.strip(" \t\r\n"):
+            try:
+                yield number, _as_row(_parse_json(line))
+            except BadRow as error:
+                yield number, error
+
+
+def _as_row(value: object) -> Object | BadRow:
+    return value if isinstance(value, dict | BadRow) else BadRow("not-an-object", f"is {_short(value)}, not an object")
+
+
+def _parse_json(text: str) -> Any:
+    """With a BadRow in place of each object that Python would let pass though it has a key twice, or a NaN."""
+    try:
+        return json.loads(text, object_pairs_hook=_strict_object, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("broken-json", f"is broken JSON: {error}") from None
+
+
+def _strict_object(pairs: list[tuple[str, Any]]) -> Object | BadRow:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        return BadRow("repeated-key", f"has the key {key!r} more than once in an object")
+    return _flaw(list(value.values())) or value
+
+
+def _flaw(value: object) -> BadRow | None:
+    """What a hook put in place of a flawed value, however deep it is in lists."""
+    if isinstance(value, list):
+        return next(filter(None, map(_flaw, value)), None)
+    return value if isinstance(value, BadRow) else None
+
+
+def _not_a_number(name: str) -> BadRow:
+    return BadRow("not-a-number", f"has {name}, which is not JSON")
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long completion
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    header: list[str] = []
+    start = 1
+    try:
+        for fields in reader:
+            if fields and not header:
+                header = fields
+                _check_distinct(path, [name for name in header if name])
+            elif fields and len(fields) == len(header):
+                yield start, dict(zip(header, fields, strict=True))
+            elif fields:
+                yield start, BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise QspinError(f"{path}: line {start}: broken CSV, which hides where later rows begin ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_distinct(path, file.schema_arrow.names)
+            if "arrow.json" in str(file.schema_arrow):  # its texts would keep their quotes
+                raise QspinError(f"{path}: has columns of JSON inside Parquet; save it as JSON Lines")
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise QspinError(f"{path}: cannot be read after row {number} ({_one_line(error)})") from None
+
+
+def _check_distinct(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise QspinError(f"{path}: two columns have the same name: {', '.join(names)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -1,0 +1,127 @@
+"""Real parts, made small: random models of real architectures, a tokenizer trained on the embedded data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from qspin.base import find_base
+from qspin.config import LoraConfig, ModelConfig
+from qspin.model import SlotModel
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+HOUSE_STYLE = ROOT / "presets" / "house-style"
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCABULARY = 512
+
+# Every architecture that presets name, with what is peculiar to it made small enough to matter on short rows.
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,  # larger than usual: a random model whose log-probs differ from token to token
+}
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=7),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=32),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **SHAPE,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=7,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
+    "phi3": lambda: transformers.Phi3Config(**SHAPE),
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE of 512 tokens with ChatML."""
+    rows = [json.loads(line) for line in (HOUSE_STYLE / "train.jsonl").read_text().splitlines()]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([text for row in rows for text in row.values()], trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    wrapped.chat_template = CHATML
+    return wrapped
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Callable[[str], Path]:
+    """A folder with a random fp32 model of an architecture, and the tokenizer."""
+    made: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in made:
+            path = tmp_path_factory.mktemp("models") / f"tiny-{architecture}"
+            torch.manual_seed(1)
+            model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+            model.save_pretrained(path)
+            tokenizer.save_pretrained(path)
+            made[architecture] = path
+        return made[architecture]
+
+    return folder
+
+
+@pytest.fixture
+def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[..., SlotModel]:
+    """A random model in NF4 with a fresh slot; B is not zero if `moved`, as after some training."""
+
+    def load(
+        architecture: str = "llama", *, dtype: str = "float32", double_quant: bool = True, moved: bool = False
+    ) -> SlotModel:
+        config = ModelConfig(id=str(tiny_folder(architecture)), dtype=dtype, double_quant=double_quant)  # type: ignore[arg-type]
+        model = SlotModel.load(
+            find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=torch.device("cpu")
+        )
+        if moved:
+            model.set_adapter(moved_adapter(model))
+        return model
+
+    return load
+
+
+def moved_adapter(model: SlotModel, seed: int = 3, scale: float = 0.1) -> dict[str, torch.Tensor]:
+    """The slot's adapter with random B: a player that is not the base."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in name else tensor
+        for name, tensor in model.adapter().items()
+    }
