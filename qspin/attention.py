@@ -74,34 +74,48 @@ def attend(
 
 
 class Packed:
-    """Groups side by side; every group attends within itself."""
+    """Groups side by side, after a prefix that begins the prompts of all of them and is computed once.
 
-    def __init__(self, groups: Sequence[Lengths], device: torch.device) -> None:
+    Every group attends to the prefix and within itself.
+    """
+
+    def __init__(self, groups: Sequence[Lengths], device: torch.device, prefix: int = 0) -> None:
         self.groups = tuple(groups)
         self.device = device
-        self._masks: dict[tuple[Lengths, int | None, torch.dtype], Tensor] = {}
+        self.prefix = prefix
+        self._masks: dict[tuple[Lengths, int, int | None, torch.dtype], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:  # noqa: ARG002
-        outputs, start = [], 0
+        outputs = []
+        start = self.prefix
+        if start:
+            mask = self._mask(Lengths(start), 0, rules.window, query.dtype)
+            outputs.append(_attention(query[:, :start], key[:, :start], value[:, :start], mask, rules))
         for group in self.groups:
             rows = slice(start, start + group.total)
-            mask = self._mask(group, rules.window, query.dtype)
-            outputs.append(_attention(query[:, rows], key[:, rows], value[:, rows], mask, rules))
+            mask = self._mask(group, self.prefix, rules.window, query.dtype)
+            outputs.append(_attention(query[:, rows], self._seen(key, rows), self._seen(value, rows), mask, rules))
             start += group.total
         return torch.cat(outputs)
 
-    def _mask(self, group: Lengths, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(T, T) additive: 0 where a query may look, -inf elsewhere. Made once a row, shared by all layers."""
-        cached = self._masks.get((group, window, dtype))
+    def _seen(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Keys or values that a group may look at: (Hkv, prefix + T, D)."""
+        own = tensor[:, rows]
+        return torch.cat([tensor[:, : self.prefix], own], dim=1) if self.prefix else own
+
+    def _mask(self, group: Lengths, prefix: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(T, prefix + T) additive: 0 where a query may look, -inf elsewhere. Made once a row, for all layers."""
+        cached = self._masks.get((group, prefix, window, dtype))
         if cached is None:
-            positions = group_positions(group).to(self.device)
             end_of_real = group.prompt + group.real
-            seen = torch.ones(group.total, group.total, dtype=torch.bool, device=self.device).tril()
+            seen = torch.ones(group.total, group.total, dtype=torch.bool).tril()
             seen[end_of_real:, group.prompt : end_of_real] = False
+            seen = torch.cat([torch.ones(group.total, prefix, dtype=torch.bool), seen], dim=1)
             if window is not None:
-                seen &= positions[:, None] - positions[None, :] < window
-            cached = _additive(seen, dtype)
-            self._masks[group, window, dtype] = cached
+                queries = group_positions(group) + prefix
+                seen &= queries[:, None] - torch.cat([torch.arange(prefix), queries])[None, :] < window
+            cached = _additive(seen.to(self.device), dtype)
+            self._masks[group, prefix, window, dtype] = cached
         return cached
 
 
@@ -134,21 +148,22 @@ class KVCache:
 
 
 class Prefill:
-    """Prompts side by side, each written into its slot of the cache."""
+    """Prompts side by side after their common prefix, each written whole into its slot of the cache."""
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int]) -> None:
+    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int], prefix: int) -> None:
         self.cache = cache
         self.slots = tuple(slots)
-        self.packed = Packed([Lengths(n) for n in lengths], cache.device)
+        self.packed = Packed([Lengths(length - prefix) for length in lengths], cache.device, prefix)
         cache.lengths[list(slots)] = torch.tensor(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
-        start = 0
-        for slot, group in zip(self.slots, self.packed.groups, strict=True):
-            keys[slot, :, : group.total] = key[:, start : start + group.total]
-            values[slot, :, : group.total] = value[:, start : start + group.total]
-            start += group.total
+        prefix = self.packed.prefix
+        for store, new in zip(self.cache.layer(layer, key), (key, value), strict=True):
+            start = prefix
+            for slot, group in zip(self.slots, self.packed.groups, strict=True):
+                store[slot, :, :prefix] = new[:, :prefix]
+                store[slot, :, prefix : prefix + group.total] = new[:, start : start + group.total]
+                start += group.total
         return self.packed.attend(layer, query, key, value, rules)
 
 
@@ -207,23 +222,23 @@ def group_positions(group: Lengths) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
-    """(H, T, D) queries on (Hkv, T, D) keys under a (T, T) mask → (T, H, D).
+    """(H, T, D) queries on (Hkv, S, D) keys under a (T, S) mask → (T, H, D).
 
     On a CPU plain products beat the fused kernel 2 to 3 times, forward and backward, at the lengths of chat rows;
-    elsewhere the fused kernel keeps the (H, T, T) scores out of memory.
+    elsewhere the fused kernel keeps the (H, T, S) scores out of memory.
     """
     heads, length, size = query.shape
-    kv_heads = key.shape[0]
+    kv_heads, seen = key.shape[:2]
     if query.device.type != "cpu" and rules.softcap is None:
         output = functional.scaled_dot_product_attention(
             query[None], key[None], value[None], attn_mask=mask, scale=rules.scaling, enable_gqa=kv_heads != heads
         )
         return output[0].transpose(0, 1)
     grouped = (query * rules.scaling).reshape(kv_heads, heads // kv_heads * length, size)
-    scores = torch.matmul(grouped, key.transpose(1, 2)).view(heads, length, length)
+    scores = torch.matmul(grouped, key.transpose(1, 2)).view(heads, length, seen)
     if rules.softcap is not None:
         scores = _capped(scores, rules.softcap)
-    weights = (scores + mask).softmax(-1).view(kv_heads, heads // kv_heads * length, length)
+    weights = (scores + mask).softmax(-1).view(kv_heads, heads // kv_heads * length, seen)
     return torch.matmul(weights, value).view(heads, length, size).transpose(0, 1)
 
 

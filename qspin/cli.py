@@ -181,3 +181,7 @@ _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 def _fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)  # noqa: T201
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from qspin.chat import Renderer
 from qspin.config import RunConfig
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
-from qspin.packing import lengths_of, pack_row, plan_batches
+from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
 from qspin.records import Example, Pair
 from qspin.sampling import noise_key
 from qspin.scoring import pair_logps
@@ -91,13 +91,14 @@ def _real_nll(
     model: SlotModel, heldout: Sequence[Example], token_budget: int, on_rows: Callable[[float], None]
 ) -> list[float]:
     rows = [Pair(row.record_id, 0, row.prompt_ids, row.real_ids, (), ended=True) for row in heldout]
+    prefix = common_prefix([row.prompt_ids for row in rows])
     [micro_batches] = plan_batches(
-        [lengths_of(row) for row in rows], batch_size=len(rows), token_budget=token_budget, seed=0
+        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=token_budget, seed=0
     )
     nll = [0.0] * len(rows)
     for micro_batch in micro_batches:
         with torch.no_grad():
-            real, _ = pair_logps(model, pack_row([rows[index] for index in micro_batch], model.device))
+            real, _ = pair_logps(model, pack_row([rows[index] for index in micro_batch], model.device, prefix))
         for index, value in zip(micro_batch, real.tolist(), strict=True):
             nll[index] = -value
         on_rows(len(micro_batch))

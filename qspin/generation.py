@@ -1,11 +1,12 @@
 """Batched sampling from whoever is in the slot.
 
-Finished rows leave the batch at once and waiting prompts take their places; nothing is padded. Prompts are taken
-longest first, so that rows of like lengths sit side by side.
+Finished rows leave the batch at once and waiting prompts take their places; nothing is padded, and what all prompts
+begin with is computed once. Prompts are taken longest first, so that rows of like lengths sit side by side.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import torch
 
 from qspin.attention import Decode, KVCache, Prefill
 from qspin.model import SlotModel
+from qspin.packing import common_prefix
 from qspin.sampling import sample, uniform
 
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
@@ -59,6 +61,7 @@ def generate(
     width = min(width, len(requests))
     capacity = max(len(request.prompt_ids) for request in requests) + max_new_tokens
     cache = KVCache(slots=width, capacity=capacity, device=model.device)
+    prefix = common_prefix([request.prompt_ids for request in requests])
     live: list[_Live] = []
     done: list[Completion | None] = [None] * len(requests)
 
@@ -90,9 +93,9 @@ def generate(
 
     while waiting or live:
         if waiting and _worth_prefilling(len(live), len(waiting), width):
-            admitted = _admit(waiting, requests, width - len(live))
+            admitted = _admit(waiting, requests, width - len(live), prefix)
             prompts = [requests[row.index].prompt_ids for row in admitted]
-            choose(_prefill(model, cache, prompts, len(live)), admitted)
+            choose(_prefill(model, cache, prompts, len(live), prefix), admitted)
             live += admitted
             new = len(admitted)
         else:
@@ -108,26 +111,28 @@ def _worth_prefilling(live: int, waiting: int, width: int) -> bool:
     return free >= min(max(1, width // 8), waiting) or live == 0
 
 
-def _admit(waiting: list[int], requests: Sequence[Request], free: int) -> list[_Live]:
+def _admit(waiting: list[int], requests: Sequence[Request], free: int, prefix: int) -> list[_Live]:
     """The longest waiting prompts that fit into the free places and one prefill; at least one."""
     admitted: list[_Live] = []
     tokens = 0
     while waiting and len(admitted) < free:
-        tokens += len(requests[waiting[-1]].prompt_ids)
+        tokens += len(requests[waiting[-1]].prompt_ids) - prefix
         if admitted and tokens > PREFILL_TOKENS:
             break
         admitted.append(_Live(waiting.pop()))
     return admitted
 
 
-def _prefill(model: SlotModel, cache: KVCache, prompts: Sequence[tuple[int, ...]], first_slot: int) -> torch.Tensor:
+def _prefill(
+    model: SlotModel, cache: KVCache, prompts: Sequence[tuple[int, ...]], first_slot: int, prefix: int
+) -> torch.Tensor:
     """Compute the prompts into slots first_slot, first_slot + 1, …; (B, V) logits after each."""
-    lengths = [len(prompt) for prompt in prompts]
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(model.device)
-    layout = Prefill(cache, range(first_slot, first_slot + len(prompts)), lengths)
-    hidden = model.hidden(ids, positions, layout)
-    ends = torch.tensor(lengths, device=model.device).cumsum(0) - 1
+    own = [prompt[prefix:] for prompt in prompts]
+    ids = torch.tensor([*prompts[0][:prefix], *itertools.chain(*own)], device=model.device)
+    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, len(prompt)) for prompt in prompts)])
+    layout = Prefill(cache, range(first_slot, first_slot + len(prompts)), [len(prompt) for prompt in prompts], prefix)
+    hidden = model.hidden(ids, positions.to(model.device), layout)
+    ends = torch.tensor([len(part) for part in own], device=model.device).cumsum(0) + (prefix - 1)
     return model.logits(hidden[ends])
 
 

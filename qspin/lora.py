@@ -27,7 +27,9 @@ def fuse_lora(layer: Any, adapter: str) -> None:
 def _forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
     base = layer.base_layer
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    y: Tensor = LoraLinear4bit.apply(x, base.weight, base.weight.quant_state, base.bias, a, b, layer.scaling[adapter])
+    y: Tensor = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
+        x, base.weight, base.weight.quant_state, base.bias, a, b, layer.scaling[adapter]
+    )
     return y
 
 

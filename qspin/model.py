@@ -103,7 +103,7 @@ class SlotModel:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) → (N, V) fp32. Makes no graph: see `logits_backward`."""
+        """(N, D) → (N, V) fp32. Makes no graph: `logits_backward` is its derivative."""
         with torch.no_grad():
             logits: Tensor = self._head(hidden).float()
             if self._softcap is not None:
@@ -228,4 +228,4 @@ def _prepare(peft_model: Any) -> None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
+    return tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data

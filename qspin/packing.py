@@ -61,23 +61,30 @@ def _pack(batch: list[int], lengths: Sequence[Lengths], token_budget: int) -> li
     return bins
 
 
-def lengths_of(pair: Pair) -> Lengths:
-    return Lengths(len(pair.prompt_ids), len(pair.real_ids), len(pair.generated_ids))
+def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all prompts begin with (a system message, most often), the last of each left out."""
+    first, last = min(prompts), max(prompts)  # all others stand between these two
+    most = min(len(prompt) for prompt in prompts) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
 
 
-def pack_row(pairs: Sequence[Pair], device: torch.device) -> Row:
-    """The tensors of one micro-batch.
+def lengths_of(pair: Pair, prefix: int = 0) -> Lengths:
+    return Lengths(len(pair.prompt_ids) - prefix, len(pair.real_ids), len(pair.generated_ids))
+
+
+def pack_row(pairs: Sequence[Pair], device: torch.device, prefix: int = 0) -> Row:
+    """The tensors of one micro-batch, whose prompts all begin with the same `prefix` tokens.
 
     The last prompt token predicts the first token of both completions, so it stands among the predictors twice.
     """
-    groups = [lengths_of(pair) for pair in pairs]
-    input_ids: list[int] = []
+    groups = [lengths_of(pair, prefix) for pair in pairs]
+    input_ids = list(pairs[0].prompt_ids[:prefix])
     predictors: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     for index, (pair, group) in enumerate(zip(pairs, groups, strict=True)):
         last_prompt = len(input_ids) + group.prompt - 1
-        input_ids += pair.prompt_ids
+        input_ids += pair.prompt_ids[prefix:]
         for side, completion in enumerate((pair.real_ids, pair.generated_ids)):
             if not completion:
                 continue
@@ -88,8 +95,10 @@ def pack_row(pairs: Sequence[Pair], device: torch.device) -> Row:
             owners += [2 * index + side] * len(completion)
     return Row(
         input_ids=torch.tensor(input_ids, device=device),
-        position_ids=torch.cat([group_positions(group) for group in groups]).to(device),
-        layout=Packed(groups, device),
+        position_ids=torch.cat([torch.arange(prefix), *(group_positions(group) + prefix for group in groups)]).to(
+            device
+        ),
+        layout=Packed(groups, device, prefix),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor(targets, device=device),
         owners=torch.tensor(owners, device=device),

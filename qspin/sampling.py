@@ -14,6 +14,8 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
+BLOCK = 256  # tokens summed at once
+
 
 def noise_key(seed: int, iteration: int, example: str) -> int:
     """64 bits that stand for one completion's stream of numbers."""
@@ -37,22 +39,24 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
     """
     if temperature == 0:
         return logits.argmax(-1)
-    weights = torch.softmax(logits / temperature, dim=-1)  # (B, V)
+    weights = logits / temperature if temperature != 1 else logits
+    weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (B, V), up to a factor a row
     if top_p < 1:
-        weights = _nucleus(weights, top_p)
+        weights = _nucleus(weights / weights.sum(-1, keepdim=True), top_p)
     rows, vocabulary = weights.shape
-    block = 256
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % block)).view(rows, -1, block)
-    ends = padded.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, blocks)
+    if vocabulary % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    ends = blocks.sum(-1).double().cumsum(-1)  # (B, blocks)
     wanted = uniforms * ends[:, -1]
     chosen = (ends <= wanted[:, None]).sum(-1).clamp_(max=ends.shape[1] - 1)  # (B,)
     index = torch.arange(rows, device=logits.device)
     before = torch.where(chosen > 0, ends[index, chosen - 1], 0.0)
-    inside = padded[index, chosen].double()  # (B, block)
+    inside = blocks[index, chosen].double()  # (B, BLOCK)
     offset = (inside.cumsum(-1) <= (wanted - before)[:, None]).sum(-1)
     # rounding can point past the block's last token that has any weight
-    last = block - 1 - (inside > 0).flip(-1).int().argmax(-1)
-    return chosen * block + torch.minimum(offset, last)
+    last = BLOCK - 1 - (inside > 0).flip(-1).int().argmax(-1)
+    return chosen * BLOCK + torch.minimum(offset, last)
 
 
 def _nucleus(weights: Tensor, top_p: float) -> Tensor:

@@ -24,18 +24,20 @@ def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:
     Differentiable in the adapter.
     """
     hidden = model.hidden(row.input_ids, row.position_ids, row.layout)  # (T, D)
-    token_logps = _TokenLogps.apply(hidden[row.predictors], row.targets, model)  # (C,)
+    token_logps = _TokenLogps.apply(hidden[row.predictors], row.targets, model)  # type: ignore[no-untyped-call]  # (C,)
     sums = torch.zeros(2 * row.pairs, dtype=torch.float32, device=hidden.device)
     sums = sums.index_add(0, row.owners, token_logps)
     return sums[0::2], sums[1::2]
 
 
-def score_pairs(model: SlotModel, pairs: Sequence[Pair], micro_batches: Sequence[MicroBatch]) -> Iterator[list[Score]]:
+def score_pairs(
+    model: SlotModel, pairs: Sequence[Pair], micro_batches: Sequence[MicroBatch], prefix: int = 0
+) -> Iterator[list[Score]]:
     """Scores of each micro-batch in turn under whoever is in the slot."""
     for micro_batch in micro_batches:
         members = [pairs[index] for index in micro_batch]
         with torch.no_grad():
-            real, generated = pair_logps(model, pack_row(members, model.device))
+            real, generated = pair_logps(model, pack_row(members, model.device, prefix))
         yield [
             Score(pair.key, float(r), float(g))
             for pair, r, g in zip(members, real.tolist(), generated.tolist(), strict=True)
@@ -43,37 +45,34 @@ def score_pairs(model: SlotModel, pairs: Sequence[Pair], micro_batches: Sequence
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(head(h))[target], chunk by chunk; the backward pass makes each chunk's logits again.
+    """log softmax(head(h))[target], chunk by chunk: memory is HEAD_CHUNK × vocabulary whatever the number of tokens.
 
-    Memory is HEAD_CHUNK × vocabulary whatever the number of tokens.
+    The loss weighs all tokens of a completion alike, by a factor that is known only when every one of them has been
+    summed. But the direction of d logp / d h is known as soon as a token's logits are, so it is made at once, while
+    they are at hand, and scaled in the backward pass: no logits are made twice.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: SlotModel) -> Tensor:
-        logps, normalisers = [], []
-        for h, target in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        logps, directions = [], []
+        for h, target in zip(_chunks(hidden), _chunks(targets), strict=True):
             logits = model.logits(h)  # (c, V) fp32
             normaliser = logits.logsumexp(-1)  # (c,)
             logps.append(logits.gather(1, target[:, None])[:, 0] - normaliser)
-            normalisers.append(normaliser)
-        ctx.model = model
-        ctx.save_for_backward(hidden, targets, torch.cat(normalisers))
+            if ctx.needs_input_grad[0]:
+                # d logp / d logits = onehot − softmax
+                grad_logits = (logits - normaliser[:, None]).exp_().neg_()
+                grad_logits[torch.arange(len(target), device=target.device), target] += 1
+                directions.append(model.logits_backward(grad_logits, logits))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(directions))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        hidden, targets, normalisers = ctx.saved_tensors
-        grads = []
-        for h, target, normaliser, g in zip(
-            hidden.split(HEAD_CHUNK),
-            targets.split(HEAD_CHUNK),
-            normalisers.split(HEAD_CHUNK),
-            grad.split(HEAD_CHUNK),
-            strict=True,
-        ):
-            logits = ctx.model.logits(h)
-            # d logp / d logits = onehot − softmax
-            grad_logits = (logits - normaliser[:, None]).exp_().mul_(-g[:, None])
-            grad_logits[torch.arange(len(target), device=target.device), target] += g
-            grads.append(ctx.model.logits_backward(grad_logits, logits))
-        return torch.cat(grads), None, None
+        (directions,) = ctx.saved_tensors  # (C, D)
+        return (directions * grad[:, None]).to(directions.dtype), None, None
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, HEAD_CHUNK)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 from qspin.generation import Request, generate
+from qspin.memory import keep_freed_memory
 from qspin.model import Adapter, SlotModel, load_adapter
-from qspin.packing import Plan, lengths_of, plan_batches
+from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.record import open_run, verify_base
@@ -35,6 +37,7 @@ from qspin.training import Task, train
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
     """Play all iterations of a configuration into a folder."""
+    keep_freed_memory()
     run_dir = RunDir(out)
     with run_dir.lock():
         game = Game(prepared, run_dir, progress)
@@ -70,10 +73,8 @@ class Game:
         if not folder.adapter.is_dir():
             self.model.set_adapter(self.opponent(iteration))
             self.generate(iteration)
-            pairs = self.pairs(iteration)
-            plan = self.plan(folder, pairs)
-            scores = self.score(folder, iteration, pairs, plan)
-            self.train(folder, Task(pairs, scores, plan, iteration, self.config.seed))
+            task = self.score(folder, self.task(folder, iteration, self.pairs(iteration)))
+            self.train(folder, task)
             verify_base(self.dir, self.model)
         else:
             self.model.set_adapter(load_adapter(folder.adapter))
@@ -153,35 +154,38 @@ class Game:
             )
         return different
 
-    def plan(self, folder: IterationDir, pairs: Sequence[Pair]) -> Plan:
+    def task(self, folder: IterationDir, iteration: int, pairs: Sequence[Pair]) -> Task:
+        """The pairs with their plan, and with the scores that are there already."""
         settings = self.config.train
+        prefix = common_prefix([pair.prompt_ids for pair in pairs])
         plan: Plan = _kept(
             folder.training_plan,
             lambda: plan_batches(
-                [lengths_of(pair) for pair in pairs],
+                [lengths_of(pair, prefix) for pair in pairs],
                 batch_size=settings.batch_size,
                 token_budget=settings.tokens_per_micro_batch,
                 seed=self.config.seed,
             ),
         )
-        return plan
+        return Task(pairs, {}, plan, iteration, self.config.seed, prefix)
 
-    def score(self, folder: IterationDir, iteration: int, pairs: Sequence[Pair], plan: Plan) -> dict[str, Score]:
+    def score(self, folder: IterationDir, task: Task) -> Task:
         """Log-probs of every pair, carried ones too, under the opponent in the slot; a shard an effective batch."""
-        self.progress.phase("score", iteration=iteration, total=len(pairs), done=0, unit="pairs")
+        self.progress.phase("score", iteration=task.iteration, total=len(task.pairs), done=0, unit="pairs")
         scores: list[Score] = []
-        for index, micro_batches in enumerate(plan):
+        for index, micro_batches in enumerate(task.plan):
             path = folder.scores(index)
             if path.is_file():
                 shard = [Score(**row) for row in read_jsonl(path)]
             else:
                 started = time.monotonic()
-                shard = [score for part in score_pairs(self.model, pairs, micro_batches) for score in part]
+                parts = score_pairs(self.model, task.pairs, micro_batches, task.prefix)
+                shard = [score for part in parts for score in part]
                 write_jsonl(path, [score.to_json() for score in shard])
                 folder.add_seconds("score", time.monotonic() - started)
             self.progress.advance(len(shard))
             scores += shard
-        return {score.key: score for score in scores}
+        return replace(task, scores={score.key: score for score in scores})
 
     def train(self, folder: IterationDir, task: Task) -> None:
         """Optimise, then commit the adapter: the next opponent."""

@@ -43,6 +43,7 @@ class Task:
     plan: Plan
     iteration: int
     seed: int
+    prefix: int = 0  # tokens that all prompts begin with
 
 
 def train(
@@ -157,10 +158,10 @@ def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainCo
     scores = [task.scores[pair.key] for pair in pairs]
     opponent_real = torch.tensor([score.opponent_real_logps for score in scores], device=model.device)
     opponent_generated = torch.tensor([score.opponent_generated_logps for score in scores], device=model.device)
-    policy_real, policy_generated = pair_logps(model, pack_row(pairs, model.device))
+    policy_real, policy_generated = pair_logps(model, pack_row(pairs, model.device, task.prefix))
     if first:
-        gap = max(float((policy_real - opponent_real).abs().max()),
-                  float((policy_generated - opponent_generated).abs().max()))  # fmt: skip
+        gaps = torch.cat([policy_real - opponent_real, policy_generated - opponent_generated]).detach()
+        gap = float(gaps.abs().max())
         if not gap <= STEP_ZERO_BOUND[model.device.type]:
             raise QspinError(
                 f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
