@@ -76,6 +76,7 @@ class DataConfig(_Part):
     columns: dict[Literal["prompt", "completion", "system"], str] = Field(
         {}, description="names of the columns that hold prompt and completion, for format columns"
     )
+    turns: Literal["last", "first"] = Field("last", description="which answer of a conversation is the completion")
     limit: int | None = Field(None, ge=1, description="use the first so many good rows")
     heldout_source: Annotated[str | None, _FREE] = Field(
         None, description="file or hub id of held-out rows; else heldout_rows are split off"

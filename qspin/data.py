@@ -4,10 +4,11 @@
     check_malformed_share(dataset, 0.05)
     train, heldout = split_heldout(dataset.records, rows=64, seed=0)
 
-A row is good or it is rejected; nothing in it is guessed at or repaired. The completion is the last assistant turn,
-earlier turns are the prompt, later ones are left out, and an empty system turn means none. Each turn loses the
-whitespace around it: a model does not sample a completion's, and where it leads it would merge into the template's
-last token. JSON and CSV are read with the standard library, so that every row is judged here and its line is known.
+A row is good or it is rejected; nothing in it is guessed at or repaired. The completion is the last assistant turn
+(or the first, by choice), earlier turns are the prompt, later ones are left out, and an empty system turn means none.
+Each turn loses the whitespace around it: a model does not sample a completion's, and where it leads it would merge
+into the template's last token. JSON and CSV are read with the standard library, so that every row is judged here and
+its line is known.
 """
 
 from __future__ import annotations
@@ -53,7 +54,14 @@ class Dataset:
 
 
 def load_records(
-    source: str, *, split: str, config: str | None, format: str, columns: _Columns, limit: int | None
+    source: str,
+    *,
+    split: str,
+    config: str | None,
+    format: str,
+    columns: _Columns,
+    turns: Literal["last", "first"],
+    limit: int | None,
 ) -> Dataset:
     """Judge the rows of a file, or of a hub data set `owner/name`. The options are those of `DataConfig`.
 
@@ -73,7 +81,7 @@ def load_records(
     if not head:
         raise QspinError(f"{source}: holds no rows")
     shape = _choose_format(source, head, format, columns)
-    records, rejects = _judge(chain(head, rows), shape, limit)
+    records, rejects = _judge(chain(head, rows), shape, turns, limit)
     if not records:
         raise QspinError(f"{source}: none of its {len(rejects)} rows is good:\n{_most_common(rejects)}")
     fingerprint = hashlib.sha256()
@@ -136,7 +144,9 @@ class _Format(NamedTuple):
     turns: Callable[[Object], list[Message]]
 
 
-def _judge(rows: Iterable[Row], shape: _Format, limit: int | None) -> tuple[list[Record], list[Reject]]:
+def _judge(
+    rows: Iterable[Row], shape: _Format, which: Literal["last", "first"], limit: int | None
+) -> tuple[list[Record], list[Reject]]:
     records: list[Record] = []
     rejects: list[Reject] = []
     lines: dict[tuple[tuple[Message, ...], str], int] = {}
@@ -147,7 +157,7 @@ def _judge(rows: Iterable[Row], shape: _Format, limit: int | None) -> tuple[list
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt, completion = _conversation(row, shape)
+            prompt, completion = _conversation(row, shape, which)
         except BadRow as bad:
             rejects.append(Reject(line, bad.code, bad.reason))
             continue
@@ -164,12 +174,15 @@ def _judge(rows: Iterable[Row], shape: _Format, limit: int | None) -> tuple[list
     return records, rejects
 
 
-def _conversation(row: Object, shape: _Format) -> tuple[tuple[Message, ...], str]:
+def _conversation(row: Object, shape: _Format, which: Literal["last", "first"]) -> tuple[tuple[Message, ...], str]:
     """Prompt and completion of a row, if it is a conversation that a template can render and a model can learn."""
     for key in shape.keys:
         if key not in row:
             raise BadRow("missing-column", f"has no {key!r}")
     turns = [turn for turn in shape.turns(row) if turn.content or turn.role != "system"]
+    if which == "first":
+        answers = (number for number, turn in enumerate(turns, 1) if turn.role == "assistant")
+        turns = turns[: next(answers, None)]
     while turns and turns[-1].role == "user":
         turns.pop()
     if not any(turn.role == "assistant" for turn in turns):
@@ -217,7 +230,7 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
     sample = head[:: -(-len(head) // _SAMPLE)]
 
     def misfits(shape: _Format) -> tuple[int, int]:
-        codes = Counter(reject.code for reject in _judge(sample, shape, None)[1] if reject.malformed)
+        codes = Counter(reject.code for reject in _judge(sample, shape, "last", None)[1] if reject.malformed)
         return codes.total(), codes["missing-column"]
 
     best = min(candidates, key=misfits)  # of equal ones, the first

@@ -94,7 +94,13 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
 def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
     data = config.data
     dataset = load_records(
-        source, split=data.split, config=data.config, format=data.format, columns=data.columns, limit=limit
+        source,
+        split=data.split,
+        config=data.config,
+        format=data.format,
+        columns=data.columns,
+        turns=data.turns,
+        limit=limit,
     )
     check_malformed_share(dataset, data.max_malformed_share)
     return dataset

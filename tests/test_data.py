@@ -35,6 +35,7 @@ def load(source: object, **settings: Any) -> Dataset:
         config=data.config,
         format=data.format,
         columns=data.columns,
+        turns=data.turns,
         limit=data.limit,
     )
 
@@ -397,6 +398,14 @@ def test_what_is_not_read_cannot_fail(tmp_path: Path) -> None:
     assert load(path, limit=3).rows == 3
     with pytest.raises(QspinError, match="not UTF-8"):
         load(path)
+
+
+def test_the_first_answer_by_choice(tmp_path: Path) -> None:
+    talk = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}]
+    path = write_jsonl(tmp_path, {"messages": talk}, {"messages": [USER]})
+    dataset = load(path, turns="first")
+    assert dataset.records == (Record("row-1", KIND, "Hello."),)
+    assert codes(dataset) == [(2, "no-completion")]
 
 
 def test_ids(tmp_path: Path) -> None:

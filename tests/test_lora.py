@@ -28,7 +28,8 @@ def fused_layer(*, dtype: torch.dtype = torch.float32, bias: bool = False, doubl
     peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"]), model)
     layer: Any = model[0]
     assert isinstance(layer, peft.tuners.lora.Linear4bit)
-    layer.lora_A.float(), layer.lora_B.float()  # fp32 masters, which get_peft_model sees to
+    layer.lora_A.float()  # fp32 masters, which get_peft_model sees to
+    layer.lora_B.float()
     torch.nn.init.normal_(b_of(layer), std=0.3)
     fuse_lora(layer, "default")
     return layer

@@ -1,0 +1,57 @@
+"""Imports point one way, and heavy libraries stay in their rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "qspin"
+
+LAYERS = [  # each may import what stands above it
+    {"errors"},
+    {"records", "config", "loss", "sampling", "progress", "memory"},
+    {"files", "sources"},
+    {"data", "chat", "run_dir"},
+    {"attention", "lora", "base"},
+    {"model", "packing"},
+    {"generation", "scoring"},
+    {"training", "evaluate", "prepare"},
+    {"report", "record"},
+    {"spin", "view"},
+    {"cli"},
+]
+HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
+
+
+def imports(module: Path) -> set[str]:
+    """Modules of ours and top-level names of others that a module imports, lazily or not, types aside."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "qspin":
+            found |= {f"qspin.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module if node.module.startswith("qspin.") else node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+    return found
+
+
+def test_every_module_has_its_layer() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert modules == set().union(*LAYERS)
+
+
+def test_imports_point_one_way() -> None:
+    level = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    wrong = [
+        f"{name} imports {other}"
+        for name in level
+        for other in (found.removeprefix("qspin.") for found in imports(PACKAGE / f"{name}.py") if "qspin." in found)
+        if other in level and level[other] >= level[name]
+    ]
+    assert wrong == []
+
+
+def test_heavy_libraries_stay_in_their_rooms() -> None:
+    for library, rooms in HEAVY.items():
+        assert {path.stem for path in PACKAGE.glob("*.py") if library in imports(path)} == rooms, library
