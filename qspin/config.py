@@ -27,6 +27,7 @@ class _FreeMark:
 _FREE = _FreeMark()
 
 Positive = Annotated[float, Field(gt=0)]
+PerIteration = Annotated[list[Positive], Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -104,10 +105,10 @@ class TrainConfig(_Part):
     """One iteration's optimisation."""
 
     loss: Literal["logistic", "hinge", "exponential", "correlation"] = Field("logistic", description="ℓ")
-    beta: Positive | list[Positive] = Field(
+    beta: Positive | PerIteration = Field(
         0.1, description="λ in the paper; a list gives one an iteration, its last value goes on"
     )
-    lr: Positive | list[Positive] = Field(1e-4, description="peak learning rate; a list as for beta")
+    lr: Positive | PerIteration = Field(1e-4, description="peak learning rate; a list as for beta")
     optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field("adamw", description="fresh each iteration")
     epochs: int = Field(2, ge=1, description="passes over the pairs of one iteration")
     batch_size: int = Field(16, ge=1, description="pairs an optimiser step, whatever fits in memory at once")
@@ -119,7 +120,7 @@ class TrainConfig(_Part):
         100.0, gt=0, description="correlation loss: stop when real completions lose so many nats on average"
     )
     tokens_per_micro_batch: Annotated[int, _FREE] = Field(
-        2048, ge=16, description="memory: tokens computed at once; never changes the effective batch"
+        1024, ge=16, description="memory: tokens computed at once; never changes the effective batch"
     )
     gradient_checkpointing: Annotated[bool, _FREE] = Field(
         False, description="memory: recompute each layer in the backward pass"

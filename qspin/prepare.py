@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
 from qspin.chat import Renderer
@@ -53,39 +54,67 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         long_completions=config.data.long_completions,
         vocab_size=architecture.vocab_size,
     )
-    notes = list(renderer.notes)
-    dataset = _load(config, config.data.source, config.data.limit)
-    rejects = [(config.data.source, reject) for reject in dataset.rejects]
-    notes.append(f"{config.data.source}: {len(dataset.records)} good rows of {dataset.rows}, format {dataset.format}")
-    fingerprint = dataset.fingerprint
-    if config.data.heldout_source is None:
-        train_records, heldout_records = split_heldout(dataset.records, config.data.heldout_rows, config.seed)
-    else:
-        heldout_data = _load(config, config.data.heldout_source, config.data.heldout_rows)
-        rejects += [(config.data.heldout_source, reject) for reject in heldout_data.rejects]
-        fingerprint += f"+{heldout_data.fingerprint}"
-        train_records = dataset.records
-        heldout_records, overlap = remove_overlap(heldout_data.records, train_records)
-        if overlap:
-            notes.append(f"{config.data.heldout_source}: {overlap} rows left out, their prompts are trained on")
-    train, train_rejects = _render(renderer, train_records)
-    heldout, heldout_rejects = _render(renderer, heldout_records)
-    rejects += [(config.data.source, reject) for reject in train_rejects]
-    rejects += [(config.data.heldout_source or config.data.source, reject) for reject in heldout_rejects]
-    asked = {record.id: record.prompt[-1].content for record in heldout_records}
-    _check_enough(config, train, heldout, [reject for _, reject in rejects])
-    _check_context(config, [*train, *heldout], architecture.max_position_embeddings)
+    rows = _read_rows(config, config.data.source, renderer)
+    _check_enough(config, rows)
+    _check_context(config, [*rows.train, *rows.heldout], architecture.max_position_embeddings)
     return Prepared(
         config=config,
         date=date,
         base=base,
         renderer=renderer,
+        stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
+        notes=(*renderer.notes, *rows.notes),
+        train=rows.train,
+        heldout=rows.heldout,
+        heldout_prompts=rows.heldout_prompts,
+        rejects=rows.rejects,
+        format=rows.format,
+        fingerprint=rows.fingerprint,
+    )
+
+
+class _Rows(NamedTuple):
+    """As in `Prepared`."""
+
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    heldout_prompts: tuple[str, ...]
+    rejects: tuple[tuple[str, Reject], ...]
+    format: str
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
+    """Training and held-out rows, from two sources or split from one."""
+    settings = config.data
+    data = _load(config, source, settings.limit)
+    notes = [f"{source}: {len(data.records)} good rows of {data.rows}, format {data.format}"]
+    other = None
+    if settings.heldout_source is None:
+        train_records, heldout_records = split_heldout(data.records, settings.heldout_rows, config.seed)
+    else:
+        other = _load(config, settings.heldout_source, settings.heldout_rows)
+        train_records = data.records
+        heldout_records, overlap = remove_overlap(other.records, train_records)
+        if overlap:
+            notes.append(f"{settings.heldout_source}: {overlap} rows left out, their prompts are trained on")
+    train, train_rejects = _render(renderer, train_records)
+    heldout, heldout_rejects = _render(renderer, heldout_records)
+    if other is None or settings.heldout_source is None:
+        rejects = _all_rejects(config, source, data, [*train_rejects, *heldout_rejects])
+        fingerprint = data.fingerprint
+    else:
+        rejects = _all_rejects(config, source, data, train_rejects)
+        rejects += _all_rejects(config, settings.heldout_source, other, heldout_rejects)
+        fingerprint = f"{data.fingerprint}+{other.fingerprint}"
+    asked = {record.id: record.prompt[-1].content for record in heldout_records}
+    return _Rows(
         train=tuple(train),
         heldout=tuple(heldout),
         heldout_prompts=tuple(asked[example.record_id] for example in heldout),
         rejects=tuple(rejects),
-        stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
-        format=dataset.format,
+        format=data.format,
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
@@ -93,7 +122,7 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
 
 def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
     data = config.data
-    dataset = load_records(
+    return load_records(
         source,
         split=data.split,
         config=data.config,
@@ -102,8 +131,15 @@ def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
         turns=data.turns,
         limit=limit,
     )
-    check_malformed_share(dataset, data.max_malformed_share)
-    return dataset
+
+
+def _all_rejects(
+    config: RunConfig, source: str, dataset: Dataset, rendering: Sequence[Reject]
+) -> list[tuple[str, Reject]]:
+    """The rows of a source that reading or rendering left out; raises if too many of them are malformed."""
+    rejects = (*dataset.rejects, *rendering)
+    check_malformed_share(replace(dataset, rejects=rejects), config.data.max_malformed_share)
+    return [(source, reject) for reject in sorted(rejects, key=lambda reject: reject.line)]
 
 
 def _template(config: RunConfig) -> str | None:
@@ -126,13 +162,11 @@ def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example
     return examples, rejects
 
 
-def _check_enough(
-    config: RunConfig, train: Sequence[Example], heldout: Sequence[Example], rejects: Sequence[Reject]
-) -> None:
-    for name, rows in (("training", train), ("held-out", heldout)):
-        if len(rows) < 2:
-            last = f"; the last row left out: {rejects[-1].reason}" if rejects else ""
-            raise QspinError(f"{config.data.source}: {len(rows)} {name} rows are left of the good ones{last}")
+def _check_enough(config: RunConfig, rows: _Rows) -> None:
+    for name, found in (("training", rows.train), ("held-out", rows.heldout)):
+        if len(found) < 2:
+            last = f"; the last row left out: {rows.rejects[-1][1].reason}" if rows.rejects else ""
+            raise QspinError(f"{config.data.source}: {len(found)} {name} rows are left of the good ones{last}")
 
 
 def _check_context(config: RunConfig, examples: Sequence[Example], context: int) -> None:

@@ -32,7 +32,7 @@ from qspin.report import summary
 from qspin.run_dir import IterationDir, RunDir
 from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
-from qspin.training import Task, train
+from qspin.training import Task, step_order, steps_kept, train
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
@@ -189,10 +189,10 @@ class Game:
 
     def train(self, folder: IterationDir, task: Task) -> None:
         """Optimise, then commit the adapter: the next opponent."""
-        steps = len(task.plan) * self.config.train.epochs
-        self.progress.phase(
-            "train", iteration=task.iteration, total=len(task.pairs) * self.config.train.epochs, done=0, unit="pairs"
-        )
+        order = step_order(len(task.plan), self.config.train.epochs, task.seed + task.iteration)
+        sizes = [sum(len(micro_batch) for micro_batch in task.plan[batch]) for batch in order]
+        kept = sum(sizes[: steps_kept(folder.snapshots)])
+        self.progress.phase("train", iteration=task.iteration, total=sum(sizes), done=kept, unit="pairs")
         started = time.monotonic()
 
         def on_step(metrics: dict[str, float], pairs: int) -> None:
@@ -202,7 +202,6 @@ class Game:
             started = time.monotonic()
 
         metrics = train(self.model, task, self.config.train, snapshots=folder.snapshots, on_step=on_step)
-        assert len(metrics) == steps
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter) as temporary:
             self.model.save_adapter(temporary)

@@ -81,6 +81,12 @@ def train(
     return metrics
 
 
+def steps_kept(snapshots: Path) -> int:
+    """How many steps the last snapshot holds: where `train` will go on."""
+    found = _snapshots(snapshots)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
 def step_order(batches: int, epochs: int, seed: int) -> list[int]:
     """Which effective batch each step takes: every epoch its own order of whole batches, the first as planned."""
     generator = torch.Generator().manual_seed(seed)

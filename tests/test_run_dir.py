@@ -1,0 +1,164 @@
+"""A run's folder: who may work in it, and where a run goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qspin.errors import QspinError
+from qspin.files import write_json, write_text
+from qspin.run_dir import IterationDir, RunDir
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from qspin.run_dir import RunDir
+
+with RunDir(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """Another process that works in a folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = hold(tmp_path / "run")
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(QspinError) as caught, RunDir(path).lock():
+        pass
+    return str(caught.value)
+
+
+def test_a_second_process_is_refused_at_once_and_told_who_works_there(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    started = time.monotonic()
+    message = refusal(tmp_path / "run")
+    assert time.monotonic() - started < 2
+    by = f"process {holder.pid} on {socket.gethostname()}"
+    assert message == f"{tmp_path / 'run'}: {by} is working here; wait for it or choose another --out"
+    # nor has it written its own name over the holder's
+    assert by in refusal(tmp_path / "run")
+
+
+def test_the_lock_of_a_killed_process_does_not_block(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with RunDir(tmp_path / "run").lock():
+        # and the next to be refused hears of this process, not of the dead one
+        message = subprocess.run(
+            [sys.executable, "-c", HOLDER, str(tmp_path / "run")], capture_output=True, text=True, check=False
+        ).stderr
+    assert f"process {os.getpid()} on " in message
+    assert str(holder.pid) not in message
+
+
+def test_the_lock_is_let_go_at_the_end_and_after_an_error(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), RunDir(tmp_path / "run").lock():
+            raise KeyboardInterrupt
+    process = hold(tmp_path / "run")  # it asserts that the lock is free
+    process.kill()
+    process.communicate()
+
+
+def test_a_new_folder_is_made_with_those_above_it(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "a" / "b" / "run").lock():
+        assert (tmp_path / "a" / "b" / "run").is_dir()
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    leftover = tmp_path / "run" / "iteration-0" / ".adapter.0123abcd.partial" / "weights"
+    write_text(tmp_path / "run" / "run.json", "{}")
+    write_text(leftover, "half")
+    with RunDir(tmp_path / "run").lock():
+        assert not leftover.parent.exists()
+        assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_nothing_is_cleared_under_the_feet_of_another(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    assert holder.poll() is None
+    write_text(tmp_path / "run" / ".adapter.0123abcd.partial", "it is being written")
+    refusal(tmp_path / "run")
+    assert (tmp_path / "run" / ".adapter.0123abcd.partial").is_file()
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    assert refusal(tmp_path / "run") == f"--out: {tmp_path / 'run'} is a file; name a folder"
+    assert (tmp_path / "run").read_text() == "mine"
+    assert refusal(tmp_path / "run" / "below").startswith(f"--out: {tmp_path / 'run' / 'below'} can't be made: ")
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    message = f"--out: {tmp_path} holds other things; name a new folder or one of an earlier run"
+    assert refusal(tmp_path) == message
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("inside", [[], [".lock"], ["run.json"], ["run.json", "notes.txt"]])
+def test_an_empty_folder_and_one_of_an_earlier_run_are_welcome(inside: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in inside:
+        (tmp_path / "run" / name).write_text("{}")
+    with RunDir(tmp_path / "run").lock():
+        pass
+    assert {*inside} <= {path.name for path in (tmp_path / "run").iterdir()}
+
+
+# --- where a run goes on ---
+
+
+def finish(folder: IterationDir, *, adapter: bool = True, evaluation: bool = True) -> None:
+    if adapter:
+        folder.adapter.mkdir(parents=True)
+    if evaluation:
+        write_json(folder.evaluation, {})
+
+
+def test_an_iteration_is_done_with_its_adapter_and_its_evaluation(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for index, (adapter, evaluation) in enumerate([(False, False), (True, False), (False, True), (True, True)]):
+        finish(run.iteration(index), adapter=adapter, evaluation=evaluation)
+        assert run.iteration(index).done == (adapter and evaluation)
+
+
+def test_finished_iterations_are_counted_up_to_the_first_that_is_not(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.finished() == 0
+    finish(run.iteration(0))
+    finish(run.iteration(1), evaluation=False)
+    finish(run.iteration(2))
+    assert run.finished() == 1
+    write_json(run.iteration(1).evaluation, {})
+    assert run.finished() == 3
+
+
+def test_seconds_add_up_over_processes_and_phases(tmp_path: Path) -> None:
+    assert IterationDir(tmp_path).seconds() == {}
+    IterationDir(tmp_path).add_seconds("train", 1.5)
+    IterationDir(tmp_path).add_seconds("score", 1.0)
+    IterationDir(tmp_path).add_seconds("train", 2.0)
+    assert IterationDir(tmp_path).seconds() == {"train": 3.5, "score": 1.0}
