@@ -66,20 +66,19 @@ def find_base(config: ModelConfig) -> Base:
 
 def load_tokenizer(base: Base) -> Any:
     """The base's tokenizer. Reads no weights."""
-    try:
-        if base.gguf is not None:
-            return transformers.AutoTokenizer.from_pretrained(_converted_tokenizer(base.gguf, base.origin))
-        return transformers.AutoTokenizer.from_pretrained(base.location, revision=base.revision)
-    except _LOAD_ERRORS as error:
-        raise unreachable(base, error) from None
+    return _load_described(base, transformers.AutoTokenizer)
 
 
 def load_model_config(base: Base) -> Any:
     """The base's architecture, as a transformers configuration. Reads no weights."""
+    return _load_described(base, transformers.AutoConfig)
+
+
+def _load_described(base: Base, kind: Any) -> Any:
     try:
         if base.gguf is not None:
-            return transformers.AutoConfig.from_pretrained(base.location, gguf_file=base.gguf.name)
-        return transformers.AutoConfig.from_pretrained(base.location, revision=base.revision)
+            return kind.from_pretrained(_description(base.gguf, base.origin))
+        return kind.from_pretrained(base.location, revision=base.revision)
     except _LOAD_ERRORS as error:
         raise unreachable(base, error) from None
 
@@ -130,13 +129,15 @@ def _gguf_of_package(package: str) -> Path | None:
     return files[0] if files else None
 
 
-def _converted_tokenizer(gguf: Path, origin: dict[str, str]) -> Path:
-    """The GGUF's tokenizer in the cache, made once: converting it takes seconds."""
-    folder = _cached(gguf, origin) / "tokenizer"
+def _description(gguf: Path, origin: dict[str, str]) -> Path:
+    """The GGUF's tokenizer and configuration in the cache, made once: reading them from it takes seconds."""
+    folder = _cached(gguf, origin) / "description"
     if not folder.is_dir():
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
         with commit_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
+            config.save_pretrained(temporary)
     return folder
 
 
@@ -150,8 +151,8 @@ def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:
         source = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
         )
-        plain = {key: value for key, value in source.config.to_dict().items() if key != "quantization_config"}
-        fresh = transformers.AutoModelForCausalLM.from_config(type(source.config)(**plain), dtype=torch.bfloat16)
+        plain = transformers.AutoConfig.from_pretrained(_description(gguf, origin))
+        fresh = transformers.AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16)
         fresh.load_state_dict(source.state_dict())
         with commit_folder(folder) as temporary:
             fresh.save_pretrained(temporary)

@@ -114,7 +114,7 @@ def _show_plan(prepared: Prepared) -> None:
     from qspin.view import example_text
 
     console = Console()
-    console.print(dump_config(prepared.config), markup=False, highlight=False)
+    console.print(dump_config(prepared.config), markup=False, highlight=False, soft_wrap=True)
     example = prepared.train[0]
     console.print(f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold", markup=False)
     console.print(example_text(prepared.renderer.pieces(example)))

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from qspin.errors import QspinError
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 from qspin.generation import Request, generate
@@ -147,6 +148,11 @@ class Game:
             for shard in range(len(read_json(folder.generation_plan)["shards"])):
                 found += [Pair.from_json(row) for row in read_jsonl(folder.generated(shard))]
         different = [pair for pair in found if pair.real_ids != pair.generated_ids]
+        if not different:
+            raise QspinError(
+                f"iteration {iteration}: the opponent gives every prompt its real completion, so nothing is left to "
+                f"learn; the run is complete with --iterations {iteration}"
+            )
         if len(different) < len(found):
             self.progress.note(
                 f"iteration {iteration}: {len(found) - len(different)} of {len(found)} pairs left out, "
