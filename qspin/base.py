@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+import huggingface_hub
 import torch
 import transformers
 
@@ -61,7 +63,26 @@ def find_base(config: ModelConfig) -> Base:
         return Base(folder.resolve().name, str(folder), None, None, {"folder": folder.resolve().name})
     if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
         raise QspinError(f"model.id: {config.id} is neither a folder here nor a hub id of the form owner/name")
-    return Base(config.id, config.id, config.revision, None, {"hub": config.id})
+    return _find_on_hub(config.id, config.revision)
+
+
+def _find_on_hub(name: str, revision: str | None) -> Base:
+    """A hub id at the commit that its revision means now; without a connection, at the commit in the cache.
+
+    Asked here once, so that an id that can't be had is told at once: transformers would ask for each file, and try
+    each five times.
+    """
+    try:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            raise huggingface_hub.errors.OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        commit = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10, expand=["sha"]).sha
+        return Base(name, name, commit, None, {"hub": name, "commit": str(commit)})
+    except (OSError, httpx.HTTPError, huggingface_hub.errors.HFValidationError) as error:
+        try:
+            snapshot = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        except (OSError, ValueError):
+            raise unreachable(Base(name, name, revision, None, {}), error) from None
+        return Base(name, str(snapshot), snapshot.name, None, {"hub": name, "commit": snapshot.name})
 
 
 def load_tokenizer(base: Base) -> Any:

@@ -72,6 +72,7 @@ def run(
     from qspin.record import template_date
     from qspin.run_dir import RunDir
 
+    RunDir(out).check_usable()
     _quiet_libraries()
     prepared = prepare(config, template_date(RunDir(out)))
     if dry_run:

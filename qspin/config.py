@@ -8,6 +8,7 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,16 @@ class RunConfig(_Part):
     seed: int = Field(0, ge=0, lt=2**31, description="of sampling, order and initial weights")
 
     @model_validator(mode="after")
+    def _style_is_a_pattern(self) -> RunConfig:
+        try:
+            re.compile(self.evaluation.style or "")
+        except re.error as error:
+            raise ValueError(
+                f"evaluation.style: {self.evaluation.style!r} is no regular expression ({error})"
+            ) from None
+        return self
+
+    @model_validator(mode="after")
     def _columns_need_both(self) -> RunConfig:
         if self.data.format == "columns" and not {"prompt", "completion"} <= self.data.columns.keys():
             raise ValueError("data.columns must name a prompt and a completion column")
@@ -241,9 +252,10 @@ def _read_source(source: str | Path) -> dict[str, Any]:
         path = presets_dir() / f"{source}.yaml"
         if not path.is_file():
             close = difflib.get_close_matches(str(source), preset_names(), n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"did you mean {close[0]}? " if close else ""
             raise QspinError(
-                f"no preset is called {str(source)!r}{hint} Presets: {', '.join(preset_names())}; or name a .yaml file"
+                f"no preset is called {str(source)!r}; {hint}there are "
+                f"{', '.join(preset_names())}, or name a .yaml file"
             )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))

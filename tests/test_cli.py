@@ -1,0 +1,602 @@
+"""What a person types and sees: options, one-line errors, the dry run, and a whole run of a tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import HOUSE_STYLE, ROOT
+from rich.cells import cell_len
+
+import qspin
+from qspin import run_dir as run_dir_module
+from qspin.cli import main
+from qspin.config import dump_config, load_config
+from qspin.evaluate import Evaluation
+from qspin.files import check_folder, read_json, read_jsonl, sha256_of
+from qspin.run_dir import RunDir
+
+ANSI = "\x1b["
+COLOUR_VARIABLES = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: str | Path, columns: int = 200, **variables: str) -> Answer:
+    """`qspin` in this process, to a pipe."""
+    out, err = io.StringIO(), io.StringIO()
+    terminate = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLOUR_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in {"COLUMNS": str(columns), **variables}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["qspin", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main()
+    signal.signal(signal.SIGTERM, terminate)
+    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def process(*arguments: str | Path) -> subprocess.Popen[str]:
+    """`qspin` in a process of its own, to pipes."""
+    environment = {key: value for key, value in os.environ.items() if key not in COLOUR_VARIABLES}
+    command = [sys.executable, "-m", "qspin.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "COLUMNS": "200"}
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("llama")
+
+
+# --- help ---
+
+
+def test_help_answers_at_once() -> None:
+    """Half a second is the aim; a loaded machine is given twice that."""
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert process("run", "--help").communicate()[0].count("--set") == 1
+        seconds.append(time.monotonic() - started)
+    assert statistics.median(seconds) < 1.0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "quickstrat", "--out", "x"]])
+def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys; from qspin.cli import main\n"
+        f"sys.argv = ['qspin', *{arguments!r}]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imported = done.stdout.splitlines()[-1].split()
+    # that pydantic is seen shows that the search finds what is there
+    assert imported == (["pydantic"] if "quickstrat" in arguments else [])
+
+
+def test_help_names_every_option_that_people_reach_for() -> None:
+    answer = call("run", "--help")
+    assert answer.code == 0
+    for option in ("data", "out", "model", "iterations", "beta", "lr", "seed", "format", "set", "dry-run"):
+        assert f"--{option} " in answer.out
+    assert ANSI not in answer.out
+
+
+# --- one clear line ---
+
+
+def refusal(*arguments: str | Path) -> str:
+    """What a command that can't be carried out says, and nothing besides."""
+    answer = call(*arguments)
+    assert answer.code == 1
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    return answer.err.removeprefix("error: ").removesuffix("\n")
+
+
+def test_an_unknown_preset() -> None:
+    names = ", ".join(sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
+    said = f"no preset is called 'quickstrat'; did you mean quickstart? Presets: {names}; or name a .yaml file"
+    assert refusal("run", "quickstrat", "--out", "x") == said
+
+
+def test_an_unknown_setting() -> None:
+    said = "the configuration does not fit:\n  train.bta: no such setting; did you mean train.beta?"
+    assert refusal("run", "quickstart", "--out", "x", "--set", "train.bta=1") == said
+
+
+def test_two_wrong_settings_at_once() -> None:
+    said = (
+        "the configuration does not fit:\n"
+        "  train.epochs = 0: Input should be greater than or equal to 1\n"
+        "  iterations = -2: Input should be greater than or equal to 1"
+    )
+    assert refusal("run", "quickstart", "--out", "x", "--set", "train.epochs=0", "--iterations", "-2") == said
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("train.epochs", "--set takes KEY=VALUE, as in --set train.beta=0.2; got 'train.epochs'"),
+        ("train.beta=[1", "--set train.beta: '[1' is not a YAML value; quote it"),
+    ],
+)
+def test_a_setting_that_is_none(setting: str, said: str) -> None:
+    assert refusal("run", "quickstart", "--out", "x", "--set", setting) == said
+
+
+def test_no_data() -> None:
+    said = "data.source is not set: give --data a file of prompts and answers, or a hub id"
+    assert refusal("run", "smollm2-135m", "--out", "x") == said
+
+
+def test_no_model() -> None:
+    said = "model.id is not set: give --model a hub id or a local folder, or start from a preset"
+    assert refusal("run", "--data", HOUSE_STYLE / "train.jsonl", "--out", "x") == said
+
+
+def test_a_missing_data_file(tiny: Path) -> None:
+    assert refusal("run", "--model", tiny, "--data", "none.jsonl", "--out", "x") == "none.jsonl: no such file"
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    said = f"model.id: {tmp_path} holds no config.json; name a folder saved with save_pretrained"
+    assert refusal("run", "--model", tmp_path, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x") == said
+
+
+def test_a_hub_id_that_cannot_be_reached() -> None:
+    said = refusal("run", "--model", "nobody/nothing", "--data", HOUSE_STYLE / "train.jsonl", "--out", "x")
+    assert said.startswith("model.id: nobody/nothing can't be had from the hub (offline, a wrong id, or a gated model ")
+    assert "\n" not in said
+
+
+def test_a_broken_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: [1\n")
+    said = refusal("run", tmp_path / "mine.yaml", "--out", "x")
+    assert said.startswith(f"{tmp_path / 'mine.yaml'}: not valid YAML: ")
+    assert "\n" not in said
+
+
+def test_a_missing_configuration_file() -> None:
+    assert refusal("run", "none.yaml", "--out", "x").startswith("none.yaml: cannot be read (")
+
+
+def test_an_out_that_is_a_file(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    answer = call("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert answer.err == f"error: --out: {tmp_path / 'out'} is a file; name a folder\n"
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "quickstart", "--out", "x", "--bogus"], "No such option: --bogus"),
+        (["run", "quickstart"], "Missing option '--out'"),
+        (["run", "quickstart", "--out", "x", "--iterations", "many"], "Invalid value for '--iterations'"),
+        (["run", "quickstart", "smollm2-135m", "--out", "x"], "Got unexpected extra argument"),
+        (["bogus"], "No such command 'bogus'"),
+    ],
+)
+def test_typing_errors_are_explained(arguments: list[str], said: str) -> None:
+    answer = call(*arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
+    assert "Try 'qspin" in answer.err
+
+
+def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
+    """What a library prints as it is imported, or the interpreter as it ends, is not seen from inside."""
+    (tmp_path / "rows.jsonl").write_text("{\n")
+    command = process("run", "--model", tiny, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    out, err = command.communicate()
+    assert (command.returncode, out) == (1, "")
+    first, *rest = err.splitlines()
+    assert first.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good:")
+    assert len(rest) == 1
+    assert "broken-json" in rest[0]
+
+
+# --- the dry run ---
+
+
+@pytest.fixture
+def no_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model's folder without its weights; this process can't load others either."""
+    folder = tmp_path / "no-weights"
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    return folder
+
+
+def test_a_dry_run_shows_everything_and_loads_no_weights(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    out = no_weights.parent / "out"
+    data = "presets/house-style/train.jsonl"
+    options = ["--beta", "0.1,0.2,5", "--seed", "3", "--set", "train.epochs=1"]
+    answer = call("run", "--model", no_weights, "--data", data, "--out", out, "--dry-run", *options)
+    config = load_config(
+        None,
+        {
+            "model.id": str(no_weights),
+            "data.source": data,
+            "train.beta": [0.1, 0.2, 5],
+            "seed": 3,
+            "train.epochs": 1,
+        },
+    )
+    assert answer.err == ""
+    assert answer.code == 0
+    assert answer.out == dump_config(config) + (
+        "\n"
+        "Example row-1: prompt, completion, end-of-turn\n"
+        "<|im_start|>user↵\n"
+        "Why do acoustic guitars have a hollow body?<|im_end|>↵\n"
+        "<|im_start|>assistant↵\n"
+        "The hollow body of an acoustic guitar makes the sound of its strings louder.↵\n"
+        "Try it: Twang a rubber band in your hand, then over an open box.<|im_end|>\n"
+        "\n"
+        "note: presets/house-style/train.jsonl: 192 good rows of 192, format prompt-completion\n"
+        "154 training rows, 38 held out, 0 left out\n"
+        "iteration 0: generate 154 completions, score 154 pairs, train 10 steps of 16 pairs (beta 0.1, lr 0.0001)\n"
+        "iteration 1: generate 154 completions, score 308 pairs, train 20 steps of 16 pairs (beta 0.2, lr 0.0001)\n"
+        "iteration 2: generate 154 completions, score 308 pairs, train 20 steps of 16 pairs (beta 5, lr 0.0001)\n"
+    )
+    assert not out.exists()
+
+
+def test_the_model_without_weights_could_not_be_run(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dry run's proof is worth something: the same command without --dry-run needs them."""
+    monkeypatch.undo()
+    out = no_weights.parent / "out"
+    answer = call("run", "--model", no_weights, "--data", HOUSE_STYLE / "train.jsonl", "--out", out)
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: model.id: {no_weights} can't be loaded: ")
+    assert answer.err.count("\n") == 1
+
+
+def test_a_terminal_sees_the_tokens_in_the_colours_of_their_roles(no_weights: Path) -> None:
+    command = ["run", "--model", no_weights, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x", "--dry-run"]
+    out = call(*command, FORCE_COLOR="1", TERM="xterm-256color").out
+    colours = dict(reversed(re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)", out)))  # the last of each colour
+    shown: dict[str, set[str]] = {}
+    for colour, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b\n]+)", out):
+        shown.setdefault(text, set()).add(colour)
+    prompt, completion, end = shown["<|im_start|>"], shown["Try it"] if "Try it" in shown else set(), set()
+    assert colours
+    del prompt, completion, end
+    background = {
+        role: re.findall(r"\x1b\[[\d;]*?((?:4|10)[1-7])m" + text, out)
+        for role, text in {"prompt": r"<\|im_start\|>", "end": r"<\|im_end\|>"}.items()
+    }
+    assert set(background["prompt"]) <= {"47", "107"}
+    assert background["end"][-1] == "41"
+    assert "41" not in background["end"][:-1], "the user's own end-of-turn is prompt"
+    assert re.search(r"\x1b\[[\d;]*(42|102)mThe\x1b", out)
+
+
+def test_markup_in_data_is_inert(tiny: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"[red]{n}[/red] [/] [link=x]?", "completion": f"[bold]{n} :smile: [/nothing]"} for n in range(12)
+    ]
+    (tmp_path / "[blue].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["run", "--model", tiny, "--data", tmp_path / "[blue].jsonl", "--out", "x", "--dry-run"]
+    answer = call(*command)
+    assert (answer.code, answer.err) == (0, "")
+    assert "[red]0[/red] [/] [link=x]?<|im_end|>↵\n" in answer.out
+    assert "\n[bold]0 :smile: [/nothing]<|im_end|>\n" in answer.out
+    assert "/[blue].jsonl: 12 good rows of 12" in answer.out.replace("\n", "")
+
+
+# --- a whole run ---
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A finished run, and what it said."""
+
+    command: list[str | Path]
+    out: Path
+    data: Path
+    answer: Answer
+
+    def again(self, *changes: str | Path, out: Path | None = None, columns: int = 200) -> Answer:
+        return call(*self.command, "--out", out or self.out, *changes, columns=columns)
+
+    def copy(self, path: Path) -> Path:
+        return Path(shutil.copytree(self.out, path))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file with its hash; who holds the lock is not part of a run."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in {".lock", ".holder"}]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+@pytest.fixture(scope="module")
+def played(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+    folder = tmp_path_factory.mktemp("played")
+    rows = [{"prompt": f"What is [red]{n}[/red]?", "completion": f"It is {7 * n}."} for n in range(24)]
+    rows += [{"prompt": "", "completion": "nothing was asked"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["model.dtype=float32", "generation.max_new_tokens=8", "generation.width=8", "data.heldout_rows=4"]
+    settings += ["train.batch_size=8", "train.lr=0.003", "evaluation.style='.*'", "lora.rank=4"]
+    command: list[str | Path] = ["run", "--model", tiny, "--data", folder / "rows.jsonl", "--iterations", "2"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    threads = torch.get_num_threads()
+    yield Played(command, folder / "run", folder / "rows.jsonl", call(*command, "--out", folder / "run"))
+    torch.set_num_threads(threads)
+
+
+def test_a_run_ends_well_and_says_so(played: Played) -> None:
+    assert played.answer.err == ""
+    assert played.answer.code == 0
+
+
+def test_progress_without_a_terminal_is_plain_lines(played: Played) -> None:
+    assert ANSI not in played.answer.out
+    finished = {
+        (match[1], match[2]): match[3]
+        for match in re.finditer(r"^(base|iteration \d/2) · (\w+): (\S+) .*0 s left", played.answer.out, re.MULTILINE)
+    }
+    assert finished == {
+        ("base", "evaluate"): "8/8",
+        ("iteration 1/2", "generate"): "20/20",
+        ("iteration 1/2", "score"): "20/20",
+        ("iteration 1/2", "train"): "40/40",
+        ("iteration 1/2", "evaluate"): "8/8",
+        ("iteration 2/2", "generate"): "20/20",
+        ("iteration 2/2", "score"): "40/40",
+        ("iteration 2/2", "train"): "80/80",
+        ("iteration 2/2", "evaluate"): "8/8",
+    }
+
+
+def test_the_output_ends_with_the_table_and_the_completions(played: Played) -> None:
+    _, title, shown = played.answer.out.partition("\nOn held-out rows")
+    assert title
+    table, title, completions = shown.partition("\nThe same prompts, before and after")
+    assert title
+    for row in table_rows(played.out):
+        cells = [re.escape(cell) for cell in row if cell]
+        assert re.search(r"^ *" + " +".join(cells) + r" *$", table, re.MULTILINE), row
+    run = RunDir(played.out)
+    before, after = (read_json(folder.evaluation)["completions"] for folder in (run.base, run.iteration(1)))
+    assert before != after
+    asked = re.findall(r"What is \[red\]\d+\[/red\]\?", completions)
+    assert len(asked) == 3, "evaluation.shown prompts, their brackets as they are"
+    assert completions.splitlines()[-1] == f"adapter: {run.iteration(1).adapter}   table: {run.summary}"
+
+
+def table_rows(out: Path) -> list[list[str]]:
+    lines = [line for line in RunDir(out).summary.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_summary_has_a_row_for_each_player(played: Played) -> None:
+    summary = RunDir(played.out).summary.read_text(encoding="utf-8")
+    assert summary.startswith(
+        "# tiny-llama: 2 of 2 iterations of self-play\n\n"
+        "20 training rows, 4 held out, 1 left out (rejects.jsonl).\n\n"
+        "| player | NLL | change | ended | style | tokens | margin | seconds |\n"
+    )
+    rows = table_rows(played.out)
+    assert [row[0] for row in rows] == ["base", "0", "1"]
+    run = RunDir(played.out)
+    folders = [run.base, run.iteration(0), run.iteration(1)]
+    for row, folder in zip(rows, folders, strict=True):
+        player = Evaluation(**read_json(folder.evaluation))
+        assert row[1] == f"{sum(player.real_nll) / sum(player.real_tokens):.3f}"
+        assert row[3] == f"{100 * sum(player.ended) / 4:.0f}%"
+    # a model that is trained on nothing but these answers finds them likelier with each iteration
+    assert float(rows[0][1]) > float(rows[1][1]) > float(rows[2][1])
+    margins = [[step["margin"] for step in read_jsonl(folder.metrics) if step["epoch"] == 1] for folder in folders[1:]]
+    assert [row[6] for row in rows] == ["", *(f"{statistics.mean(steps):.2f}" for steps in margins)]
+
+
+def test_the_folder_is_as_its_module_says(played: Played) -> None:
+    documented, group = set(), ""
+    for line in str(run_dir_module.__doc__).splitlines()[2:]:
+        name = line.split()[0]
+        group = group if line.startswith(" ") else name if name.endswith("/") else ""
+        documented |= {group + name} if line.startswith(" ") else {name} - {group}
+    assert {"run.json", "base/evaluation.json", "iteration-K/adapter/"} <= documented  # it has been understood
+    documented.remove("iteration-K/snapshots/step-*/")  # while training
+
+    found = {re.sub(r"iteration-\d+", "iteration-K", name) for name in contents(played.out)}
+    found = {re.sub(r"shard-\d+", "shard-*", name) for name in found}
+    found = {re.sub(r"/adapter/.*", "/adapter/", name) for name in found}
+    assert found - {"base/seconds.json"} == documented
+    assert not list(played.out.rglob("*.partial"))
+
+
+def test_the_record_says_what_the_run_is(played: Played) -> None:
+    record = read_json(RunDir(played.out).record)
+    assert record["qspin"] == qspin.__version__
+    assert record["base"]["name"] == "tiny-llama"
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    assert record["data"]["format"] == "prompt-completion"
+    assert (record["data"]["train_rows"], record["data"]["heldout_rows"], record["data"]["rejected_rows"]) == (20, 4, 1)
+    [reject] = read_jsonl(RunDir(played.out).rejects)
+    assert (reject["line"], reject["code"], reject["source"]) == (25, "empty-prompt", str(played.data))
+    resolved = yaml.safe_load(RunDir(played.out).config.read_text(encoding="utf-8"))
+    assert resolved == record["config"]
+    assert resolved["generation"]["max_new_tokens"] == 8
+    assert load_config(RunDir(played.out).config).model_dump(mode="json") == resolved
+
+
+def test_the_adapter_is_one_of_pefts(played: Played, tiny: Path) -> None:
+    adapter = RunDir(played.out).iteration(1).adapter
+    check_folder(adapter)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        loaded = peft.PeftModel.from_pretrained(base, adapter)
+        after = loaded(ids).logits
+    weights = {name: tensor for name, tensor in loaded.state_dict().items() if "lora_" in name}
+    assert len(weights) == 3 * 7 * 2, "A and B of every linear layer"
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert all(tensor.abs().max() > 0 for tensor in weights.values()), "B has moved from zero, and was loaded"
+    assert (after - before).abs().max() > 0.01
+
+
+def test_the_adapters_configuration_is_the_same_everywhere(played: Played, tiny: Path) -> None:
+    for iteration in (0, 1):
+        path = RunDir(played.out).iteration(iteration).adapter / "adapter_config.json"
+        text = path.read_text(encoding="utf-8")
+        assert str(tiny.parent) not in text
+        assert os.sep not in text, "no path of this machine"
+        config: dict[str, Any] = json.loads(text)
+        assert config["base_model_name_or_path"] == "tiny-llama"
+        assert list(config) == sorted(config)
+        lists = [value for value in config.values() if isinstance(value, list)]
+        assert all(value == sorted(value) for value in lists)
+        assert config["target_modules"] == [
+            "down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj",
+        ]  # fmt: skip
+
+
+# --- the same folder again ---
+
+
+def test_the_same_command_again_does_nothing_more(played: Played) -> None:
+    before = contents(played.out)
+    times = {name: (played.out / name).stat().st_mtime_ns for name in before if name.startswith(("base", "iteration"))}
+    answer = played.again()
+    assert (answer.code, answer.err) == (0, "")
+    assert contents(played.out) == before
+    assert {name: (played.out / name).stat().st_mtime_ns for name in times} == times
+    assert " · " not in answer.out, "no phase"
+    assert answer.out == re.sub(r"^.* · .*\n", "", played.answer.out, flags=re.MULTILINE)
+
+
+def test_another_beta_is_refused_with_the_difference(played: Played) -> None:
+    before = contents(played.out)
+    answer = played.again("--beta", "0.5", "--seed", "9", "--set", "train.tokens_per_micro_batch=512")
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {played.out} is a run with other settings; choose another --out, or go on with its own:\n"
+        "  train.beta: 0.1 -> 0.5\n"
+        "  seed: 0 -> 9\n"
+    )
+    assert contents(played.out) == before
+
+
+def test_another_data_file_is_refused(played: Played, tmp_path: Path) -> None:
+    before = contents(played.out)
+    other = tmp_path / "other.jsonl"
+    other.write_text(played.data.read_text().replace("It is 7.", "It is 8."))
+    answer = played.again("--data", other)
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {other}: the rows are not those that {played.out} began with; "
+        "choose another --out, or bring the old file back\n"
+    )
+    assert contents(played.out) == before
+
+
+def test_the_same_rows_under_another_name_are_welcome(played: Played, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(played.data, moved)
+    out = played.copy(tmp_path / "run")
+    answer = played.again("--data", moved, out=out)
+    assert (answer.code, answer.err) == (0, "")
+    assert " · " not in answer.out
+
+
+def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    before = contents(out)
+    answer = played.again("--iterations", "3", "--set", "generation.width=4", out=out)
+    assert (answer.code, answer.err) == (0, "")
+    after = contents(out)
+    kept = [name for name in before if name.startswith(("iteration-", "base/", "run.json", "rejects"))]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"iteration-2"}
+    assert [row[0] for row in table_rows(out)] == ["base", "0", "1", "2"]
+    assert set(re.findall(r"^(\S+ ?\S*) · ", answer.out, re.MULTILINE)) == {"iteration 3/3"}
+    # it was played against what iteration 1 ended with: step 0 starts at no margin, and pairs of both are trained on
+    assert read_jsonl(RunDir(out).iteration(2).metrics)[0]["margin"] == 0
+    assert "score: 40/40" in answer.out
+
+
+def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    (out / "run.json").write_text('{"config": ')
+    answer = played.again(out=out)
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {out / 'run.json'}: damaged or unreadable (")
+    assert answer.err.count("\n") == 1
+
+
+# --- where it is shown ---
+
+
+def test_a_narrow_terminal_folds_and_loses_nothing(played: Played) -> None:
+    answer = played.again(columns=60)
+    assert answer.code == 0
+    assert ANSI not in answer.out
+    assert "…" not in answer.out
+    _, _, shown = answer.out.partition("\nOn held-out rows")
+    assert shown
+    assert max(cell_len(line) for line in shown.splitlines() if "/" not in line) <= 60  # a path may stay whole
+    letters = "".join(shown.split())
+    for row in table_rows(played.out):
+        assert row[1] in letters
+    for heading in ("player", "NLL", "change", "ended", "style", "tokens", "margin", "seconds"):
+        assert heading in letters
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_says_how_to_go_on(sent: signal.Signals, tiny: Path, tmp_path: Path) -> None:
+    """One line, no traceback, the shell's exit code; and it does go on."""
+    out = tmp_path / "run"
+    settings = ["--set", "generation.max_new_tokens=64", "--set", "model.dtype=float32", "--set", "train.epochs=50"]
+    command = process("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", out, *settings)
+    deadline = time.monotonic() + 120
+    while not (out / "run.json").exists():
+        assert command.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    command.send_signal(sent)
+    _, err = command.communicate(timeout=60)
+    assert err == "stopped; the same command goes on from the last finished piece\n"
+    assert command.returncode == 128 + sent
+    assert not list(out.rglob("*.partial"))
