@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qspin.errors import QspinError
 
@@ -137,6 +137,15 @@ class EvaluationConfig(_Part):
     style: str | None = Field(None, description="regular expression; the share of completions it matches is shown")
     shown: int = Field(3, ge=0, description="held-out prompts whose completions are shown before and after")
 
+    @field_validator("style")
+    @classmethod
+    def _is_a_pattern(cls, style: str | None) -> str | None:
+        try:
+            re.compile(style or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression ({error})") from None
+        return style
+
 
 class RunConfig(_Part):
     """Everything that a run is a function of."""
@@ -151,16 +160,6 @@ class RunConfig(_Part):
     about: Annotated[str, _FREE] = Field("", description="one line on what this configuration is for")
     iterations: Annotated[int, _FREE] = Field(3, ge=1, description="rounds of self-play")
     seed: int = Field(0, ge=0, lt=2**31, description="of sampling, order and initial weights")
-
-    @model_validator(mode="after")
-    def _style_is_a_pattern(self) -> RunConfig:
-        try:
-            re.compile(self.evaluation.style or "")
-        except re.error as error:
-            raise ValueError(
-                f"evaluation.style: {self.evaluation.style!r} is no regular expression ({error})"
-            ) from None
-        return self
 
     @model_validator(mode="after")
     def _columns_need_both(self) -> RunConfig:
@@ -245,8 +244,11 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _read_source(source: str | Path) -> dict[str, Any]:
-    """The settings of a preset or YAML file as a tree, those of the preset that it builds on included."""
+def _read_source(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a preset or YAML file as a tree, those of the one that it builds on (`preset:`) included.
+
+    `above` are the files that build on this one.
+    """
     path = Path(source)
     if path.suffix not in {".yaml", ".yml"}:
         path = presets_dir() / f"{source}.yaml"
@@ -268,7 +270,15 @@ def _read_source(source: str | Path) -> dict[str, Any]:
         raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")
     _resolve_paths(tree, path.parent)
     parent = tree.pop("preset", None)
-    return _merge(_read_source(parent), tree) if parent is not None else tree
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise QspinError(f"{path}: preset: {parent!r} is not the name of a preset or of a YAML file")
+    if (path.parent / parent).is_file():
+        parent = str(path.parent / parent)
+    if path.resolve() in above:
+        raise QspinError(f"{path}: preset: {parent} builds on this very file")
+    return _merge(_read_source(parent, (*above, path.resolve())), tree)
 
 
 _PATH_KEYS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
@@ -279,8 +289,9 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     for key in _PATH_KEYS:
         part, name = key.split(".")
         section = tree.get(part)
-        if isinstance(section, dict) and isinstance(section.get(name), str) and (folder / section[name]).exists():
-            section[name] = str(folder / section[name])
+        value = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str) and value and (folder / value).exists():
+            section[name] = str(folder / value)
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -302,13 +313,19 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
+    """A line for each setting that does not fit."""
     known = list(_keys(RunConfig))
+    places = {*known, *RunConfig.model_fields}
+    said: set[str] = set()
     for item in error.errors():
-        # a union adds the name of each branch that was tried to the place
+        # a union adds the name of each branch that was tried to the place, and tells what is wrong with each
         parts = [str(part) for part in item["loc"] if isinstance(part, str)]
         key = ".".join(parts)
-        while parts and item["type"] != "extra_forbidden" and key not in known:
+        while parts and item["type"] != "extra_forbidden" and key not in places:
             key = ".".join(parts := parts[:-1])
+        if key and key in said:
+            continue
+        said.add(key)
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             same_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,12 +99,12 @@ def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> No
         "import sys; from qspin.cli import main\n"
         f"sys.argv = ['qspin', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'pydantic'} & set(sys.modules)))"
+        "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'yaml'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1].split()
-    # that pydantic is seen shows that the search finds what is there
-    assert imported == (["pydantic"] if "quickstrat" in arguments else [])
+    # that a light one is seen where it is needed shows that the search finds what is there
+    assert imported == (["yaml"] if "quickstrat" in arguments else [])
 
 
 def test_help_names_every_option_that_people_reach_for() -> None:
@@ -214,7 +216,7 @@ def test_typing_errors_are_explained(arguments: list[str], said: str) -> None:
     answer = call(*arguments)
     assert (answer.code, answer.out) == (2, "")
     assert said in answer.err
-    assert "Try 'qspin" in answer.err
+    assert "--help' for help." in answer.err
 
 
 def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
@@ -291,24 +293,30 @@ def test_the_model_without_weights_could_not_be_run(no_weights: Path, monkeypatc
     assert answer.err.count("\n") == 1
 
 
+ROLES = {"30;107": "prompt", "30;47": "prompt", "30;102": "completion", "30;42": "completion", "1;37;41": "end-of-turn"}
+
+
 def test_a_terminal_sees_the_tokens_in_the_colours_of_their_roles(no_weights: Path) -> None:
     command = ["run", "--model", no_weights, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x", "--dry-run"]
-    out = call(*command, FORCE_COLOR="1", TERM="xterm-256color").out
-    colours = dict(reversed(re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)", out)))  # the last of each colour
-    shown: dict[str, set[str]] = {}
-    for colour, text in re.findall(r"\x1b\[([\d;]+)m([^\x1b\n]+)", out):
-        shown.setdefault(text, set()).add(colour)
-    prompt, completion, end = shown["<|im_start|>"], shown["Try it"] if "Try it" in shown else set(), set()
-    assert colours
-    del prompt, completion, end
-    background = {
-        role: re.findall(r"\x1b\[[\d;]*?((?:4|10)[1-7])m" + text, out)
-        for role, text in {"prompt": r"<\|im_start\|>", "end": r"<\|im_end\|>"}.items()
-    }
-    assert set(background["prompt"]) <= {"47", "107"}
-    assert background["end"][-1] == "41"
-    assert "41" not in background["end"][:-1], "the user's own end-of-turn is prompt"
-    assert re.search(r"\x1b\[[\d;]*(42|102)mThe\x1b", out)
+    out = call(*command, FORCE_COLOR="1", TERM="xterm-256color", COLORTERM="").out
+    _, _, shown = out.partition("end-of-turn\x1b[0m\n")
+    shown, _, _ = shown.partition("\n\n")
+    tokens = re.findall(r"\x1b\[([\d;]+)m([^\x1b]+)\x1b\[0m", shown)
+    assert "".join(text for _, text in tokens) == re.sub(r"\x1b\[[\d;]+m|\n", "", shown), "every token has a colour"
+    parts = [
+        (role, "".join(text for _, text in part)) for role, part in itertools.groupby(tokens, lambda t: ROLES[t[0]])
+    ]
+    assert parts == [
+        ("prompt", "<|im_start|>user↵Why do acoustic guitars have a hollow body?<|im_end|>↵<|im_start|>assistant↵"),
+        (
+            "completion",
+            "The hollow body of an acoustic guitar makes the sound of its strings louder.↵"
+            "Try it: Twang a rubber band in your hand, then over an open box.",
+        ),
+        ("end-of-turn", "<|im_end|>"),
+    ]
+    # neighbours can be told apart
+    assert all(left != right for (left, _), (right, _) in itertools.pairwise(tokens))
 
 
 def test_markup_in_data_is_inert(tiny: Path, tmp_path: Path) -> None:
@@ -360,6 +368,7 @@ def played(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
     command: list[str | Path] = ["run", "--model", tiny, "--data", folder / "rows.jsonl", "--iterations", "2"]
     command += [part for setting in settings for part in ("--set", setting)]
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from two, and loses much when the other core is busy
     yield Played(command, folder / "run", folder / "rows.jsonl", call(*command, "--out", folder / "run"))
     torch.set_num_threads(threads)
 
@@ -577,16 +586,15 @@ def test_a_narrow_terminal_folds_and_loses_nothing(played: Played) -> None:
     _, _, shown = answer.out.partition("\nOn held-out rows")
     assert shown
     assert max(cell_len(line) for line in shown.splitlines() if "/" not in line) <= 60  # a path may stay whole
-    letters = "".join(shown.split())
-    for row in table_rows(played.out):
-        assert row[1] in letters
-    for heading in ("player", "NLL", "change", "ended", "style", "tokens", "margin", "seconds"):
-        assert heading in letters
+    there = Counter("".join(shown.split()))
+    headings = ["player", "NLL", "change", "ended", "style", "tokens", "margin", "seconds"]
+    wanted = Counter("".join("".join(row) for row in [headings, *table_rows(played.out)]).replace(" ", ""))
+    assert wanted <= there, "not a character of the table is lost"
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_stopped_says_how_to_go_on(sent: signal.Signals, tiny: Path, tmp_path: Path) -> None:
-    """One line, no traceback, the shell's exit code; and it does go on."""
+    """One line, no traceback, and the exit code that a shell gives; test_resume.py goes on after a kill."""
     out = tmp_path / "run"
     settings = ["--set", "generation.max_new_tokens=64", "--set", "model.dtype=float32", "--set", "train.epochs=50"]
     command = process("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", out, *settings)
@@ -599,4 +607,3 @@ def test_a_run_that_is_stopped_says_how_to_go_on(sent: signal.Signals, tiny: Pat
     _, err = command.communicate(timeout=60)
     assert err == "stopped; the same command goes on from the last finished piece\n"
     assert command.returncode == 128 + sent
-    assert not list(out.rglob("*.partial"))

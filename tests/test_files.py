@@ -310,7 +310,6 @@ def test_rows_come_back(tmp_path: Path) -> None:
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.xfail(strict=True, raises=QspinError, reason="read_jsonl splits at more than line feeds")
 @pytest.mark.parametrize("character", ["\x85", "\u2028", "\u2029"])
 def test_rows_with_other_line_ends_in_their_texts_come_back(character: str, tmp_path: Path) -> None:
     rows = [{"record_id": f"a{character}b"}]

@@ -152,12 +152,3 @@ def test_lengths_of_a_pair() -> None:
 def test_common_prefix(prompts: list[tuple[int, ...]], length: int) -> None:
     assert common_prefix(prompts) == length
     assert common_prefix(prompts[::-1]) == length
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="min() of no prompts: a run whose pairs are all identical ends in a traceback",
-)
-def test_common_prefix_of_no_prompts() -> None:
-    assert common_prefix([]) == 0
