@@ -129,7 +129,7 @@ def refusal(*arguments: str | Path) -> str:
 
 def test_an_unknown_preset() -> None:
     names = ", ".join(sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")))
-    said = f"no preset is called 'quickstrat'; did you mean quickstart? Presets: {names}; or name a .yaml file"
+    said = f"no preset is called 'quickstrat'; did you mean quickstart? there are {names}, or name a .yaml file"
     assert refusal("run", "quickstrat", "--out", "x") == said
 
 
@@ -196,10 +196,16 @@ def test_a_missing_configuration_file() -> None:
 
 def test_an_out_that_is_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    answer = call("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", tmp_path / "out")
-    assert answer.code == 1
-    assert answer.err == f"error: --out: {tmp_path / 'out'} is a file; name a folder\n"
+    said = refusal("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", tmp_path / "out")
+    assert said == f"--out: {tmp_path / 'out'} is a file; name a folder"
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_out_that_holds_other_things(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    said = refusal("run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--out", tmp_path)
+    assert said == f"--out: {tmp_path} holds other things; name a new folder or one of an earlier run"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize(

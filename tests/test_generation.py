@@ -120,7 +120,8 @@ def test_first_and_second_tokens_follow_the_softmax(tmp_path: Path) -> None:
 
     def probabilities(context: tuple[int, ...]) -> list[float]:
         with torch.no_grad():
-            return twin(input_ids=torch.tensor([context])).logits[0, -1].double().softmax(-1).tolist()
+            shares: list[float] = twin(input_ids=torch.tensor([context])).logits[0, -1].double().softmax(-1).tolist()
+            return shares
 
     requests = [Request(prompt, noise_key(0, 0, str(index))) for index in range(count)]
     completions = complete(model, requests, max_new_tokens=2, width=500, stop_ids=frozenset())

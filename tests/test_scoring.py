@@ -68,7 +68,7 @@ def logps_after(twin: Any, context: Sequence[int], completion: Sequence[int]) ->
     """The summed log-prob of a completion after a context: one plain causal sequence, full logits."""
     ids = torch.tensor([[*context, *completion]])
     logps = twin(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)  # (T, V)
-    predicted = logps[len(context) - 1 : -1].gather(1, torch.tensor(completion)[:, None])
+    predicted: Tensor = logps[len(context) - 1 : -1].gather(1, torch.tensor(completion)[:, None])
     return predicted.sum()
 
 

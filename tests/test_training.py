@@ -170,7 +170,8 @@ def test_control_one_wrong_score_is_refused(tiny_model: LoadModel, tmp_path: Pat
         score = getattr(task.scores[first.key], side)
         next_number = float(torch.nextafter(torch.tensor(score), torch.tensor(0.0)))
         for other, gap in ((score + 0.5, r"0\.5"), (next_number, r"\d\.\d+e-0\d")):
-            wrong = {**task.scores, first.key: replace(task.scores[first.key], **{side: other})}
+            changes: dict[str, Any] = {side: other}
+            wrong = {**task.scores, first.key: replace(task.scores[first.key], **changes)}
             with pytest.raises(QspinError, match=f"log-probs differ by {gap} nats: the scores of iteration 0"):
                 run(model, replace(task, scores=wrong), settings(), tmp_path / "snapshots")
 
