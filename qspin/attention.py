@@ -176,7 +176,7 @@ class Decode:
     def __init__(self, cache: KVCache, live: int) -> None:
         self.cache = cache
         self.live = live
-        self.places = cache.lengths[:live].to(cache.device)
+        self.places = cache.lengths[:live].clone().to(cache.device)  # a copy: the lengths grow below
         self.rows = torch.arange(live, device=cache.device)
         self.longest = int(cache.lengths[:live].max()) + 1
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}

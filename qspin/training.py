@@ -165,15 +165,6 @@ def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainCo
     opponent_real = torch.tensor([score.opponent_real_logps for score in scores], device=model.device)
     opponent_generated = torch.tensor([score.opponent_generated_logps for score in scores], device=model.device)
     policy_real, policy_generated = pair_logps(model, pack_row(pairs, model.device, task.prefix))
-    if first:
-        gaps = torch.cat([policy_real - opponent_real, policy_generated - opponent_generated]).detach()
-        gap = float(gaps.abs().max())
-        if not gap <= STEP_ZERO_BOUND[model.device.type]:
-            raise QspinError(
-                f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
-                f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
-                "delete its folder and run again"
-            )
     result = spin_loss(
         policy_real,
         policy_generated,
@@ -185,6 +176,15 @@ def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainCo
     if not bool(torch.isfinite(result.losses).all()):
         bad = [pair.record_id for pair, ok in zip(pairs, torch.isfinite(result.losses).tolist(), strict=True) if not ok]
         raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower train.lr, or drop these rows")
+    if first:
+        gaps = torch.cat([policy_real - opponent_real, policy_generated - opponent_generated]).detach()
+        gap = float(gaps.abs().max())
+        if not gap <= STEP_ZERO_BOUND[model.device.type]:
+            raise QspinError(
+                f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
+                f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
+                "delete its folder and run again"
+            )
     return result
 
 

@@ -20,6 +20,9 @@ from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.model import SlotModel
 
+# Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 HOUSE_STYLE = ROOT / "presets" / "house-style"

@@ -303,7 +303,16 @@ ROLES = {"30;107": "prompt", "30;47": "prompt", "30;102": "completion", "30;42":
 
 
 def test_a_terminal_sees_the_tokens_in_the_colours_of_their_roles(no_weights: Path) -> None:
-    command = ["run", "--model", no_weights, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x", "--dry-run"]
+    command: list[str | Path] = [
+        "run",
+        "--model",
+        no_weights,
+        "--data",
+        HOUSE_STYLE / "train.jsonl",
+        "--out",
+        "x",
+        "--dry-run",
+    ]
     out = call(*command, FORCE_COLOR="1", TERM="xterm-256color", COLORTERM="").out
     _, _, shown = out.partition("end-of-turn\x1b[0m\n")
     shown, _, _ = shown.partition("\n\n")
@@ -330,7 +339,7 @@ def test_markup_in_data_is_inert(tiny: Path, tmp_path: Path) -> None:
         {"prompt": f"[red]{n}[/red] [/] [link=x]?", "completion": f"[bold]{n} :smile: [/nothing]"} for n in range(12)
     ]
     (tmp_path / "[blue].jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["run", "--model", tiny, "--data", tmp_path / "[blue].jsonl", "--out", "x", "--dry-run"]
+    command: list[str | Path] = ["run", "--model", tiny, "--data", tmp_path / "[blue].jsonl", "--out", "x", "--dry-run"]
     answer = call(*command)
     assert (answer.code, answer.err) == (0, "")
     assert "[red]0[/red] [/] [link=x]?<|im_end|>↵\n" in answer.out
@@ -567,7 +576,7 @@ def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) ->
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"iteration-2"}
     assert [row[0] for row in table_rows(out)] == ["base", "0", "1", "2"]
     assert set(re.findall(r"^(\S+ ?\S*) · ", answer.out, re.MULTILINE)) == {"iteration 3/3"}
-    # it was played against what iteration 1 ended with: step 0 starts at no margin, and pairs of both are trained on
+    # its policy starts as its opponent, and the pairs of iteration 1 are trained on again
     assert read_jsonl(RunDir(out).iteration(2).metrics)[0]["margin"] == 0
     assert "score: 40/40" in answer.out
 

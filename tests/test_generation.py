@@ -68,19 +68,9 @@ def complete(model: SlotModel, requests: Sequence[Request], **settings: Any) -> 
     return generate(model, requests, **(defaults | settings))
 
 
-# Take the marks away together with the bug.
-DECODES_ONE_PLACE_LATE = pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, IndexError),
-    reason="attention.Decode: on a CPU `.to(device)` copies nothing, so that `places` is a view of `cache.lengths` and "
-    "moves on with it: each token is kept one place too far, and an empty or stale place before it is attended to",
-)
-
-
 # --- against transformers ---
 
 
-@DECODES_ONE_PLACE_LATE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_is_that_of_transformers(
     architecture: str, prompts: list[tuple[int, ...]], tiny_model: LoadModel, tiny_folder: TinyFolder
@@ -106,7 +96,6 @@ def test_greedy_is_that_of_transformers(
     assert len({token for completion in expected for token in completion.ids}) > 5
 
 
-@DECODES_ONE_PLACE_LATE
 def test_first_and_second_tokens_follow_the_softmax(tmp_path: Path) -> None:
     vocabulary, count, prompt = 16, 6000, (3, 1)
     folder = tmp_path / "tiny"
@@ -145,7 +134,6 @@ def test_first_and_second_tokens_follow_the_softmax(tmp_path: Path) -> None:
 # --- company, order, widths ---
 
 
-@DECODES_ONE_PLACE_LATE
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2"])
 def test_a_completion_depends_on_no_other(
@@ -164,7 +152,6 @@ def test_a_completion_depends_on_no_other(
     assert all(a != b for a, b in zip(complete(model, other, width=4, top_p=top_p), one_by_one, strict=True))
 
 
-@DECODES_ONE_PLACE_LATE
 def test_few_requests_and_small_prefills(
     prompts: list[tuple[int, ...]], tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +170,6 @@ def test_few_requests_and_small_prefills(
     assert complete(model, requests, width=64) == expected
 
 
-@DECODES_ONE_PLACE_LATE
 def test_equal_prompts_share_all_but_their_last_token(prompts: list[tuple[int, ...]], tiny_model: LoadModel) -> None:
     model = tiny_model("mistral", moved=True)
     requests = requests_of([prompts[3]] * 6)
@@ -195,7 +181,6 @@ def test_equal_prompts_share_all_but_their_last_token(prompts: list[tuple[int, .
 # --- how completions end ---
 
 
-@DECODES_ONE_PLACE_LATE
 def test_completions_end_at_their_first_stop_token_or_at_the_cap(
     prompts: list[tuple[int, ...]], tiny_model: LoadModel
 ) -> None:
@@ -246,7 +231,6 @@ def test_progress_adds_up(width: int, prompts: list[tuple[int, ...]], tiny_model
 # --- generation and scoring agree ---
 
 
-@DECODES_ONE_PLACE_LATE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_are_drawn_from_the_distribution_that_scores_them(
     architecture: str, prompts: list[tuple[int, ...]], tiny_model: LoadModel
@@ -269,7 +253,6 @@ def test_tokens_are_drawn_from_the_distribution_that_scores_them(
         torch.testing.assert_close(generated[0], logps.sum(), rtol=1e-5, atol=1e-4)
 
 
-@DECODES_ONE_PLACE_LATE
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logps_are_those_along_the_steps_of_decoding(
     architecture: str, prompts: list[tuple[int, ...]], tiny_model: LoadModel

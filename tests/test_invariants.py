@@ -265,7 +265,8 @@ def test_7_memory_settings_change_nothing_beyond_rounding(prepared: Callable[...
         assert pairs_of(wide, iteration) == pairs_of(narrow, iteration)
     for before, after in zip(adapters(wide), adapters(narrow), strict=True):
         for name in before:
-            torch.testing.assert_close(before[name], after[name], rtol=1e-3, atol=2e-5)
+            # by norm: where a gradient is nearly zero, Adam turns its rounding into steps of full size
+            assert (before[name] - after[name]).norm() < 1e-2 * before[name].norm(), name
 
 
 def test_7_the_same_again_is_the_same_bytes(run: RunDir, prepared: Callable[..., Prepared], tmp_path: Path) -> None:
