@@ -12,6 +12,7 @@ the same tail; whatever is not is left out, with its reason. A completion ends i
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -101,6 +102,11 @@ class Renderer:
         if isinstance(probed, Reject) and probed.code == "boundary":
             raise QspinError(f"chat template and tokenizer do not go together: {probed.reason}; {_OWN_TEMPLATE}")
         return renderer
+
+    @property
+    def template_hash(self) -> str:
+        """SHA-256 of the template's text."""
+        return hashlib.sha256(self._template.source.encode()).hexdigest()
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens that generation starts from; a QspinError says why there are none."""

@@ -32,7 +32,7 @@ def _root() -> None:
 @app.command()
 def run(
     source: Annotated[
-        str | None, typer.Argument(metavar="[PRESET|CONFIG.yaml]", help="a preset's name, or a configuration file")
+        str | None, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
     ] = None,
     *,
     data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,

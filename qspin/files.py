@@ -19,6 +19,8 @@ from typing import Any
 from qspin.errors import QspinError
 
 MANIFEST = "manifest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # in PEFT's format
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def write_text(path: Path, text: str) -> None:

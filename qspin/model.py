@@ -29,13 +29,12 @@ from qspin.attention import Lengths as GroupLengths
 from qspin.base import Base, unreachable
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.lora import fuse_lora
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
 SLOT = "default"  # PEFT's merging and saving read the adapter of this name
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 
 transformers.AttentionInterface.register(IMPLEMENTATION, attend)
 
@@ -146,11 +145,11 @@ class SlotModel:
 
     def save_adapter(self, folder: Path) -> None:
         """Write what is in the slot in PEFT's format, the same bytes for the same weights."""
-        save_file(self.adapter(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(self.adapter(), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         config = self.peft_model.peft_config[SLOT].to_dict()
         config = {key: sorted(value) if isinstance(value, set | list) else value for key, value in config.items()}
         config |= {"base_model_name_or_path": self.base.name, "revision": self.base.revision, "inference_mode": True}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
     def base_hash(self) -> str:
         """sha256 over every weight that training must not move: NF4 data and constants, and the 16-bit rest."""
@@ -197,9 +196,9 @@ def load_adapter(folder: Path) -> Adapter:
     Raises:
         QspinError: no such file, or a damaged one.
     """
-    path = folder / WEIGHTS_FILE
+    path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise QspinError(f"{folder} holds no {WEIGHTS_FILE}: name a folder written by PEFT's save_pretrained")
+        raise QspinError(f"{folder} holds no {ADAPTER_WEIGHTS}: name a folder written by PEFT's save_pretrained")
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except SafetensorError as error:

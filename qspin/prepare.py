@@ -13,6 +13,7 @@ from qspin.chat import Renderer
 from qspin.config import RunConfig
 from qspin.data import Dataset, check_malformed_share, load_records, remove_overlap, split_heldout
 from qspin.errors import QspinError
+from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.records import Example, Record, Reject
 
 
@@ -31,6 +32,7 @@ class Prepared:
     stop_ids: frozenset[int]
     format: str
     fingerprint: str  # of training and held-out data together
+    inputs: dict[str, str | None]  # setting → hash of the content that it names, beside the data
     notes: tuple[str, ...]  # for the user
 
 
@@ -63,6 +65,7 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         base=base,
         renderer=renderer,
         stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
+        inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config)},
         notes=(*renderer.notes, *rows.notes),
         train=rows.train,
         heldout=rows.heldout,
@@ -149,6 +152,15 @@ def _template(config: RunConfig) -> str | None:
         return Path(config.chat.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"chat.template: {config.chat.template} can't be read ({error})") from None
+
+
+def _adapter_hash(config: RunConfig) -> str | None:
+    if config.model.init_adapter is None:
+        return None
+    weights = Path(config.model.init_adapter) / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise QspinError(f"model.init_adapter: {weights.parent} holds no {weights.name}; name a folder saved by PEFT")
+    return sha256_of(weights)
 
 
 def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example], list[Reject]]:

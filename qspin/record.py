@@ -8,6 +8,7 @@ import platform
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 import qspin
 from qspin.config import RunConfig, changed_results, dump_config
@@ -74,6 +75,7 @@ def _new_record(prepared: Prepared) -> dict[str, Any]:
             "heldout_rows": len(prepared.heldout),
             "rejected_rows": len(prepared.rejects),
         },
+        "inputs": prepared.inputs,
         "template_date": prepared.date.isoformat(),
         "end_of_turn": prepared.renderer.end_of_turn,
         "stop_ids": sorted(prepared.stop_ids),
@@ -87,7 +89,14 @@ def _new_record(prepared: Prepared) -> dict[str, Any]:
 
 
 def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:
-    changes = changed_results(RunConfig.model_validate(record["config"]), prepared.config)
+    try:
+        recorded = RunConfig.model_validate(record["config"])
+    except ValidationError:
+        raise QspinError(
+            f"{run_dir.record}: its settings are not those of this version of qspin ({qspin.__version__}; it was "
+            f"written by {record['qspin']}); go on with that version, or choose another --out"
+        ) from None
+    changes = changed_results(recorded, prepared.config)
     if changes:
         diff = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise QspinError(
@@ -98,3 +107,8 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; "
             "choose another --out, or bring the old file back"
         )
+    for name, found in prepared.inputs.items():
+        if record["inputs"][name] != found:
+            raise QspinError(
+                f"{name}: its content is not what {run_dir.path} began with; choose another --out, or bring it back"
+            )

@@ -112,13 +112,6 @@ class RunDir:
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
 
-    def finished(self) -> int:
-        """How many iterations are done."""
-        count = 0
-        while self.iteration(count).done:
-            count += 1
-        return count
-
     def check_usable(self) -> None:
         """Look before any work is done.
 

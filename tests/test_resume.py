@@ -61,6 +61,10 @@ def command(model: Path, data: Path, out: Path) -> list[str]:
     ]
 
 
+# one thread: two would wait for each other more than they compute, and much longer on a busy machine
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
 def final_bytes(out: Path) -> dict[str, bytes]:
     return {
         name: (out / name).read_bytes()
@@ -75,7 +79,9 @@ def final_bytes(out: Path) -> dict[str, bytes]:
 
 def kill_when(appears: Path, run: list[str]) -> None:
     """Start the run, and kill it as soon as a path is there."""
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
     while not appears.exists():
         assert process.poll() is None, f"ended before {appears.name}: {process.communicate()[1].decode()}"
@@ -90,16 +96,18 @@ def test_killed_in_every_phase_it_ends_in_the_same_bytes(
     tiny_folder: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:
     model = tiny_folder("llama")
-    subprocess.run(command(model, data, tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(model, data, tmp_path / "whole"), check=True, capture_output=True, env=ENVIRONMENT)
     expected = final_bytes(tmp_path / "whole")
 
     run = command(model, data, tmp_path / "killed")
     for phase, sign in PHASES.items():
         kill_when(tmp_path / "killed" / sign, run)
         assert not (tmp_path / "killed" / "iteration-1" / "evaluation.json").exists(), f"{phase}: killed too late"
-    subprocess.run(run, check=True, capture_output=True)
+    subprocess.run(run, check=True, capture_output=True, env=ENVIRONMENT)
     assert final_bytes(tmp_path / "killed") == expected
 
     # the comparison can fail: another seed ends in other bytes
-    subprocess.run([*command(model, data, tmp_path / "other"), "--seed", "1"], check=True, capture_output=True)
+    subprocess.run(
+        [*command(model, data, tmp_path / "other"), "--seed", "1"], check=True, capture_output=True, env=ENVIRONMENT
+    )
     assert final_bytes(tmp_path / "other") != expected

@@ -145,17 +145,6 @@ def test_an_iteration_is_done_with_its_adapter_and_its_evaluation(tmp_path: Path
         assert run.iteration(index).done == (adapter and evaluation)
 
 
-def test_finished_iterations_are_counted_up_to_the_first_that_is_not(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    assert run.finished() == 0
-    finish(run.iteration(0))
-    finish(run.iteration(1), evaluation=False)
-    finish(run.iteration(2))
-    assert run.finished() == 1
-    write_json(run.iteration(1).evaluation, {})
-    assert run.finished() == 3
-
-
 def test_seconds_add_up_over_processes_and_phases(tmp_path: Path) -> None:
     assert IterationDir(tmp_path).seconds() == {}
     IterationDir(tmp_path).add_seconds("train", 1.5)
