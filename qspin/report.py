@@ -27,7 +27,7 @@ def columns(config: RunConfig) -> list[Column]:
         Column("NLL", "nats a token of the real held-out completions; lower is better"),
         Column("change", "of the NLL against the base, with its 95% bootstrap interval over rows"),
         Column("ended", "share of its own held-out completions that end by themselves"),
-        Column("tokens", "mean length of its held-out completions; real: of the real ones"),
+        Column("tokens", "mean length of its held-out completions / of the real ones"),
         Column("margin", "mean margin in the last epoch of training"),
         Column("seconds", "generate / score / train / evaluate"),
     ]
@@ -62,7 +62,7 @@ def _row(name: str, folder: IterationDir, player: Evaluation, base: Evaluation, 
         f"{player.nll:.3f}",
         change,
         f"{player.ended_share:.0%}",
-        f"{generated:.0f} (real {real:.0f})",
+        f"{generated:.0f} / {real:.0f}",
         margin,
         " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES),
     ]
