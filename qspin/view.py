@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +20,7 @@ PIECE_STYLES: dict[PieceKind, tuple[str, str]] = {  # two shades, so that neighb
     "completion": ("black on bright_green", "black on green"),
     "end-of-turn": ("bold white on red", "bold white on red"),
 }
+MEDIUM, WIDE = 75, 100  # columns that a phase's figures need, and a bar beside them
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -49,28 +51,29 @@ class RunView:
 
 class _DoneColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{_whole(task.completed)}/{task.total:.0f}")
+        return Text(f"{_whole(task.completed)}/{task.total:.0f} {task.fields['unit']}", no_wrap=True)
 
 
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{_short(speed)} {task.fields['unit']}/s" if speed else "", style="cyan")
+        return Text(f"{_short(speed)}/s" if speed else "", style="cyan", no_wrap=True)
 
 
 class _Bar:
     def __init__(self, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=None),
+        one_line = TableColumn(no_wrap=True)
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False, table_column=one_line),
             _DoneColumn(),
             _RateColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[figures]}", markup=False, style="green"),
-            console=console,
-            expand=True,
-            speed_estimate_period=60,
-        )
+        ]
+        if console.width >= WIDE:
+            columns.insert(1, BarColumn(bar_width=None))
+        if console.width >= MEDIUM:
+            columns.append(TextColumn("{task.fields[figures]}", markup=False, style="green", table_column=one_line))
+        self.progress = Progress(*columns, console=console, expand=console.width >= WIDE, speed_estimate_period=60)
         self.progress.start()
 
     def start(self, title: str, total: int, done: int, unit: str) -> None:
