@@ -81,6 +81,7 @@ class Game:
             verify_base(self.dir, self.model)
         else:
             self.model.set_adapter(load_adapter(folder.adapter))
+        shutil.rmtree(folder.snapshots, ignore_errors=True)
         self.evaluate(folder, iteration)
 
     def opponent(self, iteration: int) -> Adapter:
@@ -213,7 +214,6 @@ class Game:
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter) as temporary:
             self.model.save_adapter(temporary)
-        shutil.rmtree(folder.snapshots, ignore_errors=True)
 
     def evaluate(self, folder: IterationDir, iteration: int | None) -> None:
         """Measure whoever is in the slot on the held-out rows, and write the table anew."""

@@ -71,8 +71,18 @@ def process(*arguments: str | Path) -> subprocess.Popen[str]:
     environment = {key: value for key, value in os.environ.items() if key not in COLOUR_VARIABLES}
     command = [sys.executable, "-m", "qspin.cli", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**environment, "COLUMNS": "200"}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        preexec_fn=_heed_interrupts,  # noqa: PLW1509 (it takes no lock)
     )
+
+
+def _heed_interrupts() -> None:
+    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
