@@ -78,7 +78,6 @@ class Game:
             self.generate(iteration)
             task = self.score(folder, self.task(folder, iteration, self.pairs(iteration)))
             self.train(folder, task)
-            verify_base(self.dir, self.model)
         else:
             self.model.set_adapter(load_adapter(folder.adapter))
         shutil.rmtree(folder.snapshots, ignore_errors=True)
@@ -211,6 +210,7 @@ class Game:
             started = time.monotonic()
 
         metrics = train(self.model, task, self.config.train, snapshots=folder.snapshots, on_step=on_step)
+        verify_base(self.dir, self.model)
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter) as temporary:
             self.model.save_adapter(temporary)
