@@ -2,7 +2,7 @@
 
 PEFT keeps the adapter's modules and file format; this replaces only how they compute. Against PEFT's own forward it
 dequantises W without a detour, multiplies by A and B in the compute type (PEFT casts the activations up to the
-fp32 master weights, a quarter of the speed on a CPU), keeps x once for both gradients, and adds in place.
+fp32 master weights, which is slower), keeps x once for both gradients, and adds in place.
 
 W is never written: bitsandbytes' repacking for inference on CPUs is bypassed, since training through it is wrong
 and its inverse loses precision.

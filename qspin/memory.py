@@ -13,8 +13,8 @@ _THRESHOLD = 1 << 30
 def keep_freed_memory() -> None:
     """Let malloc use freed blocks again instead of giving them back to the system.
 
-    By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which costs a CPU
-    run about a tenth of its time. Elsewhere than on glibc this does nothing.
+    By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which a CPU run
+    does thousands of times a step. Elsewhere than on glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

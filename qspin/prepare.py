@@ -125,7 +125,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
 
 def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
     data = config.data
-    return load_records(
+    dataset = load_records(
         source,
         split=data.split,
         config=data.config,
@@ -134,6 +134,9 @@ def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
         turns=data.turns,
         limit=limit,
     )
+    # before anything is made of the good rows: a file of bad ones should be called that, not too short
+    check_malformed_share(dataset, data.max_malformed_share)
+    return dataset
 
 
 def _all_rejects(

@@ -182,6 +182,16 @@ def test_a_missing_data_file(tiny: Path) -> None:
     assert refusal("run", "--model", tiny, "--data", "none.jsonl", "--out", "x") == "none.jsonl: no such file"
 
 
+def test_a_file_of_bad_rows_is_called_that_and_not_too_short(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": broken\n')
+    answer = call("run", "--model", tiny, "--data", path, "--out", tmp_path / "run")
+    assert (answer.code, answer.err.splitlines()[0]) == (
+        1, "error: 1 of 2 rows are malformed, more than data.max_malformed_share = 0.05 allows:"
+    )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     said = f"model.id: {tmp_path} holds no config.json; name a folder saved with save_pretrained"
     assert refusal("run", "--model", tmp_path, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x") == said
