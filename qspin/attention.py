@@ -1,11 +1,8 @@
-"""Who attends to whom: one attention function, three layouts of the tokens in a row.
+"""Who attends to whom in a row: one attention function, and the layout of rows to score and to train on.
 
-Every forward pass runs on one row of T tokens without padding; a layout says how the row is cut.
-
-- `Packed`: pairs side by side, each as prompt, real and generated completion (its prompt computed once: both
-  completions see it, and neither sees the other), or as a plain causal sequence.
-- `Prefill`: plain causal sequences whose keys and values go into slots of a `KVCache`.
-- `Decode`: one new token for each of the cache's live slots.
+Every forward pass runs on one row of T tokens without padding; a layout says how the row is cut. `Packed`, here, puts
+pairs side by side, each as prompt, real and generated completion (its prompt computed once: both completions see it,
+and neither sees the other), or as a plain causal sequence. `Prefill` and `Decode`, in kv_cache.py, generate.
 
 The layout travels as a keyword argument through the decoder of any transformers model that hands its keyword
 arguments to its attention function; `attend` is that function.
@@ -13,7 +10,8 @@ arguments to its attention function; `attend` is that function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,141 +74,83 @@ def attend(
 class Packed:
     """Groups side by side, after a prefix that begins the prompts of all of them and is computed once.
 
-    Every group attends to the prefix and within itself.
+    Every group attends to the prefix and within itself, its generated completion not to its real one.
     """
 
     def __init__(self, groups: Sequence[Lengths], device: torch.device, prefix: int = 0) -> None:
         self.groups = tuple(groups)
         self.device = device
         self.prefix = prefix
-        self._masks: dict[tuple[Lengths, int, int | None, torch.dtype], Tensor] = {}
+        spans = tuple(_spans(self.groups, prefix))
+        self.queries = [span.queries for span in spans]
+        places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
+        ends = list(itertools.accumulate(map(len, places)))
+        self.keys = [slice(end - len(own), end) for own, end in zip(places, ends, strict=True)]  # into key_places
+        self.key_places = torch.cat(places).to(device)  # (S,) the keys of all spans, one span after the other
+        self._masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:  # noqa: ARG002
-        outputs = []
-        start = self.prefix
-        if start:
-            mask = self._mask(Lengths(start), 0, rules.window, query.dtype)
-            outputs.append(_attention(query[:, :start], key[:, :start], value[:, :start], mask, rules))
-        for group in self.groups:
-            rows = slice(start, start + group.total)
-            mask = self._mask(group, self.prefix, rules.window, query.dtype)
-            outputs.append(_attention(query[:, rows], self._seen(key, rows), self._seen(value, rows), mask, rules))
-            start += group.total
-        return torch.cat(outputs)
+        if query.device.type == "cpu" or rules.softcap is not None:
+            output: Tensor = _SpanAttention.apply(query, key, value, self, rules)  # type: ignore[no-untyped-call]
+            return output
+        keys, values = key[:, self.key_places], value[:, self.key_places]
+        outputs = [
+            functional.scaled_dot_product_attention(
+                query[None, :, queries],
+                keys[None, :, seen],
+                values[None, :, seen],
+                attn_mask=mask,
+                scale=rules.scaling,
+                enable_gqa=len(query) != len(key),
+            )[0]
+            for queries, seen, mask in zip(self.queries, self.keys, self.masks(rules, query.dtype), strict=True)
+        ]
+        return torch.cat(outputs, dim=1).transpose(0, 1)
 
-    def _seen(self, tensor: Tensor, rows: slice) -> Tensor:
-        """Keys or values that a group may look at: (Hkv, prefix + T, D)."""
-        own = tensor[:, rows]
-        return torch.cat([tensor[:, : self.prefix], own], dim=1) if self.prefix else own
+    def masks(self, rules: Rules, dtype: torch.dtype, repeats: int = 1) -> list[Tensor]:
+        """For each span (repeats·t, s), additive: 0 where a query may look, -inf elsewhere."""
+        return [
+            self._mask(queries.stop - queries.start, keys.stop - keys.start, rules.window, dtype, repeats)
+            for queries, keys in zip(self.queries, self.keys, strict=True)
+        ]
 
-    def _mask(self, group: Lengths, prefix: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(T, prefix + T) additive: 0 where a query may look, -inf elsewhere. Made once a row, for all layers."""
-        cached = self._masks.get((group, prefix, window, dtype))
-        if cached is None:
-            end_of_real = group.prompt + group.real
-            seen = torch.ones(group.total, group.total, dtype=torch.bool).tril()
-            seen[end_of_real:, group.prompt : end_of_real] = False
-            seen = torch.cat([torch.ones(group.total, prefix, dtype=torch.bool), seen], dim=1)
+    def _mask(self, queries: int, keys: int, window: int | None, dtype: torch.dtype, repeats: int) -> Tensor:
+        found = self._masks.get((queries, keys, repeats, window, dtype))
+        if found is None:
+            places = torch.arange(keys, device=self.device)
+            own = places[keys - queries :, None]
+            seen = places <= own
             if window is not None:
-                queries = group_positions(group) + prefix
-                seen &= queries[:, None] - torch.cat([torch.arange(prefix), queries])[None, :] < window
-            cached = _additive(seen.to(self.device), dtype)
-            self._masks[group, prefix, window, dtype] = cached
-        return cached
+                seen &= places > own - window
+            found = additive(seen, dtype).repeat(repeats, 1)
+            self._masks[queries, keys, repeats, window, dtype] = found
+        return found
 
 
-class KVCache:
-    """Keys and values of up to `slots` sequences of up to `capacity` tokens each; slots are used again."""
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """t queries and the s keys they may look at, in order of position: the queries' own places are the last t.
 
-    def __init__(self, *, slots: int, capacity: int, device: torch.device) -> None:
-        self.slots = slots
-        self.capacity = capacity
-        self.device = device
-        self.lengths = torch.zeros(slots, dtype=torch.long)  # tokens in each slot; on the CPU, for bookkeeping
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The (slots, Hkv, capacity, D) keys and values of a layer, made when first needed."""
-        if index not in self._layers:
-            heads, _, size = like.shape
-            shape = (self.slots, heads, self.capacity, size)
-            # zeros, not empty: masked positions are multiplied by 0, and 0 · NaN is NaN
-            self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self._layers[index]
-
-    def move(self, source: int, target: int) -> None:
-        """Overwrite one slot with another."""
-        length = int(self.lengths[source])
-        self.lengths[target] = length
-        for keys, values in self._layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
-
-
-class Prefill:
-    """Prompts side by side after their common prefix, each written whole into its slot of the cache."""
-
-    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int], prefix: int) -> None:
-        self.cache = cache
-        self.slots = tuple(slots)
-        self.packed = Packed([Lengths(length - prefix) for length in lengths], cache.device, prefix)
-        cache.lengths[list(slots)] = torch.tensor(lengths)
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-        prefix = self.packed.prefix
-        for store, new in zip(self.cache.layer(layer, key), (key, value), strict=True):
-            start = prefix
-            for slot, group in zip(self.slots, self.packed.groups, strict=True):
-                store[slot, :, :prefix] = new[:, :prefix]
-                store[slot, :, prefix : prefix + group.total] = new[:, start : start + group.total]
-                start += group.total
-        return self.packed.attend(layer, query, key, value, rules)
-
-
-class Decode:
-    """One new token a live slot: it joins the cache, and attends to all that its slot holds.
-
-    The live slots are the cache's first `live`, so that nothing is gathered and nothing copied.
+    So every span is plain causal attention, whatever a row is made of.
     """
 
-    def __init__(self, cache: KVCache, live: int) -> None:
-        self.cache = cache
-        self.live = live
-        self.places = cache.lengths[:live].clone().to(cache.device)  # a copy: the lengths grow below
-        self.rows = torch.arange(live, device=cache.device)
-        self.longest = int(cache.lengths[:live].max()) + 1
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
-        cache.lengths[:live] += 1
+    queries: slice
+    keys: tuple[slice, ...]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
-        keys, values = self.cache.layer(layer, key)
-        keys[self.rows, :, self.places] = key.transpose(0, 1)
-        values[self.rows, :, self.places] = value.transpose(0, 1)
-        heads, live, size = query.shape
-        kv_heads = key.shape[0]
-        # the query heads that share a key head become rows of one small product: no key is repeated
-        grouped = query.view(kv_heads, heads // kv_heads, live, size).permute(2, 0, 1, 3)  # (B, Hkv, G, D)
-        mask = self._mask(rules.window, query.dtype)
-        seen_keys, seen_values = keys[:live, :, : self.longest], values[:live, :, : self.longest]
-        if rules.softcap is None:
-            output = functional.scaled_dot_product_attention(
-                grouped, seen_keys, seen_values, attn_mask=mask, scale=rules.scaling
-            )
-        else:
-            scores = torch.matmul(grouped * rules.scaling, seen_keys.transpose(2, 3))
-            output = torch.matmul((_capped(scores, rules.softcap) + mask).softmax(-1), seen_values)
-        return output.reshape(live, heads, size)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        cached = self._masks.get((window, dtype))
-        if cached is None:
-            keys = torch.arange(self.longest, device=self.places.device)
-            seen = keys <= self.places[:, None]  # (B, S)
-            if window is not None:
-                seen &= keys > self.places[:, None] - window
-            cached = _additive(seen, dtype)[:, None, None, :]
-            self._masks[window, dtype] = cached
-        return cached
+def _spans(groups: Sequence[Lengths], prefix: int) -> Iterator[_Span]:
+    before = (slice(0, prefix),) if prefix else ()
+    if prefix:
+        yield _Span(before[0], before)
+    start = prefix
+    for group in groups:
+        prompt_end = start + group.prompt
+        real = slice(start, prompt_end + group.real)
+        generated = slice(real.stop, real.stop + group.generated)
+        yield _Span(real, (*before, real))
+        if group.generated:
+            yield _Span(generated, (*before, slice(start, prompt_end), generated))
+        start = generated.stop
 
 
 def group_positions(group: Lengths) -> Tensor:
@@ -221,30 +161,68 @@ def group_positions(group: Lengths) -> Tensor:
     )
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
-    """(H, T, D) queries on (Hkv, S, D) keys under a (T, S) mask → (T, H, D).
+class _SpanAttention(torch.autograd.Function):
+    """softmax(q·kᵀ)·v of each span as plain products: on a CPU these beat the fused kernel at the lengths of chat
+    rows, its backward above all (benchmarks/bench_attention.py), and they know soft-caps.
 
-    On a CPU plain products beat the fused kernel at the lengths of chat rows, its backward above all; elsewhere
-    the fused kernel keeps the (H, T, S) scores out of memory.
+    The query heads that share a key head are rows of one product. Keys and values are gathered once for all spans,
+    and their gradients, to which several spans add, are summed in fp32.
     """
-    heads, length, size = query.shape
-    kv_heads, seen = key.shape[:2]
-    if query.device.type != "cpu" and rules.softcap is None:
-        output = functional.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, scale=rules.scaling, enable_gqa=kv_heads != heads
-        )
-        return output[0].transpose(0, 1)
-    grouped = (query * rules.scaling).reshape(kv_heads, heads // kv_heads * length, size)
-    scores = torch.matmul(grouped, key.transpose(1, 2)).view(heads, length, seen)
-    if rules.softcap is not None:
-        scores = _capped(scores, rules.softcap)
-    weights = (scores + mask).softmax(-1).view(kv_heads, heads // kv_heads * length, seen)
-    return torch.matmul(weights, value).view(heads, length, size).transpose(0, 1)
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Packed, rules: Rules
+    ) -> Tensor:  # (H, T, D), (Hkv, T, D), (Hkv, T, D) → (T, H, D)
+        heads, length, size = query.shape
+        kv_heads = len(key)
+        masks = row.masks(rules, query.dtype, heads // kv_heads)
+        output = query.new_empty(length, heads, size)
+        keys, values = torch.cat([key, value]).index_select(1, row.key_places).split(kv_heads)  # (Hkv, S, D) each
+        kept: list[Tensor] = []
+        for queries, seen, mask in zip(row.queries, row.keys, masks, strict=True):
+            q = query[:, queries].reshape(kv_heads, -1, size)  # (Hkv, G·t, D)
+            k = keys[:, seen].transpose(1, 2)
+            if rules.softcap is None:
+                scores = torch.baddbmm(mask[None].expand(kv_heads, -1, -1), q, k, alpha=rules.scaling)  # (Hkv, G·t, s)
+            else:
+                capped = rules.softcap * torch.tanh((q @ k) * (rules.scaling / rules.softcap))
+                kept.append(capped)
+                scores = capped + mask
+            weights = scores.softmax(-1)
+            kept.append(weights)
+            output[queries] = (weights @ values[:, seen]).view(heads, -1, size).transpose(0, 1)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.row, ctx.rules = row, rules
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, *kept = ctx.saved_tensors
+        row, rules = ctx.row, ctx.rules
+        heads, length, size = query.shape
+        kv_heads = len(key)
+        keys, values = torch.cat([key, value]).index_select(1, row.key_places).split(kv_heads)
+        grad_query = torch.empty_like(query)
+        grad_gathered = key.new_empty(2 * kv_heads, len(row.key_places), size)
+        tensors = iter(kept)
+        for queries, seen in zip(row.queries, row.keys, strict=True):
+            capped = None if rules.softcap is None else next(tensors)
+            weights = next(tensors)  # (Hkv, G·t, s)
+            q = query[:, queries].reshape(kv_heads, -1, size)
+            g = grad[queries].transpose(0, 1).reshape(kv_heads, -1, size)
+            grad_gathered[kv_heads:, seen] = weights.transpose(1, 2) @ g
+            grad_weights = g @ values[:, seen].transpose(1, 2)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            if capped is not None:
+                grad_scores = grad_scores * (1 - (capped / rules.softcap) ** 2)
+            grad_gathered[:kv_heads, seen] = grad_scores.transpose(1, 2) @ q
+            grad_query[:, queries] = (grad_scores @ keys[:, seen]).view(heads, -1, size)
+        grad_gathered[:kv_heads] *= rules.scaling
+        total = torch.zeros(2 * kv_heads, length, size, device=key.device)
+        grad_key, grad_value = total.index_add_(1, row.key_places, grad_gathered.float()).to(key.dtype).split(kv_heads)
+        return grad_query.mul_(rules.scaling), grad_key, grad_value, None, None
 
 
-def _capped(scores: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(scores / softcap)
-
-
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to add to scores: 0 where a query may look, -inf elsewhere."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))

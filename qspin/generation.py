@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qspin.attention import Decode, KVCache, Prefill
+from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import common_prefix
 from qspin.sampling import sample, uniform

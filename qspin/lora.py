@@ -1,8 +1,10 @@
-"""A 4-bit linear layer with LoRA as one differentiable function: y = x·Wᵀ + (α/r)·(x·Aᵀ)·Bᵀ.
+"""4-bit linear layers with LoRA as one differentiable function: y = x·Wᵀ + (α/r)·(x·Aᵀ)·Bᵀ.
 
 PEFT keeps the adapter's modules and file format; this replaces only how they compute. Against PEFT's own forward it
 dequantises W without a detour, multiplies by A and B in the compute type (PEFT casts the activations up to the
-fp32 master weights, which is slower), keeps x once for both gradients, and adds in place.
+fp32 master weights, which is slower), keeps x once for both gradients, and adds in place. Layers that read the same
+input (query, key and value; gate and up) are computed by one call: one dequantisation, one product with all their A,
+and gradients of x that add up inside the products.
 
 W is never written: bitsandbytes' repacking for inference on CPUs is bypassed, since training through it is wrong
 and its inverse loses precision.
@@ -11,6 +13,7 @@ and its inverse loses precision.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -19,51 +22,123 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def fuse_lora(layer: Any, adapter: str) -> None:
-    """Make a PEFT `lora.Linear4bit` compute through `LoraLinear4bit`."""
-    layer.forward = functools.partial(_forward, layer, adapter)
+def fuse_lora(layers: Sequence[Any], adapter: str) -> None:
+    """Make PEFT's `lora.Linear4bit` layers that read the same input compute together."""
+    fused = _FusedLayers(layers, adapter)
+    for index, layer in enumerate(layers):
+        layer.forward = functools.partial(fused.output, index)
 
 
-def _forward(layer: Any, adapter: str, x: Tensor) -> Tensor:
-    base = layer.base_layer
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    y: Tensor = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
-        x, base.weight, base.weight.quant_state, base.bias, a, b, layer.scaling[adapter]
-    )
-    return y
+class _FusedLayers:
+    """n layers of `out` features each, of rank r and with the same `in`."""
+
+    def __init__(self, layers: Sequence[Any], adapter: str) -> None:
+        bases = [layer.base_layer for layer in layers]
+        self.packed = _stacked([base.weight for base in bases])
+        self.biases = [base.bias for base in bases]
+        self.a = [layer.lora_A[adapter].weight for layer in layers]
+        self.b = [layer.lora_B[adapter].weight for layer in layers]
+        self.scalings = [layer.scaling[adapter] for layer in layers]
+        self.outs = [len(b) for b in self.b]
+        self.ranks = [len(a) for a in self.a]
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = [None] * len(layers)
+        self._low_rank: tuple[Any, Tensor, list[Tensor]] | None = None
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """What one of the layers makes of x; the first to be asked computes for all."""
+        if x is not self._input or self._outputs[index] is None:
+            self._input = x
+            self._outputs = list(LoraLinear4bit.apply(x, self, *self.a, *self.b))  # type: ignore[no-untyped-call]
+        output, self._outputs[index] = self._outputs[index], None
+        if not any(left is not None for left in self._outputs):
+            self._input = None
+        assert output is not None
+        return output
+
+    def matrices(self) -> Iterator[Tensor]:
+        """(out, in) in the compute type for each layer, fresh tensors that live as long as their products."""
+        for data, constants, layers in self.packed:
+            matrix: Tensor = bnb.dequantize_4bit(data, constants)
+            yield from matrix.split([self.outs[layer] for layer in layers])
+
+    def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """All A stacked, (Σ r, in), and each (α/r)·B, (out, r), made anew when the adapter in the slot changes."""
+        key = (dtype, [parameter._version for parameter in (*self.a, *self.b)])
+        if self._low_rank is None or self._low_rank[0] != key:
+            # normal tensors even when first needed in inference mode: a backward pass may keep them later
+            with torch.inference_mode(False), torch.no_grad():
+                a = torch.cat([part.to(dtype) for part in self.a])
+                b = [(part * scaling).to(dtype) for part, scaling in zip(self.b, self.scalings, strict=True)]
+                self._low_rank = (key, a, b)
+        return self._low_rank[1:]
 
 
 class LoraLinear4bit(torch.autograd.Function):
-    """x (…, in) in the compute type; A (r, in) and B (out, r) fp32 masters, as are their gradients."""
+    """x (…, in) in the compute type → (…, out) for each layer; every A (r, in) and B (out, r) fp32 masters, as are
+    their gradients."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layers: _FusedLayers, *_masters: Tensor) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        low = flat @ a.to(x.dtype).t()  # (N, r)
-        y = functional.linear(flat, _dequantised(weight, state), None if bias is None else bias.to(x.dtype))
-        y.addmm_(low, b.to(x.dtype).t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, a, b)
-        ctx.weight, ctx.state, ctx.scaling = weight, state, scaling
-        return y.view(*x.shape[:-1], -1)
+        a, bs = layers.low_rank(x.dtype)
+        low = flat @ a.t()  # (N, Σ r)
+        outputs = []
+        for matrix, bias, part, b in zip(
+            layers.matrices(), layers.biases, low.split(layers.ranks, 1), bs, strict=True
+        ):
+            y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
+            outputs.append(y.addmm_(part, b.t()).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(flat, low, a, *bs)
+        ctx.layers = layers
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, Tensor, Tensor, None]:
-        flat, low, a, b = ctx.saved_tensors
-        grad_flat = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        grad_low = (grad_flat @ b.to(grad.dtype)).mul_(ctx.scaling)  # (N, r)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, low, a, *bs = ctx.saved_tensors
+        layers: _FusedLayers = ctx.layers
+        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
+        lows = [grad @ b for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
+        grad_low = torch.cat(lows, 1) if len(lows) > 1 else lows[0]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_flat @ _dequantised(ctx.weight, ctx.state)
-            grad_x.addmm_(grad_low, a.to(grad.dtype))
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
-        grad_a = (grad_low.t() @ flat).to(a.dtype)
-        grad_b = (grad_flat.t() @ low).to(b.dtype).mul_(ctx.scaling)
-        return grad_x, None, None, None, grad_a, grad_b, None
+            grad_x = grad_low @ a
+            for grad, matrix in zip(flat_grads, layers.matrices(), strict=True):
+                grad_x.addmm_(grad, matrix)
+            grad_x = grad_x.view(*grads[0].shape[:-1], -1)
+        grad_a = (grad_low.t() @ flat).float().split(layers.ranks)
+        grad_b = [
+            (grad.t() @ part).float().mul_(scaling)
+            for grad, part, scaling in zip(flat_grads, low.split(layers.ranks, 1), layers.scalings, strict=True)
+        ]
+        return grad_x, None, *grad_a, *grad_b
 
 
-def _dequantised(weight: Tensor, state: Any) -> Tensor:
-    """(out, in) in the compute type, a fresh tensor that lives as long as one product."""
-    matrix: Tensor = bnb.dequantize_4bit(weight.data, state)
-    return matrix
+def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:
+    """Packed data and quantisation constants of what is to be dequantised in one call, and which weights those are.
+
+    On a CPU they become one: calls are what dequantising costs there. The weights go on as views of it, and constants
+    that are quantised themselves, whose blocks don't end where a weight does, are unpacked once and for all, for 0.37
+    bits a weight more.
+    """
+    states = [weight.quant_state for weight in weights]
+    if weights[0].device.type != "cpu":
+        return [(weight.data, weight.quant_state, range(i, i + 1)) for i, weight in enumerate(weights)]
+    data = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, data.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+    absmax = [
+        bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        for state in states
+    ]
+    rows = sum(state.shape[0] for state in states)
+    first = states[0]
+    together = bnb.QuantState(
+        absmax=torch.cat(absmax).float(),
+        shape=torch.Size([rows, first.shape[1]]),
+        code=first.code,
+        blocksize=first.blocksize,
+        quant_type=first.quant_type,
+        dtype=first.dtype,
+    )
+    return [(data, together, range(len(weights)))]

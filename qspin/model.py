@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
@@ -30,10 +31,13 @@ from qspin.base import Base, unreachable
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qspin.fused import fuse_gated_mlp, fuse_norm
 from qspin.lora import fuse_lora
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
+ALL = slice(None)
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
 SLOT = "default"  # PEFT's merging and saving read the adapter of this name
 
 transformers.AttentionInterface.register(IMPLEMENTATION, attend)
@@ -101,20 +105,32 @@ class SlotModel:
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, D) → (N, V) fp32. Makes no graph: `logits_backward` is its derivative."""
+    @property
+    def vocabulary(self) -> int:
+        """V: how many tokens the head knows."""
+        return len(self._head.weight)
+
+    def logits(self, hidden: Tensor, tokens: slice = ALL) -> Tensor:
+        """(N, D) → (N, V) fp32, or those of some tokens. Makes no graph: `logits_backward` is its derivative."""
+        bias = self._head.bias
         with torch.no_grad():
-            logits: Tensor = self._head(hidden).float()
+            logits = functional.linear(hidden, self._head.weight[tokens], None if bias is None else bias[tokens])
+            logits = logits.float()
             if self._softcap is not None:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
-    def logits_backward(self, grad: Tensor, logits: Tensor) -> Tensor:
+    def logits_backward(self, grad: Tensor, logits: Tensor, tokens: slice = ALL) -> Tensor:
         """d/d hidden, (N, D), of what `logits` made, from d/d logits, (N, V) fp32."""
         if self._softcap is not None:
             grad = grad * (1 - (logits / self._softcap) ** 2)
-        grad_hidden: Tensor = grad.to(self._head.weight.dtype) @ self._head.weight
+        grad_hidden: Tensor = grad.to(self._head.weight.dtype) @ self._head.weight[tokens]
         return grad_hidden
+
+    def logit_gradients(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """(N, D) fp32: d/d hidden of one token's logit a row, from those tokens, (N,), and their logits, (N,)."""
+        gradients: Tensor = self._head.weight[tokens].float()
+        return gradients if self._softcap is None else gradients * (1 - (logits / self._softcap) ** 2)[:, None]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -225,8 +241,16 @@ def _prepare(peft_model: Any) -> None:
             module.p = 0.0
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        if isinstance(module, peft.tuners.lora.Linear4bit):
-            fuse_lora(module, SLOT)
+        if type(module).__name__.endswith("RMSNorm"):
+            fuse_norm(module)
+        fuse_gated_mlp(module)
+        adapted = {n: m for n, m in module.named_children() if isinstance(m, peft.tuners.lora.Linear4bit)}
+        for names in SAME_INPUT:
+            together = [adapted.pop(name) for name in names if name in adapted]
+            if together:
+                fuse_lora(together, SLOT)
+        for layer in adapted.values():
+            fuse_lora([layer], SLOT)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -15,7 +15,8 @@ from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Row, pack_row
 from qspin.records import Pair, Score
 
-HEAD_CHUNK = 256  # completion tokens whose logits exist at once: 256 × 49k fp32 are 48 MiB
+# fp32 logits that exist at once: on a CPU what stays in its cache, on a GPU what keeps it busy
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
 
 
 def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:
@@ -45,34 +46,45 @@ def score_pairs(
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(head(h))[target], chunk by chunk: memory is HEAD_CHUNK × vocabulary whatever the number of tokens.
+    """log softmax(head(h))[target], a block of the vocabulary at a time: memory does not grow with tokens × vocabulary.
+
+    Sums over the vocabulary are made as flash attention makes them over keys: relative to the largest logit so far,
+    and rescaled when a larger one turns up.
 
     The loss weighs all tokens of a completion alike, by a factor that is known only when every one of them has been
-    summed. But the direction of d logp / d h is known as soon as a token's logits are, so it is made at once, while
-    they are at hand, and scaled in the backward pass: no logits are made twice.
+    summed. But the direction of d logp / d h needs no factor, so it is summed in the same pass, while the logits are
+    at hand, and scaled in the backward pass: no logits are made twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: SlotModel) -> Tensor:
-        logps, directions = [], []
-        for h, target in zip(_chunks(hidden), _chunks(targets), strict=True):
-            logits = model.logits(h)  # (c, V) fp32
-            normaliser = logits.logsumexp(-1)  # (c,)
-            logps.append(logits.gather(1, target[:, None])[:, 0] - normaliser)
-            if ctx.needs_input_grad[0]:
-                # d logp / d logits = onehot − softmax
-                grad_logits = (logits - normaliser[:, None]).exp_().neg_()
-                grad_logits[torch.arange(len(target), device=target.device), target] += 1
-                directions.append(model.logits_backward(grad_logits, logits))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(directions))
-        return torch.cat(logps)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, model: SlotModel) -> Tensor:  # (C, D), (C,) → (C,)
+        count = len(targets)
+        peak = torch.full((count,), float("-inf"), device=hidden.device)
+        total, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
+        others = torch.zeros(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None  # (C, D)
+        step = max(1, LOGITS_AT_ONCE[hidden.device.type] // count)
+        for start in range(0, model.vocabulary, step):
+            tokens = slice(start, min(start + step, model.vocabulary))
+            logits = model.logits(hidden, tokens)  # (C, v)
+            columns = (targets - start).clamp(0, tokens.stop - start - 1)[:, None]
+            here = (targets >= start) & (targets < tokens.stop)
+            target_logits = torch.where(here, logits.gather(1, columns)[:, 0], target_logits)
+            higher = torch.maximum(peak, logits.amax(-1))
+            decay = (peak - higher).exp_()
+            weights = (logits - higher[:, None]).exp_()  # softmax, but for the normaliser
+            total = total * decay + weights.sum(-1)
+            if others is not None:
+                weights.scatter_(1, columns, weights.gather(1, columns).masked_fill_(here[:, None], 0.0))
+                others.mul_(decay[:, None]).add_(model.logits_backward(weights, logits, tokens))
+            peak = higher
+        logps = target_logits - peak - total.log()
+        if others is not None:
+            # d logp / d logits = onehot − softmax; 1 − p of the target by expm1, or it would be lost near p = 1
+            own = model.logit_gradients(targets, target_logits) * -torch.expm1(logps)[:, None]
+            ctx.save_for_backward((own - others / total[:, None]).to(hidden.dtype))
+        return logps
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (directions,) = ctx.saved_tensors  # (C, D)
         return (directions * grad[:, None]).to(directions.dtype), None, None
-
-
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor, HEAD_CHUNK)

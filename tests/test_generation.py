@@ -16,11 +16,12 @@ from conftest import ARCHITECTURES, HOUSE_STYLE, SHAPE, moved_adapter
 from test_scoring import plain_twin
 
 from qspin import generation
-from qspin.attention import Decode, KVCache, Packed, Prefill
 from qspin.attention import Lengths as GroupLengths
+from qspin.attention import Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.generation import Completion, Request, generate
+from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair

@@ -31,7 +31,7 @@ def fused_layer(*, dtype: torch.dtype = torch.float32, bias: bool = False, doubl
     layer.lora_A.float()  # fp32 masters, which get_peft_model sees to
     layer.lora_B.float()
     torch.nn.init.normal_(b_of(layer), std=0.3)
-    fuse_lora(layer, "default")
+    fuse_lora([layer], "default")
     return layer
 
 

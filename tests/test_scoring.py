@@ -239,12 +239,13 @@ def test_an_empty_side_scores_zero(tiny_model: LoadModel) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_head_chunks_change_nothing(architecture: str, tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 120 completion tokens in one chunk; then 40 chunks of 3, which completions and pairs straddle
+def test_vocabulary_blocks_change_nothing(architecture: str, tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the vocabulary's 512 tokens at once, then 3 at a time
     model = tiny_model(architecture, moved=True)
     results = []
-    for chunk in (256, 3):
-        monkeypatch.setattr(scoring, "HEAD_CHUNK", chunk)
+    for tokens in (VOCABULARY, 3):
+        completion_tokens = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in PAIRS)
+        monkeypatch.setitem(scoring.LOGITS_AT_ONCE, "cpu", tokens * completion_tokens)
         model.peft_model.zero_grad()
         real, generated = pair_logps(model, pack_row(PAIRS, CPU))
         scalar(real, generated).backward()

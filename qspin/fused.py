@@ -1,0 +1,82 @@
+"""Two pieces of a decoder layer that remember less than autograd would: RMS norm and the gated MLP.
+
+Both compute forward through the model's own modules, so that whatever a family does there is what happens; only
+what is kept for the backward pass, and the backward pass itself, are ours. For a token in a layer of SmolLM2 autograd
+keeps 27 KB, we 20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def fuse_norm(norm: nn.Module) -> None:
+    """Make an RMS norm keep only its input; a norm that is not x / rms(x) · scale stays as it is."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.requires_grad:
+        return
+    own = norm.forward
+    probe = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        found = own(probe[None])[0]
+        unit = probe.float() * torch.rsqrt(probe.float().pow(2).mean() + eps)
+        # Llama's scale is its weight, Gemma's 1 + weight
+        for scale in (weight.float(), 1 + weight.float()):
+            if torch.allclose(found.float(), unit * scale, rtol=2 * torch.finfo(weight.dtype).eps, atol=1e-6):
+                norm.forward = lambda x: _RMSNorm.apply(x, own, scale, eps)  # type: ignore[no-untyped-call]
+                return
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / √(mean(x²) + ε) · scale over the last dimension; x in the compute type, scale (D,) fp32 and frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Activation, scale: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale, ctx.eps = scale, eps
+        return own(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        x_fp32 = x.float()
+        inverse = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True).add_(ctx.eps))
+        grad_unit = grad.float() * ctx.scale
+        # d/dx of x·inverse: what points along x doesn't change it
+        along = (grad_unit * x_fp32).mean(-1, keepdim=True).mul_(inverse * inverse)
+        return torch.addcmul(grad_unit, x_fp32, along, value=-1).mul_(inverse).to(x.dtype), None, None, None
+
+
+def fuse_gated_mlp(mlp: nn.Module) -> None:
+    """Make down(act(gate(x)) · up(x)) keep gate and up only; an MLP of another shape stays as it is."""
+    names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    if {name for name, _ in mlp.named_children()} == names:
+        module: Any = mlp
+        mlp.forward = lambda x: module.down_proj(  # type: ignore[method-assign]
+            _Gated.apply(module.gate_proj(x), module.up_proj(x), module.act_fn)  # type: ignore[no-untyped-call]
+        )
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) · up, whose activation is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
+        return grad_gate, grad * activated.detach(), None
