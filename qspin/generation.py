@@ -59,8 +59,7 @@ def generate(
     """
     waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # popped from the end
     width = min(width, len(requests))
-    capacity = max(len(request.prompt_ids) for request in requests) + max_new_tokens
-    cache = KVCache(slots=width, capacity=capacity, device=model.device)
+    cache = KVCache(slots=width, device=model.device)
     prefix = common_prefix([request.prompt_ids for request in requests])
     live: list[_Live] = []
     done: list[Completion | None] = [None] * len(requests)

@@ -15,21 +15,37 @@ from torch.nn import functional
 from qspin.attention import Lengths, Packed, Rules, additive
 
 
-class KVCache:
-    """Keys and values of up to `slots` sequences of up to `capacity` tokens each; slots are used again."""
+GROWTH = 64  # positions that a cache grows by
 
-    def __init__(self, *, slots: int, capacity: int, device: torch.device) -> None:
+
+class KVCache:
+    """Keys and values of up to `slots` sequences; slots are used again, and places grow as sequences do.
+
+    A layer holds (slots, Hkv, places, D), so that the first slots are one piece of memory: products over them need no
+    copy, which they would if each step took as many places as it has tokens.
+    """
+
+    def __init__(self, *, slots: int, device: torch.device) -> None:
         self.slots = slots
-        self.capacity = capacity
+        self.places = 0
         self.device = device
         self.lengths = torch.zeros(slots, dtype=torch.long)  # tokens in each slot; on the CPU, for bookkeeping
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def reserve(self, length: int) -> None:
+        """Make room for sequences of so many tokens."""
+        if length > self.places:
+            grown = -(-length // GROWTH) * GROWTH
+            for index, (keys, values) in self._layers.items():
+                padding = (0, 0, 0, grown - self.places)
+                self._layers[index] = functional.pad(keys, padding), functional.pad(values, padding)
+            self.places = grown
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The (slots, Hkv, capacity, D) keys and values of a layer, made when first needed."""
+        """The keys and values of a layer, made when first needed."""
         if index not in self._layers:
             heads, _, size = like.shape
-            shape = (self.slots, heads, self.capacity, size)
+            shape = (self.slots, heads, self.places, size)
             # zeros, not empty: masked positions are multiplied by 0, and 0 · NaN is NaN
             self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[index]
@@ -50,6 +66,7 @@ class Prefill:
         self.cache = cache
         self.slots = tuple(slots)
         self.packed = Packed([Lengths(length - prefix) for length in lengths], cache.device, prefix)
+        cache.reserve(max(lengths))
         cache.lengths[list(slots)] = torch.tensor(lengths)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
@@ -74,7 +91,7 @@ class Decode:
         self.live = live
         self.places = cache.lengths[:live].clone().to(cache.device)  # a copy: the lengths grow below
         self.rows = torch.arange(live, device=cache.device)
-        self.longest = int(cache.lengths[:live].max()) + 1
+        cache.reserve(int(cache.lengths[:live].max()) + 1)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
         cache.lengths[:live] += 1
 
@@ -83,27 +100,28 @@ class Decode:
         keys[self.rows, :, self.places] = key.transpose(0, 1)
         values[self.rows, :, self.places] = value.transpose(0, 1)
         heads, live, size = query.shape
-        kv_heads = key.shape[0]
-        # the query heads that share a key head become rows of one small product: no key is repeated
-        grouped = query.view(kv_heads, heads // kv_heads, live, size).permute(2, 0, 1, 3)  # (B, Hkv, G, D)
-        mask = self._mask(rules.window, query.dtype)
-        seen_keys, seen_values = keys[:live, :, : self.longest], values[:live, :, : self.longest]
+        kv_heads = len(key)
+        # Products over (slot, key head): the query heads that share a key head are rows of one, no key is repeated,
+        # and both sides are views of the cache. Beats the fused kernel, which is made for more than a few queries.
+        grouped = query.view(kv_heads, -1, live, size).permute(2, 0, 1, 3).reshape(live * kv_heads, -1, size)
+        seen_keys, seen_values = keys[:live].flatten(0, 1), values[:live].flatten(0, 1)  # (B·Hkv, S, D)
+        mask = self._mask(rules.window, query.dtype, kv_heads)
         if rules.softcap is None:
-            output = functional.scaled_dot_product_attention(
-                grouped, seen_keys, seen_values, attn_mask=mask, scale=rules.scaling
-            )
+            mask = mask.expand(-1, grouped.shape[1], -1)
+            scores = torch.baddbmm(mask, grouped, seen_keys.transpose(1, 2), alpha=rules.scaling)  # (B·Hkv, G, S)
         else:
-            scores = torch.matmul(grouped * rules.scaling, seen_keys.transpose(2, 3))
-            output = torch.matmul((rules.softcap * torch.tanh(scores / rules.softcap) + mask).softmax(-1), seen_values)
-        return output.reshape(live, heads, size)
+            scores = grouped @ seen_keys.transpose(1, 2) * (rules.scaling / rules.softcap)
+            scores = rules.softcap * torch.tanh(scores) + mask
+        return torch.bmm(scores.softmax(-1), seen_values).view(live, heads, size)
 
-    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def _mask(self, window: int | None, dtype: torch.dtype, kv_heads: int) -> Tensor:
+        """(B·Hkv, 1, S) additive, made once a step for all layers."""
         cached = self._masks.get((window, dtype))
         if cached is None:
-            keys = torch.arange(self.longest, device=self.places.device)
+            keys = torch.arange(self.cache.places, device=self.cache.device)
             seen = keys <= self.places[:, None]  # (B, S)
             if window is not None:
                 seen &= keys > self.places[:, None] - window
-            cached = additive(seen, dtype)[:, None, None, :]
+            cached = additive(seen, dtype).repeat_interleave(kv_heads, 0)[:, None, :]
             self._masks[window, dtype] = cached
         return cached

@@ -49,12 +49,26 @@ class _FusedLayers:
         """What one of the layers makes of x; the first to be asked computes for all."""
         if x is not self._input or self._outputs[index] is None:
             self._input = x
-            self._outputs = list(LoraLinear4bit.apply(x, self, *self.a, *self.b))  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                self._outputs = list(LoraLinear4bit.apply(x, self, *self.a, *self.b))  # type: ignore[no-untyped-call]
+            else:
+                self._outputs, _ = self.product(x)
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
             self._input = None
         assert output is not None
         return output
+
+    def product(self, x: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """(…, in) → (…, out) for each layer, and x·Aᵀ of all of them, (N, Σ r)."""
+        flat = x.reshape(-1, x.shape[-1])  # (N, in)
+        a, bs = self.low_rank(x.dtype)
+        low = flat @ a.t()
+        outputs: list[Tensor | None] = []
+        for matrix, bias, part, b in zip(self.matrices(), self.biases, low.split(self.ranks, 1), bs, strict=True):
+            y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
+            outputs.append(y.addmm_(part, b.t()).view(*x.shape[:-1], -1))
+        return outputs, low
 
     def matrices(self) -> Iterator[Tensor]:
         """(out, in) in the compute type for each layer, fresh tensors that live as long as their products."""
@@ -80,22 +94,16 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: _FusedLayers, *_masters: Tensor) -> tuple[Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])  # (N, in)
+        outputs, low = layers.product(x)
         a, bs = layers.low_rank(x.dtype)
-        low = flat @ a.t()  # (N, Σ r)
-        outputs = []
-        for matrix, bias, part, b in zip(
-            layers.matrices(), layers.biases, low.split(layers.ranks, 1), bs, strict=True
-        ):
-            y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
-            outputs.append(y.addmm_(part, b.t()).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, low, a, *bs)
+        ctx.save_for_backward(x, low, a, *bs)
         ctx.layers = layers
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, low, a, *bs = ctx.saved_tensors
+        x, low, a, *bs = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])  # (N, in)
         layers: _FusedLayers = ctx.layers
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
         lows = [grad @ b for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
