@@ -21,11 +21,11 @@ def main() -> None:
     say(f"{options.rows} pairs from the base's own completions ...")
     pairs = in_fresh_process(opponents_pairs, config)
     results = alternate(
-        {"qspin": train_qspin, "TRL, reference precomputed": train_trl_precompute},
+        {"qspin": train_qspin, "TRL": train_trl, "TRL, reference precomputed": train_trl_precompute},
         Job(config, pairs=pairs),
         options.repeats,
     )
-    peer = min(("TRL, reference precomputed",), key=lambda name: median(results[name]))
+    peer = min(("TRL", "TRL, reference precomputed"), key=lambda name: median(results[name]))
     ratio = median(results[peer]) / median(results["qspin"])
     memory = median(results[peer], "peak_above_model") / median(results["qspin"], "peak_above_model")
     finish(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,11 +246,7 @@ def _play(model: SlotModel, config: RunConfig, pairs: Sequence[Pair], folder: Pa
         seed=config.seed,
     )
     micro_batches = list(itertools.chain(*plan))
-    scores = {
-        score.key: score
-        for part in score_pairs(model, pairs, micro_batches, prefix)
-        for score in part
-    }
+    scores = {score.key: score for part in score_pairs(model, pairs, micro_batches, prefix) for score in part}
     task = Task(pairs, scores, plan, 0, config.seed, prefix)
     return train(model, task, config.train, snapshots=folder, on_step=lambda _metrics, _pairs: None)
 

@@ -96,9 +96,9 @@ class Packed:
         keys, values = key[:, self.key_places], value[:, self.key_places]
         outputs = [
             functional.scaled_dot_product_attention(
-                query[None, :, queries],
-                keys[None, :, seen],
-                values[None, :, seen],
+                query[:, queries][None],
+                keys[:, seen][None],
+                values[:, seen][None],
                 attn_mask=mask,
                 scale=rules.scaling,
                 enable_gqa=len(query) != len(key),
@@ -139,9 +139,10 @@ class _Span:
 
 
 def _spans(groups: Sequence[Lengths], prefix: int) -> Iterator[_Span]:
-    before = (slice(0, prefix),) if prefix else ()
+    before: tuple[slice, ...] = ()
     if prefix:
-        yield _Span(before[0], before)
+        before = (slice(0, prefix),)
+        yield _Span(slice(0, prefix), before)
     start = prefix
     for group in groups:
         prompt_end = start + group.prompt
@@ -177,7 +178,7 @@ class _SpanAttention(torch.autograd.Function):
         kv_heads = len(key)
         masks = row.masks(rules, query.dtype, heads // kv_heads)
         output = query.new_empty(length, heads, size)
-        keys, values = torch.cat([key, value]).index_select(1, row.key_places).split(kv_heads)  # (Hkv, S, D) each
+        keys, values = _gathered(key, value, row)
         kept: list[Tensor] = []
         for queries, seen, mask in zip(row.queries, row.keys, masks, strict=True):
             q = query[:, queries].reshape(kv_heads, -1, size)  # (Hkv, G·t, D)
@@ -201,7 +202,7 @@ class _SpanAttention(torch.autograd.Function):
         row, rules = ctx.row, ctx.rules
         heads, length, size = query.shape
         kv_heads = len(key)
-        keys, values = torch.cat([key, value]).index_select(1, row.key_places).split(kv_heads)
+        keys, values = _gathered(key, value, row)
         grad_query = torch.empty_like(query)
         grad_gathered = key.new_empty(2 * kv_heads, len(row.key_places), size)
         tensors = iter(kept)
@@ -219,8 +220,14 @@ class _SpanAttention(torch.autograd.Function):
             grad_query[:, queries] = (grad_scores @ keys[:, seen]).view(heads, -1, size)
         grad_gathered[:kv_heads] *= rules.scaling
         total = torch.zeros(2 * kv_heads, length, size, device=key.device)
-        grad_key, grad_value = total.index_add_(1, row.key_places, grad_gathered.float()).to(key.dtype).split(kv_heads)
-        return grad_query.mul_(rules.scaling), grad_key, grad_value, None, None
+        total = total.index_add_(1, row.key_places, grad_gathered.float()).to(key.dtype)
+        return grad_query.mul_(rules.scaling), total[:kv_heads], total[kv_heads:], None, None
+
+
+def _gathered(key: Tensor, value: Tensor, row: Packed) -> tuple[Tensor, Tensor]:
+    """(Hkv, T, D) twice → (Hkv, S, D) twice, the keys and values of all spans."""
+    both = torch.cat([key, value]).index_select(1, row.key_places)
+    return both[: len(key)], both[len(key) :]
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,9 @@ class _FreeMark:
 _FREE = _FreeMark()
 
 Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=16)]
+Auto = Literal["auto"]
 PerIteration = Annotated[list[Positive], Field(min_length=1)]
 
 
@@ -98,7 +101,9 @@ class GenerationConfig(_Part):
     max_new_tokens: int = Field(256, ge=1, description="cap on a completion's length")
     temperature: float = Field(1.0, gt=0, description="of the opponent's distribution")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus; 1 samples from the whole distribution")
-    width: Annotated[int, _FREE] = Field(64, ge=1, description="completions decoded side by side")
+    width: Annotated[Count | Auto, _FREE] = Field(
+        "auto", description="completions decoded side by side; auto takes as many as memory holds and speed gains by"
+    )
     shard_rows: Annotated[int, _FREE] = Field(256, ge=1, description="rows that are kept, or lost in a crash, at once")
 
 
@@ -120,8 +125,8 @@ class TrainConfig(_Part):
     max_real_logp_drop: float = Field(
         100.0, gt=0, description="correlation loss: stop when real completions lose so many nats on average"
     )
-    tokens_per_micro_batch: Annotated[int, _FREE] = Field(
-        1024, ge=16, description="memory: tokens computed at once; never changes the effective batch"
+    tokens_per_micro_batch: Annotated[Tokens | Auto, _FREE] = Field(
+        "auto", description="tokens computed at once; auto tries what memory holds; never changes the effective batch"
     )
     gradient_checkpointing: Annotated[bool, _FREE] = Field(
         False, description="memory: recompute each layer in the backward pass"

@@ -20,6 +20,7 @@ from qspin.sampling import noise_key
 from qspin.scoring import pair_logps
 
 RESAMPLES = 2000
+TOKENS_AT_ONCE = 1024  # nothing is kept for a backward pass, so this is little memory
 SHARD = 64  # rows answered between two signs of life
 
 
@@ -56,7 +57,9 @@ def evaluate(
     renderer: Renderer,
     heldout: Sequence[Example],
     config: RunConfig,
+    *,
     stop_ids: frozenset[int],
+    width: int,
     on_rows: Callable[[float], None],
 ) -> Evaluation:
     """Score the real completions and sample one of each prompt, under whoever is in the slot.
@@ -64,7 +67,7 @@ def evaluate(
     Every player is given the same random numbers, so that two players differ by what they are.
     `on_rows` hears of rows done, each row counted once when scored and once when answered.
     """
-    real_nll = _real_nll(model, heldout, config.train.tokens_per_micro_batch, on_rows)
+    real_nll = _real_nll(model, heldout, on_rows)
     completions = []
     for start in range(0, len(heldout), SHARD):
         rows = heldout[start : start + SHARD]
@@ -74,7 +77,7 @@ def evaluate(
             max_new_tokens=config.generation.max_new_tokens,
             temperature=config.generation.temperature,
             top_p=config.generation.top_p,
-            width=config.generation.width,
+            width=width,
             stop_ids=stop_ids,
             on_step=lambda _tokens, done: on_rows(done),
         )
@@ -87,13 +90,11 @@ def evaluate(
     )
 
 
-def _real_nll(
-    model: SlotModel, heldout: Sequence[Example], token_budget: int, on_rows: Callable[[float], None]
-) -> list[float]:
+def _real_nll(model: SlotModel, heldout: Sequence[Example], on_rows: Callable[[float], None]) -> list[float]:
     rows = [Pair(row.record_id, 0, row.prompt_ids, row.real_ids, (), ended=True) for row in heldout]
     prefix = common_prefix([row.prompt_ids for row in rows])
     [micro_batches] = plan_batches(
-        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=token_budget, seed=0
+        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=TOKENS_AT_ONCE, seed=0
     )
     nll = [0.0] * len(rows)
     for micro_batch in micro_batches:

@@ -7,6 +7,7 @@ keeps 27 KB, we 20.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +30,13 @@ def fuse_norm(norm: nn.Module) -> None:
         # Llama's scale is its weight, Gemma's 1 + weight
         for scale in (weight.float(), 1 + weight.float()):
             if torch.allclose(found.float(), unit * scale, rtol=2 * torch.finfo(weight.dtype).eps, atol=1e-6):
-                norm.forward = lambda x: _RMSNorm.apply(x, own, scale, eps)  # type: ignore[no-untyped-call]
+                norm.forward = functools.partial(_normed, own, scale, eps)
                 return
+
+
+def _normed(own: Activation, scale: Tensor, eps: float, x: Tensor) -> Tensor:
+    y: Tensor = _RMSNorm.apply(x, own, scale, eps)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -55,12 +61,25 @@ class _RMSNorm(torch.autograd.Function):
 
 def fuse_gated_mlp(mlp: nn.Module) -> None:
     """Make down(act(gate(x)) · up(x)) keep gate and up only; an MLP of another shape stays as it is."""
-    names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    if {name for name, _ in mlp.named_children()} == names:
-        module: Any = mlp
-        mlp.forward = lambda x: module.down_proj(  # type: ignore[method-assign]
-            _Gated.apply(module.gate_proj(x), module.up_proj(x), module.act_fn)  # type: ignore[no-untyped-call]
-        )
+    if {name for name, _ in mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+        mlp.forward = functools.partial(_gated_mlp, mlp)
+
+
+def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    product: Tensor = _Gated.apply(gate, up, mlp.act_fn)  # type: ignore[no-untyped-call]
+    place = product.data_ptr()
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        return None if tensor.data_ptr() == place and tensor.shape == product.shape else tensor
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return mlp.act_fn(gate.detach()) * up.detach() if packed is None else packed
+
+    # the layer below wants to keep its input for the gradient of A: that can be made again from what is kept anyway
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        y: Tensor = mlp.down_proj(product)
+    return y
 
 
 class _Gated(torch.autograd.Function):

@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from qspin.attention import Lengths, Packed, Rules, additive
 
-
 GROWTH = 64  # positions that a cache grows by
 
 

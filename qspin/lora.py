@@ -52,29 +52,31 @@ class _FusedLayers:
             if torch.is_grad_enabled():
                 self._outputs = list(LoraLinear4bit.apply(x, self, *self.a, *self.b))  # type: ignore[no-untyped-call]
             else:
-                self._outputs, _ = self.product(x)
+                self._outputs = list(self.product(x)[0])
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
             self._input = None
         assert output is not None
         return output
 
-    def product(self, x: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    def product(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """(…, in) → (…, out) for each layer, and x·Aᵀ of all of them, (N, Σ r)."""
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         a, bs = self.low_rank(x.dtype)
         low = flat @ a.t()
-        outputs: list[Tensor | None] = []
-        for matrix, bias, part, b in zip(self.matrices(), self.biases, low.split(self.ranks, 1), bs, strict=True):
+        outputs = []
+        for matrix, bias, part, b in zip(
+            self.matrices(), self.biases, torch.split(low, self.ranks, 1), bs, strict=True
+        ):
             y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
             outputs.append(y.addmm_(part, b.t()).view(*x.shape[:-1], -1))
-        return outputs, low
+        return tuple(outputs), low
 
     def matrices(self) -> Iterator[Tensor]:
         """(out, in) in the compute type for each layer, fresh tensors that live as long as their products."""
         for data, constants, layers in self.packed:
             matrix: Tensor = bnb.dequantize_4bit(data, constants)
-            yield from matrix.split([self.outs[layer] for layer in layers])
+            yield from torch.split(matrix, [self.outs[layer] for layer in layers])
 
     def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """All A stacked, (Σ r, in), and each (α/r)·B, (out, r), made anew when the adapter in the slot changes."""
@@ -98,7 +100,7 @@ class LoraLinear4bit(torch.autograd.Function):
         a, bs = layers.low_rank(x.dtype)
         ctx.save_for_backward(x, low, a, *bs)
         ctx.layers = layers
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,10 +116,10 @@ class LoraLinear4bit(torch.autograd.Function):
             for grad, matrix in zip(flat_grads, layers.matrices(), strict=True):
                 grad_x.addmm_(grad, matrix)
             grad_x = grad_x.view(*grads[0].shape[:-1], -1)
-        grad_a = (grad_low.t() @ flat).float().split(layers.ranks)
+        grad_a = torch.split((grad_low.t() @ flat).float(), layers.ranks)
         grad_b = [
             (grad.t() @ part).float().mul_(scaling)
-            for grad, part, scaling in zip(flat_grads, low.split(layers.ranks, 1), layers.scalings, strict=True)
+            for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
         return grad_x, None, *grad_a, *grad_b
 
@@ -133,7 +135,7 @@ def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:
     if weights[0].device.type != "cpu":
         return [(weight.data, weight.quant_state, range(i, i + 1)) for i, weight in enumerate(weights)]
     data = torch.cat([weight.data for weight in weights])
-    for weight, part in zip(weights, data.split([len(weight) for weight in weights]), strict=True):
+    for weight, part in zip(weights, torch.split(data, [len(weight) for weight in weights]), strict=True):
         weight.data = part
     absmax = [
         bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax

@@ -1,13 +1,35 @@
-"""How the process asks the operating system for memory."""
+"""Memory of a device: how much is free, how much a piece of work takes, and running out of it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
 
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _THRESHOLD = 1 << 30
+
+
+class OutOfMemory(Exception):
+    """The device refused a tensor. Whoever cut the work into pieces catches it and cuts smaller ones."""
+
+
+@contextlib.contextmanager
+def refusals_told() -> Iterator[None]:
+    """Raise `OutOfMemory` where torch raises one of its errors for a refused allocation."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
+            raise OutOfMemory(str(error).splitlines()[0]) from None
+        raise
 
 
 def keep_freed_memory() -> None:
@@ -20,3 +42,51 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
         libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still take: on a GPU within its share, freed blocks that torch holds included."""
+    if device.type == "cpu":
+        available: int = psutil.virtual_memory().available
+        return available
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return min(free + held, share - torch.cuda.memory_allocated(device))
+
+
+@dataclass(slots=True)
+class Peak:
+    """The most memory that a block of work took above what was taken before it, in bytes."""
+
+    above: int = 0
+
+
+@contextlib.contextmanager
+def peak(device: torch.device) -> Iterator[Peak]:
+    """Measure the block inside. On a CPU this is resident memory, looked at every 10 ms."""
+    result = Peak()
+    if device.type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield result
+        result.above = torch.cuda.max_memory_allocated(device) - before
+        return
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def look() -> None:
+        result.above = max(result.above, process.memory_info().rss - before)
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            look()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield result
+        look()
+    finally:
+        done.set()
+        watcher.join()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,17 +47,23 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     return threads
 
 
+def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:
+    """What the record holds under a key; made and recorded when first asked for."""
+    record = read_json(run_dir.record)
+    if key not in record:
+        record[key] = make()
+        write_json(run_dir.record, record)
+    return record[key]
+
+
 def verify_base(run_dir: RunDir, model: SlotModel) -> None:
     """The base's weights are those that the run began with; the first call records them.
 
     Raises:
         QspinError: they are others.
     """
-    record = read_json(run_dir.record)
     found = model.base_hash()
-    if "base_hash" not in record:
-        write_json(run_dir.record, record | {"base_hash": found})
-    elif record["base_hash"] != found:
+    if remembered(run_dir, "base_hash", lambda: found) != found:
         raise QspinError(
             f"model.id: the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with "
             "(another model, revision, device or version of bitsandbytes); choose another --out"

@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
+from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.errors import QspinError
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 from qspin.generation import Request, generate
-from qspin.memory import keep_freed_memory
+from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import Adapter, SlotModel, load_adapter
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared
 from qspin.progress import Progress
-from qspin.record import open_run, verify_base
+from qspin.record import open_run, remembered, verify_base
 from qspin.records import Example, Pair, Score
 from qspin.report import summary
 from qspin.run_dir import IterationDir, RunDir
@@ -40,12 +41,17 @@ def run(prepared: Prepared, out: Path, progress: Progress) -> None:
     """Play all iterations of a configuration into a folder."""
     keep_freed_memory()
     run_dir = RunDir(out)
-    with run_dir.lock():
-        game = Game(prepared, run_dir, progress)
-        game.evaluate(run_dir.base, None)
-        for iteration in range(prepared.config.iterations):
-            if not run_dir.iteration(iteration).done:
-                game.play(iteration)
+    try:
+        with run_dir.lock(), refusals_told():
+            game = Game(prepared, run_dir, progress)
+            game.evaluate(run_dir.base, None)
+            for iteration in range(prepared.config.iterations):
+                if not run_dir.iteration(iteration).done:
+                    game.play(iteration)
+    except OutOfMemory as error:
+        raise QspinError(
+            f"out of memory ({error}); close other programs, set generation.width lower, or take a smaller model"
+        ) from None
 
 
 class Game:
@@ -65,6 +71,8 @@ class Game:
         verify_base(run_dir, self.model)
         # an optimiser that this device lacks should be heard of now, not after hours of generating
         make_optimizer(self.config.train, list(self.model.parameters.values()), device)
+        self.width = self._width()
+        self.budget: int | None = None  # tokens at once, once found
         init = self.config.model.init_adapter
         if init is not None:
             self.model.set_adapter(load_adapter(Path(init)))
@@ -76,8 +84,7 @@ class Game:
         if not folder.adapter.is_dir():
             self.model.set_adapter(self.opponent(iteration))
             self.generate(iteration)
-            task = self.score(folder, self.task(folder, iteration, self.pairs(iteration)))
-            self.train(folder, task)
+            self.learn(folder, iteration)
         else:
             self.model.set_adapter(load_adapter(folder.adapter))
         shutil.rmtree(folder.snapshots, ignore_errors=True)
@@ -93,7 +100,7 @@ class Game:
         plan = _kept(
             folder.generation_plan,
             lambda: {
-                "width": settings.width,
+                "width": self.width,
                 "shards": [
                     list(range(start, min(start + settings.shard_rows, len(examples))))
                     for start in range(0, len(examples), settings.shard_rows)
@@ -108,13 +115,31 @@ class Game:
         self.progress.phase(
             "generate", iteration=iteration, total=len(examples), done=len(examples) - todo, unit="rows"
         )
-        for index, rows in missing:
+        while missing:
+            index, rows = missing[0]
             started = time.monotonic()
-            members = [examples[row] for row in rows]
-            write_jsonl(
-                folder.generated(index), [pair.to_json() for pair in self._answer(iteration, members, plan["width"])]
-            )
+            try:
+                with refusals_told():
+                    pairs = self._answer(iteration, [examples[row] for row in rows], plan["width"])
+            except OutOfMemory:
+                if plan["width"] == 1:
+                    raise
+                plan["width"] //= 2
+                write_json(folder.generation_plan, plan)
+                self.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
+                continue
+            write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
             folder.add_seconds("generate", time.monotonic() - started)
+            missing.pop(0)
+
+    def _width(self) -> int:
+        """Completions decoded side by side; if found from memory, then once, for the whole run."""
+        if isinstance(self.config.generation.width, int):
+            return self.config.generation.width
+        rows = (*self.prepared.train, *self.prepared.heldout)
+        places = max(len(row.prompt_ids) for row in rows) + self.config.generation.max_new_tokens
+        width: int = remembered(self.dir, "width", lambda: rows_at_once(self.model, places))
+        return width
 
     def _answer(self, iteration: int, examples: Sequence[Example], width: int) -> list[Pair]:
         settings, started, tokens = self.config.generation, time.monotonic(), 0
@@ -162,20 +187,39 @@ class Game:
             )
         return different
 
+    def learn(self, folder: IterationDir, iteration: int) -> None:
+        """Score and train; in smaller micro-batches, and scored anew, when memory does not hold one."""
+        pairs = self.pairs(iteration)
+        while not folder.adapter.is_dir():
+            task = self.task(folder, iteration, pairs)
+            try:
+                with refusals_told():
+                    self.train(folder, self.score(folder, task))
+            except OutOfMemory:
+                self.budget = smaller(pairs, task.plan, task.prefix)
+                shutil.rmtree(folder.scores(0).parent)  # before the plan that they belong to
+                folder.training_plan.unlink()
+                self.model.set_adapter(self.opponent(iteration))
+                self.progress.note(f"memory does not hold so many tokens; on with {self.budget} at once")
+
     def task(self, folder: IterationDir, iteration: int, pairs: Sequence[Pair]) -> Task:
-        """The pairs with their plan, and with the scores that are there already."""
-        settings = self.config.train
+        """The pairs with their plan."""
         prefix = common_prefix([pair.prompt_ids for pair in pairs])
-        plan: Plan = _kept(
-            folder.training_plan,
-            lambda: plan_batches(
-                [lengths_of(pair, prefix) for pair in pairs],
-                batch_size=settings.batch_size,
-                token_budget=settings.tokens_per_micro_batch,
-                seed=self.config.seed,
-            ),
-        )
-        return Task(pairs, {}, plan, iteration, self.config.seed, prefix)
+
+        def plan(budget: int) -> Plan:
+            lengths = [lengths_of(pair, prefix) for pair in pairs]
+            return plan_batches(
+                lengths, batch_size=self.config.train.batch_size, token_budget=budget, seed=self.config.seed
+            )
+
+        def make() -> Plan:
+            asked = self.config.train.tokens_per_micro_batch
+            if self.budget is None:
+                self.model.use_gradient_checkpointing(self.config.train.gradient_checkpointing)
+                self.budget = asked if isinstance(asked, int) else token_budget(self.model, pairs, plan, prefix)
+            return plan(self.budget)
+
+        return Task(pairs, {}, _kept(folder.training_plan, make), iteration, self.config.seed, prefix)
 
     def score(self, folder: IterationDir, task: Task) -> Task:
         """Log-probs of every pair, carried ones too, under the opponent in the slot; a shard an effective batch."""
@@ -222,7 +266,13 @@ class Game:
             self.progress.phase("evaluate", iteration=iteration, total=2 * len(rows), done=0, unit="rows")
             started = time.monotonic()
             result = evaluate(
-                self.model, self.prepared.renderer, rows, self.config, self.prepared.stop_ids, self.progress.advance
+                self.model,
+                self.prepared.renderer,
+                rows,
+                self.config,
+                stop_ids=self.prepared.stop_ids,
+                width=self.width,
+                on_rows=self.progress.advance,
             )
             write_json(folder.evaluation, result.to_json())
             folder.add_seconds("evaluate", time.monotonic() - started)

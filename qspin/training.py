@@ -22,6 +22,7 @@ from qspin.config import TrainConfig, at_iteration
 from qspin.errors import QspinError
 from qspin.files import check_folder, commit_folder, read_json
 from qspin.loss import SpinLoss, spin_loss
+from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Plan, pack_row
 from qspin.records import Pair, Score
@@ -61,6 +62,7 @@ def train(
     Raises:
         QspinError: the opponent's scores are not those of the model in the slot; a loss is not finite; the
             correlation loss ran away.
+        OutOfMemory: a micro-batch did not fit; the steps before it are in a snapshot.
     """
     model.use_gradient_checkpointing(config.gradient_checkpointing)
     parameters = model.parameters
@@ -72,7 +74,14 @@ def train(
         rate = learning_rate(step, len(order), peak=at_iteration(config.lr, task.iteration), warmup=config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        figures = _step(model, optimizer, task, task.plan[order[step]], config, first=step == 0)
+        try:
+            with refusals_told():
+                figures = _step(model, optimizer, task, task.plan[order[step]], config, first=step == 0)
+        except OutOfMemory:
+            optimizer.zero_grad()
+            if metrics:
+                _save(model, optimizer, snapshots, metrics)
+            raise
         metrics.append({"step": step, "epoch": step // len(task.plan), "lr": rate, **figures})
         on_step(metrics[-1], sum(len(micro_batch) for micro_batch in task.plan[order[step]]))
         if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):

@@ -177,7 +177,7 @@ def test_4_token_identity(run: RunDir, prepared: Callable[..., Prepared]) -> Non
     pairs = pairs_of(run, 0)
     assert [pair.prompt_ids for pair in pairs] == [example.prompt_ids for example in made.train]
     assert [pair.real_ids for pair in pairs] == [example.real_ids for example in made.train]
-    again = answer(model, pairs, width=made.config.generation.width, stop_ids=made.stop_ids)
+    again = answer(model, pairs, width=read_json(run.iteration(0).generation_plan)["width"], stop_ids=made.stop_ids)
     assert [pair.generated_ids for pair in pairs] == [completion.ids for completion in again]
 
 

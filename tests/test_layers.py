@@ -15,7 +15,7 @@ LAYERS = [  # each may import what stands above it
     {"attention", "fused", "lora", "base"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
-    {"training", "evaluate", "prepare"},
+    {"training", "evaluate", "prepare", "budget"},
     {"report", "record"},
     {"spin", "view"},
     {"cli"},

@@ -239,7 +239,9 @@ def test_an_empty_side_scores_zero(tiny_model: LoadModel) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_vocabulary_blocks_change_nothing(architecture: str, tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vocabulary_blocks_change_nothing(
+    architecture: str, tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # the vocabulary's 512 tokens at once, then 3 at a time
     model = tiny_model(architecture, moved=True)
     results = []

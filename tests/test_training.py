@@ -362,7 +362,7 @@ def test_a_correlation_loss_that_runs_away_is_stopped(tiny_model: LoadModel, tmp
 
     drops = [-row["real_reward"] / 0.1 for row in attempt("correlation", 1e6)]  # nats, not nats times β = 0.1
     most = max(drops)
-    assert most > 3
+    assert most > 1
     assert len(attempt("correlation", most + 0.1)) == 6
     with pytest.raises(QspinError) as caught:
         attempt("correlation", most - 0.1)
