@@ -27,8 +27,8 @@ PEERS = {
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", rows=128).parse_args()
-    config = make_config(options.data, rows=options.rows, cap=options.cap, batch_size=8, preset="smollm2-135m")
+    options = arguments(__doc__ or "", rows=64).parse_args()
+    config = make_config(options.data, rows=options.rows, cap=options.cap, batch_size=8)
     results = alternate({"qspin": generate_qspin, **PEERS}, Job(config), options.repeats)
     rate = {name: median(runs, "tokens_a_second") for name, runs in results.items()}
     best = max(PEERS, key=lambda name: rate[name])

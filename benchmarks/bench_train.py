@@ -12,12 +12,10 @@ from harness import alternate, arguments, finish, in_fresh_process, median, say
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", rows=32)
+    parser = arguments(__doc__ or "", rows=24)
     parser.add_argument("--batch-size", type=int, default=8, help="effective batch, in pairs (default 8)")
     options = parser.parse_args()
-    config = make_config(
-        options.data, rows=options.rows, cap=options.cap, batch_size=options.batch_size, preset="smollm2-135m"
-    )
+    config = make_config(options.data, rows=options.rows, cap=options.cap, batch_size=options.batch_size)
     say(f"{options.rows} pairs from the base's own completions ...")
     pairs = in_fresh_process(opponents_pairs, config)
     results = alternate(

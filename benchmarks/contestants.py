@@ -17,11 +17,12 @@ import torch
 from harness import Measurement, measured
 
 from qspin.base import load_tokenizer
+from qspin.budget import rows_at_once, token_budget
 from qspin.config import RunConfig, load_config, presets_dir
 from qspin.generation import Completion, Request, generate
 from qspin.memory import keep_freed_memory
 from qspin.model import SlotModel
-from qspin.packing import common_prefix, lengths_of, plan_batches
+from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.records import Example, Pair
 from qspin.sampling import noise_key
@@ -29,7 +30,7 @@ from qspin.scoring import score_pairs
 from qspin.training import Task, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-WIDTH = 64  # completions side by side in the best settings of each
+HF_WIDTH = 64  # completions side by side in HF generate's best settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,11 @@ class Job:
     examples: tuple[Example, ...] = ()  # for generation
 
 
-def make_config(data: Path | None, *, rows: int, cap: int, batch_size: int, preset: str) -> RunConfig:
+def make_config(data: Path | None, *, rows: int, cap: int, batch_size: int) -> RunConfig:
     """The embedded model; every row counts, so real completions are cut at the cap rather than dropped."""
     house_style = presets_dir() / "house-style"
     return load_config(
-        preset,
+        "smollm2-135m",
         {
             "data.source": str(data or house_style / "train.jsonl"),
             "data.limit": rows,
@@ -54,7 +55,6 @@ def make_config(data: Path | None, *, rows: int, cap: int, batch_size: int, pres
             "data.max_completion_tokens": cap,
             "data.long_completions": "cut",
             "generation.max_new_tokens": cap,
-            "generation.width": WIDTH,
             "train.batch_size": batch_size,
             "train.epochs": 2,
             "train.warmup": 0.0,  # where there is one, TRL's first step has a rate of 0
@@ -136,7 +136,7 @@ def generate_official(job: Job) -> Measurement:
 
 def generate_batched(job: Job) -> Measurement:
     """HF's best batched settings: prompts by length, 64 side by side."""
-    return _generate_hf(job, width=WIDTH, by_length=True)
+    return _generate_hf(job, width=HF_WIDTH, by_length=True)
 
 
 def generate_continuous(job: Job) -> Measurement:
@@ -148,7 +148,7 @@ def generate_continuous(job: Job) -> Measurement:
     settings = _sampling_settings(ready, job.config)
     model.set_attn_implementation("paged|sdpa")
     prompts = [list(example.prompt_ids) for example in ready.train]
-    blocks = ContinuousBatchingConfig(block_size=32, num_blocks=WIDTH * 8 * 4, max_batch_tokens=1024)
+    blocks = ContinuousBatchingConfig(block_size=32, num_blocks=HF_WIDTH * 8 * 4, max_batch_tokens=1024)
     with measured() as result:
         outputs = model.generate_batch(prompts, generation_config=settings, continuous_batching_config=blocks)
     return _throughput(result, [output.generated_tokens for output in outputs.values()])
@@ -183,22 +183,13 @@ def iterate_qspin(job: Job) -> Measurement:
 
 
 def iterate_peers(job: Job) -> Measurement:
-    """HF generate in its best batched settings, then TRL."""
-    return _iterate_peers(job, width=WIDTH, by_length=True)
-
-
-def iterate_official(job: Job) -> Measurement:
-    """HF generate as the official script drives it, then TRL."""
-    return _iterate_peers(job, width=16, by_length=False)
-
-
-def _iterate_peers(job: Job, *, width: int, by_length: bool) -> Measurement:
+    """HF generate in its best batched settings, then TRL with its reference precomputed."""
     config = job.config
     ready = prepared(config)
     trainer_class, dpo_config = _trl()
-    model = _causal_lm(ready, config)
+    model = _no_repacking(_causal_lm(ready, config))
     with tempfile.TemporaryDirectory() as folder, measured() as result:
-        completions = _hf_completions(model, ready, config, width=width, by_length=by_length)
+        completions = _hf_completions(model, ready, config, width=HF_WIDTH, by_length=True)
         pairs = _pairs(ready.train, completions)
         _dpo(trainer_class, dpo_config, model, ready, config, pairs, Path(folder), precompute=True)
     return _per_row(result, len(ready.train), completions)
@@ -218,13 +209,14 @@ def _slot_model(config: RunConfig, ready: Prepared) -> SlotModel:
 
 
 def _complete(model: SlotModel, config: RunConfig, ready: Prepared) -> list[Completion]:
+    places = max(len(example.prompt_ids) for example in ready.train) + config.generation.max_new_tokens
     return generate(
         model,
         [Request(e.prompt_ids, noise_key(config.seed, 0, e.record_id)) for e in ready.train],
         max_new_tokens=config.generation.max_new_tokens,
         temperature=1.0,
         top_p=1.0,
-        width=config.generation.width,
+        width=rows_at_once(model, places),
         stop_ids=ready.stop_ids,
         on_step=lambda _tokens, _rows: None,
     )
@@ -239,14 +231,14 @@ def _pairs(examples: Sequence[Example], completions: Sequence[Sequence[int]]) ->
 
 def _play(model: SlotModel, config: RunConfig, pairs: Sequence[Pair], folder: Path) -> list[dict[str, float]]:
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
-    plan = plan_batches(
-        [lengths_of(pair, prefix) for pair in pairs],
-        batch_size=config.train.batch_size,
-        token_budget=config.train.tokens_per_micro_batch,
-        seed=config.seed,
-    )
-    micro_batches = list(itertools.chain(*plan))
-    scores = {score.key: score for part in score_pairs(model, pairs, micro_batches, prefix) for score in part}
+    lengths = [lengths_of(pair, prefix) for pair in pairs]
+
+    def plan_for(budget: int) -> Plan:
+        return plan_batches(lengths, batch_size=config.train.batch_size, token_budget=budget, seed=config.seed)
+
+    plan = plan_for(token_budget(model, pairs, plan_for, prefix))
+    parts = score_pairs(model, pairs, list(itertools.chain(*plan)), prefix)
+    scores = {score.key: score for part in parts for score in part}
     task = Task(pairs, scores, plan, 0, config.seed, prefix)
     return train(model, task, config.train, snapshots=folder, on_step=lambda _metrics, _pairs: None)
 

@@ -25,8 +25,9 @@ FIRST_PROBE = 8  # the first probe takes this part of the most
 def token_budget(model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int) -> int:
     """The largest budget whose longest planned micro-batch fits into memory, forward and backward.
 
-    A small micro-batch is tried first and tells how much a token takes; then the longest one of the budget that this
-    promises, which is halved until it fits.
+    A small micro-batch is tried first and tells how much a token takes. If what that promises for the largest budget
+    is less than half of the free memory, that is that; else the longest micro-batch is tried, and halved until it
+    fits.
 
     Args:
         plan: budget → plan.
@@ -37,10 +38,15 @@ def token_budget(model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], 
     most = MOST_TOKENS[model.device.type]
     free = SHARE * free_bytes(model.device)
     small = _longest(pairs, plan(most // FIRST_PROBE), prefix)
-    need = _need(model, small, prefix)
+    try:
+        a_token = _need(model, small, prefix) / _tokens(small, prefix)
+    except OutOfMemory:
+        raise too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
     budget = most
-    while budget > most // FIRST_PROBE and need * budget / _tokens(small, prefix) > free:
+    while budget > most // FIRST_PROBE and a_token * budget > free:
         budget //= 2
+    if a_token * max(budget, _tokens(_longest(pairs, plan(budget), prefix), prefix)) < free / 2:
+        return budget
     while True:
         longest = _longest(pairs, plan(budget), prefix)
         if _fits(model, longest, prefix, free):
