@@ -128,23 +128,25 @@ def finish(
     for key, value in (derived or {}).items():
         say(f"{key}: {value:.2f}")
     if options.write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-        content = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", f"benchmarks/bench_{name}.py", *map(_name, sys.argv[1:])]),
-            "machine": _machine(),
-            "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-            "ratio": round(ratio, 2),
-            "ratio_means": meaning,
-            "derived": {key: round(value, 3) for key, value in (derived or {}).items()},
-            "medians": medians,
-            "runs": {contestant: [asdict(run) for run in runs] for contestant, runs in results.items()},
-        }
-        path.write_text(json.dumps(content, indent=2) + "\n")
-        say(f"kept in benchmarks/results/{path.name}")
+        runs = {contestant: [asdict(run) for run in runs] for contestant, runs in results.items()}
+        content = {"ratio": ratio, "ratio_means": meaning, "derived": derived or {}, "medians": medians, "runs": runs}
+        write(name, content)
     say(meaning)
     say(f"ratio {ratio:.2f}")
+
+
+def write(name: str, content: Mapping[str, Any]) -> None:
+    """Keep results beside when, how and on what they were made."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", f"benchmarks/bench_{name}.py", *map(_name, sys.argv[1:])]),
+        "machine": _machine(),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+    path.write_text(json.dumps(about | dict(content), indent=2) + "\n")
+    say(f"kept in benchmarks/results/{path.name}")
 
 
 def say(text: str) -> None:

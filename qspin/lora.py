@@ -13,13 +13,19 @@ and its inverse loses precision.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+
+def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
+    """The tensor, with how to make it again: a layer that reads it keeps that instead of the tensor."""
+    tensor.make_again = make  # type: ignore[attr-defined]
+    return tensor
 
 
 def fuse_lora(layers: Sequence[Any], adapter: str) -> None:
@@ -48,11 +54,15 @@ class _FusedLayers:
     def output(self, index: int, x: Tensor) -> Tensor:
         """What one of the layers makes of x; the first to be asked computes for all."""
         if x is not self._input or self._outputs[index] is None:
-            self._input = x
+            self._input = None  # if memory runs out now, nothing of an unfinished pass is held
             if torch.is_grad_enabled():
-                self._outputs = list(LoraLinear4bit.apply(x, self, *self.a, *self.b))  # type: ignore[no-untyped-call]
+                make_again = getattr(x, "make_again", None)
+                outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
+                    x, make_again, self, *self.a, *self.b
+                )
             else:
-                self._outputs = list(self.product(x)[0])
+                outputs, _ = self.product(x)
+            self._input, self._outputs = x, list(outputs)
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
             self._input = None
@@ -95,16 +105,20 @@ class LoraLinear4bit(torch.autograd.Function):
     their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: _FusedLayers, *_masters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, make_again: Callable[[], Tensor] | None, layers: _FusedLayers, *_masters: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs, low = layers.product(x)
         a, bs = layers.low_rank(x.dtype)
-        ctx.save_for_backward(x, low, a, *bs)
-        ctx.layers = layers
+        ctx.save_for_backward(x if make_again is None else None, low, a, *bs)
+        ctx.make_again, ctx.layers = make_again, layers
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, *bs = ctx.saved_tensors
+        if x is None:
+            x = ctx.make_again()
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         layers: _FusedLayers = ctx.layers
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
@@ -121,7 +135,7 @@ class LoraLinear4bit(torch.autograd.Function):
             (grad.t() @ part).float().mul_(scaling)
             for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
-        return grad_x, None, *grad_a, *grad_b
+        return grad_x, None, None, *grad_a, *grad_b
 
 
 def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:

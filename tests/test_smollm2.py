@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from qspin.config import load_config
 from qspin.generation import Request, generate
@@ -57,6 +58,48 @@ def test_it_knows_what_it_knows(model: SlotModel, prepared: Prepared) -> None:
     assert "Paris" in paris
     assert "4" in four
     assert "green" in green.lower()
+
+
+def test_greedy_answers_are_those_of_transformers_on_64_prompts() -> None:
+    """Token for token, in fp32, on the same NF4 weights."""
+    config = load_config(
+        "quickstart", {"model.dtype": "float32", "data.heldout_source": None, "data.heldout_rows": 16, "data.limit": 80}
+    )
+    ready = prepare(config, datetime.date(2026, 1, 1))
+    prompts = [example.prompt_ids for example in ready.train[:64]]
+    assert len(prompts) == 64
+    model = SlotModel.load(ready.base, config.model, config.lora, seed=0, device=torch.device("cpu"))
+    completions = generate(
+        model,
+        [Request(prompt, 0) for prompt in prompts],
+        max_new_tokens=12,
+        temperature=0.0,
+        top_p=1.0,
+        width=64,
+        stop_ids=ready.stop_ids,
+        on_step=lambda _tokens, _rows: None,
+    )
+    twin = transformers.AutoModelForCausalLM.from_pretrained(
+        ready.base.weights(),
+        dtype=torch.float32,
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=config.model.double_quant,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    )
+    longest = max(map(len, prompts))
+    output = twin.generate(
+        input_ids=torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=sorted(ready.stop_ids),
+        pad_token_id=min(ready.stop_ids),
+    )
+    for completion, row in zip(completions, output[:, longest:].tolist(), strict=True):
+        assert completion.ids == tuple(row[: len(completion.ids)])
 
 
 def test_playing_leaves_the_base_alone_and_scoring_equals_training(

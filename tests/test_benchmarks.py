@@ -1,0 +1,46 @@
+"""Figures in README and docs are those of the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_tables_of_speed_are_the_results(page: str) -> None:
+    table: str = script("table").table()
+    assert len(table.splitlines()) == 10
+    assert table in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_say_when_where_and_how(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", result["date"])
+    assert result["machine"]["cpu"]
+    assert {"python", "torch", "transformers", "trl"} <= set(result["versions"])
+    assert re.fullmatch(r"python benchmarks/bench_\w+\.py( [\w.-]+)*", result["command"])
+    assert (ROOT / result["command"].split()[1]).is_file()
+    assert result["ratio"] > 0
+    assert result["ratio_means"]
+
+
+def test_there_are_results() -> None:
+    assert {path.stem for path in RESULTS} >= {"train-cpu", "generate-cpu", "iteration-cpu", "attention-cpu"}

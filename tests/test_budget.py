@@ -1,0 +1,265 @@
+"""How much is computed at once: found from the memory there is, and made smaller when that was too much."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import itertools
+import json
+import multiprocessing
+import resource
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qspin import budget, memory, spin
+from qspin.budget import MOST_ROWS, MOST_TOKENS, SHARE, rows_at_once, smaller, token_budget
+from qspin.config import load_config
+from qspin.errors import QspinError
+from qspin.files import read_json, read_jsonl
+from qspin.memory import OutOfMemory, peak, refusals_told
+from qspin.model import SlotModel
+from qspin.packing import Plan, lengths_of, pack_row, plan_batches
+from qspin.prepare import Prepared, prepare
+from qspin.records import Pair
+from qspin.run_dir import RunDir
+from qspin.scoring import pair_logps
+
+CPU = torch.device("cpu")
+MOST = MOST_TOKENS["cpu"]
+PAIRS = [Pair(str(n), 0, (1,) * 10, (2,) * (20 + n), (3,) * 30, ended=True) for n in range(200)]  # 60 to 259 tokens
+
+
+class Notes:
+    """Hears what a run says in words."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
+    def advance(self, units: float, **figures: float) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def plan_for(tokens: int) -> Plan:
+    return plan_batches([lengths_of(pair) for pair in PAIRS], batch_size=50, token_budget=tokens, seed=0)
+
+
+def longest(plan: Plan) -> int:
+    return max(sum(lengths_of(PAIRS[index]).total for index in part) for part in itertools.chain(*plan))
+
+
+# --- the search, with a made-up need of memory
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """A device with so many free bytes, where a token takes 1,000 and more than `refused` tokens are out of memory."""
+
+    def make(free: float, refused: float = float("inf")) -> list[int]:
+        tried: list[int] = []
+
+        def need(_model: SlotModel, pairs: Sequence[Pair], _prefix: int) -> int:
+            tried.append(sum(lengths_of(pair).total for pair in pairs))
+            if tried[-1] > refused:
+                raise OutOfMemory
+            return 1000 * tried[-1]
+
+        monkeypatch.setattr(budget, "_need", need)
+        monkeypatch.setattr(budget, "free_bytes", lambda _device: free / SHARE)
+        return tried
+
+    return make
+
+
+def test_with_plenty_of_memory_one_small_try_is_enough(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    tried = machine(free=1e9)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == MOST
+    assert len(tried) == 1
+    assert tried[0] <= MOST // 8 + 3  # the longest pair has 259 tokens
+
+
+@pytest.mark.parametrize(
+    ("free_tokens", "found"), [(3000, MOST), (2000, MOST // 2), (1100, MOST // 2), (600, MOST // 4)]
+)
+def test_the_longest_micro_batch_fits(
+    free_tokens: int, found: int, tiny_model: Any, machine: Callable[..., list[int]]
+) -> None:
+    tried = machine(free=1000 * free_tokens)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == found
+    assert tried[-1] == longest(plan_for(found)) <= free_tokens
+
+
+def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    # the small try promised more than there is
+    tried = machine(free=1000 * 3000, refused=700)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == MOST // 4
+    assert tried[1:] == [longest(plan_for(MOST)), longest(plan_for(MOST // 2)), longest(plan_for(MOST // 4))]
+
+
+@pytest.mark.parametrize("refused", [100, 255])
+def test_a_pair_that_never_fits_is_named(refused: int, tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    machine(free=1000 * 600, refused=refused)
+    with pytest.raises(QspinError, match=r"^\d+: its 2\d\d tokens alone are more than memory holds; set train\.grad"):
+        token_budget(tiny_model(), PAIRS, plan_for, 0)
+
+
+def test_budgets_change_micro_batches_and_never_effective_batches() -> None:
+    def effective(plan: Plan) -> list[list[int]]:
+        return [sorted(itertools.chain(*batch)) for batch in plan]
+
+    assert effective(plan_for(MOST)) == effective(plan_for(MOST // 8))
+    assert plan_for(MOST) != plan_for(MOST // 8)
+
+
+def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
+    plan = plan_for(MOST)
+    cut = plan_for(smaller(PAIRS, plan, 0))
+    assert longest(cut) <= longest(plan) // 2
+    singles = [[[index] for index in range(len(PAIRS))]]
+    with pytest.raises(QspinError, match=r"^199: its 259 tokens alone"):
+        smaller(PAIRS, singles, 0)
+
+
+# --- real memory
+
+
+def test_peak_sees_what_a_block_takes_and_gives_back() -> None:
+    with peak(CPU) as measured:
+        block = torch.ones(64 << 20, dtype=torch.uint8)
+        del block
+    assert 64 << 20 <= measured.above < 96 << 20
+
+
+def test_a_refused_tensor_is_out_of_memory_and_nothing_else_is() -> None:
+    with pytest.raises(OutOfMemory), refusals_told():
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), refusals_told():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+def test_rows_at_once_by_keys_values_and_logits(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()  # 3 layers, 2 key heads of 16, fp32; 512 tokens
+    assert model.decoding_bytes(100) == 2 * 3 * 2 * 16 * 100 * 4 + 16 * 512
+    assert rows_at_once(model, 100) == MOST_ROWS["cpu"]
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: 2 / SHARE * 5.5 * model.decoding_bytes(100))
+    assert rows_at_once(model, 100) == 5
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: 0)
+    assert rows_at_once(model, 100) == 1
+
+
+@pytest.fixture
+def prepared(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Prepared:
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"What is {n}?", "completion": " ".join(f"{n * k}" for k in range(60))} for n in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "model.id": str(tiny_folder("llama")),
+        "model.dtype": "float32",
+        "data.source": str(data),
+        "data.heldout_rows": 4,
+        "generation.max_new_tokens": 200,
+        "generation.width": 8,
+        "train.batch_size": 8,
+        "train.tokens_per_micro_batch": 100_000,
+        "train.lr": 0.001,
+        "train.snapshot_minutes": 60,
+        "iterations": 1,
+    }
+    return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
+
+
+def play_in_too_little_memory(prepared: Prepared, out: Path) -> None:
+    """Play an iteration in seven tenths of the address space that its longest micro-batch takes."""
+    torch.set_num_threads(1)
+    progress = Notes()
+    game = spin.Game(prepared, RunDir(out), progress)
+    game.generate(0)
+    task = game.task(game.dir.iteration(0), 0, game.pairs(0))
+    most = max(itertools.chain(*task.plan), key=len)
+
+    def step() -> None:
+        real, generated = pair_logps(game.model, pack_row([task.pairs[i] for i in most], CPU, task.prefix))
+        (real - generated).sum().backward()  # type: ignore[no-untyped-call]
+        game.model.peft_model.zero_grad()
+
+    step()
+    ctypes.CDLL(None).malloc_trim(0)
+    with peak(CPU) as measured:
+        step()
+    ctypes.CDLL(None).malloc_trim(0)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + measured.above * 7 // 10, resource.RLIM_INFINITY))
+    game.play(0)
+    (out / "notes.json").write_text(json.dumps([*progress.notes, len(most)]))
+
+
+def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    child = multiprocessing.get_context("spawn").Process(
+        target=play_in_too_little_memory, args=(prepared, tmp_path / "little")
+    )
+    child.start()
+    child.join(timeout=120)
+    assert child.exitcode == 0
+    spin.run(prepared, tmp_path / "enough", Notes())
+
+    *notes, most = read_json(tmp_path / "little" / "notes.json")
+    assert notes
+    assert all(note.startswith("memory does not hold so many tokens; on with ") for note in notes)
+    plans = {name: read_json(tmp_path / name / "iteration-0" / "training.json") for name in ("little", "enough")}
+    assert max(map(len, itertools.chain(*plans["enough"]))) == most
+    assert max(map(len, itertools.chain(*plans["little"]))) <= most // 2 + 1
+    little, enough = (read_jsonl(tmp_path / name / "iteration-0" / "metrics.jsonl") for name in plans)
+    assert little[0]["margin"] == enough[0]["margin"] == 0.0
+    for ours, theirs in zip(little, enough, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    adapters = [load_file(tmp_path / name / "iteration-0/adapter/adapter_model.safetensors") for name in plans]
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-2, atol=1e-4)
+
+
+def test_generation_goes_on_narrower_when_memory_runs_out(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spin.run(prepared, tmp_path / "enough", Notes())
+    real = spin.generate
+    widths = []
+
+    def generate(*args: Any, width: int, **rest: Any) -> Any:
+        widths.append(width)
+        if width > 2:
+            raise torch.OutOfMemoryError
+        return real(*args, width=width, **rest)
+
+    monkeypatch.setattr(spin, "generate", generate)
+    progress = Notes()
+    spin.run(prepared, tmp_path / "little", progress)
+    assert widths == [8, 4, 2]
+    assert progress.notes == [
+        f"memory does not hold so many completions; on with {width} side by side" for width in (4, 2)
+    ]
+    enough, little = (tmp_path / name / "iteration-0" for name in ("enough", "little"))
+    assert read_json(little / "generation.json")["width"] == 2
+    assert read_jsonl(little / "generated/shard-00000.jsonl") == read_jsonl(enough / "generated/shard-00000.jsonl")
+
+
+def test_memory_that_never_suffices_is_one_line(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(spin, "generate", refuse)
+    with pytest.raises(QspinError, match=r"^out of memory \(.*\); close other programs, set generation\.width lower"):
+        spin.run(prepared, tmp_path / "none", Notes())
+
+
+def test_free_bytes_is_what_the_system_says() -> None:
+    assert 0 < memory.free_bytes(CPU) < 1 << 50
