@@ -83,8 +83,9 @@ def opponents_pairs(config: RunConfig) -> tuple[Pair, ...]:
 def train_qspin(job: Job) -> Measurement:
     config, pairs = job.config, job.pairs
     model = _slot_model(config, prepared(config))
+    plan = _plan(model, config, pairs)  # as the peer's batch size, the budget is known when the work begins
     with tempfile.TemporaryDirectory() as folder, measured() as result:
-        metrics = _play(model, config, pairs, Path(folder))
+        metrics = _play(model, config, pairs, plan, Path(folder))
     last = [step for step in metrics if step["epoch"] == config.train.epochs - 1]
     result.figures = {
         "seconds_a_pair": result.seconds / len(pairs),
@@ -178,7 +179,7 @@ def iterate_qspin(job: Job) -> Measurement:
     with tempfile.TemporaryDirectory() as folder, measured() as result:
         completions = _complete(model, config, ready)
         pairs = _pairs(ready.train, [completion.ids for completion in completions])
-        _play(model, config, pairs, Path(folder))
+        _play(model, config, pairs, _plan(model, config, pairs), Path(folder))
     return _per_row(result, len(ready.train), [pair.generated_ids for pair in pairs])
 
 
@@ -229,14 +230,20 @@ def _pairs(examples: Sequence[Example], completions: Sequence[Sequence[int]]) ->
     )
 
 
-def _play(model: SlotModel, config: RunConfig, pairs: Sequence[Pair], folder: Path) -> list[dict[str, float]]:
+def _plan(model: SlotModel, config: RunConfig, pairs: Sequence[Pair]) -> Plan:
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
     lengths = [lengths_of(pair, prefix) for pair in pairs]
 
     def plan_for(budget: int) -> Plan:
         return plan_batches(lengths, batch_size=config.train.batch_size, token_budget=budget, seed=config.seed)
 
-    plan = plan_for(token_budget(model, pairs, plan_for, prefix))
+    return plan_for(token_budget(model, pairs, plan_for, prefix))
+
+
+def _play(
+    model: SlotModel, config: RunConfig, pairs: Sequence[Pair], plan: Plan, folder: Path
+) -> list[dict[str, float]]:
+    prefix = common_prefix([pair.prompt_ids for pair in pairs])
     parts = score_pairs(model, pairs, list(itertools.chain(*plan)), prefix)
     scores = {score.key: score for part in parts for score in part}
     task = Task(pairs, scores, plan, 0, config.seed, prefix)

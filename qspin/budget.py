@@ -41,7 +41,7 @@ def token_budget(model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], 
     try:
         a_token = _need(model, small, prefix) / _tokens(small, prefix)
     except OutOfMemory:
-        raise too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
+        raise _too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
     budget = most
     while budget > most // FIRST_PROBE and a_token * budget > free:
         budget //= 2
@@ -52,7 +52,7 @@ def token_budget(model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], 
         if _fits(model, longest, prefix, free):
             return budget
         if len(longest) == 1:
-            raise too_long(longest[0])
+            raise _too_long(longest[0])
         budget //= 2
 
 
@@ -64,11 +64,11 @@ def smaller(pairs: Sequence[Pair], plan: Plan, prefix: int) -> int:
     """
     longest = _longest(pairs, plan, prefix)
     if len(longest) == 1:
-        raise too_long(longest[0])
+        raise _too_long(longest[0])
     return _tokens(longest, prefix) // 2
 
 
-def too_long(pair: Pair) -> QspinError:
+def _too_long(pair: Pair) -> QspinError:
     return QspinError(
         f"{pair.record_id}: its {lengths_of(pair).total} tokens alone are more than memory holds; set "
         "train.gradient_checkpointing=true, or lower data.max_completion_tokens and generation.max_new_tokens"

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qspin.errors import QspinError
+
 
 def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """The tensor, with how to make it again: a layer that reads it keeps that instead of the tensor."""
@@ -61,7 +63,7 @@ class _FusedLayers:
                     x, make_again, self, *self.a, *self.b
                 )
             else:
-                outputs, _ = self.product(x)
+                outputs, _ = self.product(x, *self.low_rank(x.dtype, training=False))
             self._input, self._outputs = x, list(outputs)
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
@@ -69,10 +71,9 @@ class _FusedLayers:
         assert output is not None
         return output
 
-    def product(self, x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    def product(self, x: Tensor, a: Tensor, bs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         """(…, in) → (…, out) for each layer, and x·Aᵀ of all of them, (N, Σ r)."""
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        a, bs = self.low_rank(x.dtype)
         low = flat @ a.t()
         outputs = []
         for matrix, bias, part, b in zip(
@@ -88,16 +89,21 @@ class _FusedLayers:
             matrix: Tensor = bnb.dequantize_4bit(data, constants)
             yield from torch.split(matrix, [self.outs[layer] for layer in layers])
 
-    def low_rank(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """All A stacked, (Σ r, in), and each (α/r)·B, (out, r), made anew when the adapter in the slot changes."""
+    def low_rank(self, dtype: torch.dtype, *, training: bool) -> tuple[Tensor, list[Tensor]]:
+        """All A stacked, (Σ r, in), and each (α/r)·B, (out, r).
+
+        Kept from call to call while nothing is trained, until the weights' versions say that another player is in the
+        slot. Optimisers may write past the versions, so in training they are made anew, and nothing is kept.
+        """
         key = (dtype, [parameter._version for parameter in (*self.a, *self.b)])
-        if self._low_rank is None or self._low_rank[0] != key:
-            # normal tensors even when first needed in inference mode: a backward pass may keep them later
-            with torch.inference_mode(False), torch.no_grad():
-                a = torch.cat([part.to(dtype) for part in self.a])
-                b = [(part * scaling).to(dtype) for part, scaling in zip(self.b, self.scalings, strict=True)]
-                self._low_rank = (key, a, b)
-        return self._low_rank[1:]
+        if not training and self._low_rank is not None and self._low_rank[0] == key:
+            return self._low_rank[1:]
+        # normal tensors even when made in inference mode: a backward pass may keep them
+        with torch.inference_mode(False), torch.no_grad():
+            a = torch.cat([part.to(dtype) for part in self.a])
+            b = [(part * scaling).to(dtype) for part, scaling in zip(self.b, self.scalings, strict=True)]
+        self._low_rank = None if training else (key, a, b)
+        return a, b
 
 
 class LoraLinear4bit(torch.autograd.Function):
@@ -108,8 +114,8 @@ class LoraLinear4bit(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, make_again: Callable[[], Tensor] | None, layers: _FusedLayers, *_masters: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, low = layers.product(x)
-        a, bs = layers.low_rank(x.dtype)
+        a, bs = layers.low_rank(x.dtype, training=True)
+        outputs, low = layers.product(x, a, bs)
         ctx.save_for_backward(x if make_again is None else None, low, a, *bs)
         ctx.make_again, ctx.layers = make_again, layers
         return outputs
@@ -148,6 +154,12 @@ def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:
     states = [weight.quant_state for weight in weights]
     if weights[0].device.type != "cpu":
         return [(weight.data, weight.quant_state, range(i, i + 1)) for i, weight in enumerate(weights)]
+    for state in states:
+        if state.shape[1] % state.blocksize:
+            raise QspinError(
+                f"model.id: a layer has {state.shape[1]} inputs, no multiple of {state.blocksize}; bitsandbytes "
+                "dequantises such layers wrongly on a CPU: play with this model on a GPU"
+            )
     data = torch.cat([weight.data for weight in weights])
     for weight, part in zip(weights, torch.split(data, [len(weight) for weight in weights]), strict=True):
         weight.data = part

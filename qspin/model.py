@@ -131,17 +131,21 @@ class SlotModel:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
         return logits
 
-    def logits_backward(self, grad: Tensor, logits: Tensor, tokens: slice = ALL) -> Tensor:
+    def softcap_slope(self, logits: Tensor) -> Tensor | None:
+        """Of the same shape: d/d x of softcap·tanh(x / softcap), from what it made of x. None without a soft-cap."""
+        return None if self._softcap is None else 1 - (logits / self._softcap) ** 2
+
+    def logits_backward(self, grad: Tensor, slope: Tensor | None, tokens: slice = ALL) -> Tensor:
         """d/d hidden, (N, D), of what `logits` made, from d/d logits, (N, V) fp32."""
-        if self._softcap is not None:
-            grad = grad * (1 - (logits / self._softcap) ** 2)
+        if slope is not None:
+            grad = grad * slope
         grad_hidden: Tensor = grad.to(self._head.weight.dtype) @ self._head.weight[tokens]
         return grad_hidden
 
-    def logit_gradients(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """(N, D) fp32: d/d hidden of one token's logit a row, from those tokens, (N,), and their logits, (N,)."""
+    def logit_gradients(self, tokens: Tensor, slope: Tensor | None) -> Tensor:
+        """(N, D) fp32: d/d hidden of one token's logit a row, for N tokens."""
         gradients: Tensor = self._head.weight[tokens].float()
-        return gradients if self._softcap is None else gradients * (1 - (logits / self._softcap) ** 2)[:, None]
+        return gradients if slope is None else gradients * slope[:, None]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

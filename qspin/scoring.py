@@ -15,8 +15,8 @@ from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Row, pack_row
 from qspin.records import Pair, Score
 
-# fp32 logits that exist at once: on a CPU what stays in its cache, on a GPU what keeps it busy
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}
+# fp32 logits that exist at once: on a CPU what its cache holds, on a GPU what keeps it busy
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:
@@ -71,16 +71,17 @@ class _TokenLogps(torch.autograd.Function):
             target_logits = torch.where(here, logits.gather(1, columns)[:, 0], target_logits)
             higher = torch.maximum(peak, logits.amax(-1))
             decay = (peak - higher).exp_()
-            weights = (logits - higher[:, None]).exp_()  # softmax, but for the normaliser
+            slope = model.softcap_slope(logits)
+            weights = logits.sub_(higher[:, None]).exp_()  # softmax, but for the normaliser
             total = total * decay + weights.sum(-1)
             if others is not None:
                 weights.scatter_(1, columns, weights.gather(1, columns).masked_fill_(here[:, None], 0.0))
-                others.mul_(decay[:, None]).add_(model.logits_backward(weights, logits, tokens))
+                others.mul_(decay[:, None]).add_(model.logits_backward(weights, slope, tokens))
             peak = higher
         logps = target_logits - peak - total.log()
         if others is not None:
             # d logp / d logits = onehot − softmax; 1 − p of the target by expm1, or it would be lost near p = 1
-            own = model.logit_gradients(targets, target_logits) * -torch.expm1(logps)[:, None]
+            own = model.logit_gradients(targets, model.softcap_slope(target_logits)) * -torch.expm1(logps)[:, None]
             ctx.save_for_backward((own - others / total[:, None]).to(hidden.dtype))
         return logps
 

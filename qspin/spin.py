@@ -197,7 +197,7 @@ class Game:
                     self.train(folder, self.score(folder, task))
             except OutOfMemory:
                 self.budget = smaller(pairs, task.plan, task.prefix)
-                shutil.rmtree(folder.scores(0).parent)  # before the plan that they belong to
+                shutil.rmtree(folder.scores(0).parent, ignore_errors=True)  # before the plan that they belong to
                 folder.training_plan.unlink()
                 self.model.set_adapter(self.opponent(iteration))
                 self.progress.note(f"memory does not hold so many tokens; on with {self.budget} at once")

@@ -123,7 +123,7 @@ def make_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter], de
         case "rmsprop":
             return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
         case "adamw":
-            return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay)
+            return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
         case "paged_adamw_8bit":
             if device.type != "cuda":
                 raise QspinError(

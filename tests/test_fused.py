@@ -1,0 +1,87 @@
+"""Norms and gated MLPs that keep less: which are replaced, and what is kept. Their gradients: test_scoring.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from torch import Tensor, nn
+
+from qspin.fused import fuse_gated_mlp, fuse_norm
+from qspin.model import SlotModel
+from qspin.packing import pack_row
+from qspin.records import Pair
+from qspin.scoring import pair_logps
+
+LoadModel = Callable[..., SlotModel]
+CPU = torch.device("cpu")
+PAIRS = [Pair(str(n), 0, tuple(range(10)), tuple(range(20, 40)), tuple(range(50, 80)), ended=True) for n in range(4)]
+
+
+def replaced(model: SlotModel, kind: str) -> list[bool]:
+    return [
+        isinstance(module.forward, functools.partial)
+        for module in model.peft_model.modules()
+        if type(module).__name__.endswith(kind)
+    ]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_norms_and_mlps_of_every_architecture_are_replaced(architecture: str, tiny_model: LoadModel) -> None:
+    model = tiny_model(architecture)
+    assert len(replaced(model, "RMSNorm")) >= 7
+    assert all(replaced(model, "RMSNorm"))
+    # Phi-3 has gate and up in one matrix
+    assert replaced(model, "MLP") == [architecture != "phi3"] * 3
+
+
+def kept_bytes(model: SlotModel) -> int:
+    """Bytes of the tensors of activations that a forward pass keeps for its backward pass, each counted once."""
+    kept: dict[int, int] = {}
+    row = pack_row(PAIRS, CPU)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if len(row.input_ids) in tensor.shape:
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pair_logps(model, row)
+    return sum(kept.values())
+
+
+def test_they_keep_less_than_autograd(tiny_model: LoadModel) -> None:
+    model = tiny_model()
+    ours = kept_bytes(model)
+    for module in model.peft_model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "MLP")):
+            del module.forward
+    assert ours < 0.6 * kept_bytes(model)
+
+
+class BiasedRMSNorm(nn.Module):
+    """Named like one, and another thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8), requires_grad=False)
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight + 1
+
+
+def test_what_is_not_the_usual_form_stays_as_it_is() -> None:
+    norm = BiasedRMSNorm()
+    fuse_norm(norm)
+    assert not isinstance(norm.forward, functools.partial)
+    trained = nn.RMSNorm(8, eps=1e-6)  # its weight has a gradient, which ours wouldn't make
+    fuse_norm(trained)
+    assert not isinstance(trained.forward, functools.partial)
+    mlp: Any = nn.ModuleDict({"up_proj": nn.Linear(2, 2), "down_proj": nn.Linear(2, 2), "act_fn": nn.ReLU()})
+    fuse_gated_mlp(mlp)
+    assert not isinstance(mlp.forward, functools.partial)
