@@ -16,7 +16,7 @@ CAPS = (32, 64, 128)  # with 64 rows
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", rows=24)
+    parser = arguments(__doc__ or "", rows=64)
     parser.add_argument("--batch-size", type=int, default=8, help="effective batch, in pairs (default 8)")
     options = parser.parse_args()
 

@@ -12,7 +12,7 @@ from harness import alternate, arguments, finish, in_fresh_process, median, say
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "", rows=24)
+    parser = arguments(__doc__ or "", rows=16)
     parser.add_argument("--batch-size", type=int, default=8, help="effective batch, in pairs (default 8)")
     options = parser.parse_args()
     config = make_config(options.data, rows=options.rows, cap=options.cap, batch_size=options.batch_size)
