@@ -28,7 +28,7 @@ def refusals_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-            raise OutOfMemory(str(error).splitlines()[0]) from None
+            raise OutOfMemory(str(error).partition("\n")[0]) from None
         raise
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import itertools
 import json
-import multiprocessing
-import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qspin import budget, memory, spin
+from qspin import budget, memory, spin, training
 from qspin.budget import MOST_ROWS, MOST_TOKENS, SHARE, rows_at_once, smaller, token_budget
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
-from qspin.packing import Plan, lengths_of, pack_row, plan_batches
+from qspin.packing import Plan, Row, lengths_of, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
-from qspin.run_dir import RunDir
-from qspin.scoring import pair_logps
 
 CPU = torch.device("cpu")
 MOST = MOST_TOKENS["cpu"]
@@ -130,10 +125,11 @@ def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
 
 
 def test_peak_sees_what_a_block_takes_and_gives_back() -> None:
+    size = 1 << 30  # what is this large never comes from blocks that malloc kept
     with peak(CPU) as measured:
-        block = torch.ones(64 << 20, dtype=torch.uint8)
+        block = torch.ones(size, dtype=torch.uint8)
         del block
-    assert 64 << 20 <= measured.above < 96 << 20
+    assert 0.95 * size < measured.above < 1.05 * size
 
 
 def test_a_refused_tensor_is_out_of_memory_and_nothing_else_is() -> None:
@@ -174,55 +170,38 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Prepared:
     return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
 
 
-def play_in_too_little_memory(prepared: Prepared, out: Path) -> None:
-    """Play an iteration in seven tenths of the address space that its longest micro-batch takes."""
-    torch.set_num_threads(1)
-    progress = Notes()
-    game = spin.Game(prepared, RunDir(out), progress)
-    game.generate(0)
-    task = game.task(game.dir.iteration(0), 0, game.pairs(0))
-    most = max(itertools.chain(*task.plan), key=len)
-
-    def step() -> None:
-        real, generated = pair_logps(game.model, pack_row([task.pairs[i] for i in most], CPU, task.prefix))
-        (real - generated).sum().backward()  # type: ignore[no-untyped-call]
-        game.model.peft_model.zero_grad()
-
-    step()
-    ctypes.CDLL(None).malloc_trim(0)
-    with peak(CPU) as measured:
-        step()
-    ctypes.CDLL(None).malloc_trim(0)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + measured.above * 7 // 10, resource.RLIM_INFINITY))
-    game.play(0)
-    (out / "notes.json").write_text(json.dumps([*progress.notes, len(most)]))
-
-
+@pytest.mark.parametrize("steps_before", [0, 1])
 def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
-    prepared: Prepared, tmp_path: Path
+    steps_before: int, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = multiprocessing.get_context("spawn").Process(
-        target=play_in_too_little_memory, args=(prepared, tmp_path / "little")
-    )
-    child.start()
-    child.join(timeout=120)
-    assert child.exitcode == 0
     spin.run(prepared, tmp_path / "enough", Notes())
+    real, seen = training.pair_logps, []
 
-    *notes, most = read_json(tmp_path / "little" / "notes.json")
-    assert notes
-    assert all(note.startswith("memory does not hold so many tokens; on with ") for note in notes)
-    plans = {name: read_json(tmp_path / name / "iteration-0" / "training.json") for name in ("little", "enough")}
-    assert max(map(len, itertools.chain(*plans["enough"]))) == most
-    assert max(map(len, itertools.chain(*plans["little"]))) <= most // 2 + 1
-    little, enough = (read_jsonl(tmp_path / name / "iteration-0" / "metrics.jsonl") for name in plans)
-    assert little[0]["margin"] == enough[0]["margin"] == 0.0
-    for ours, theirs in zip(little, enough, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
-    adapters = [load_file(tmp_path / name / "iteration-0/adapter/adapter_model.safetensors") for name in plans]
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-2, atol=1e-4)
+    def pair_logps(model: SlotModel, row: Row) -> Any:
+        """Refused by the allocator when there are more than half of the tokens, once so many steps are made."""
+        seen.append(len(row.input_ids))
+        if len(seen) > steps_before and seen[-1] > 0.6 * seen[0]:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return real(model, row)
+
+    monkeypatch.setattr(training, "pair_logps", pair_logps)
+    progress = Notes()
+    spin.run(prepared, tmp_path / "little", progress)
+    assert len(progress.notes) == 1
+    assert progress.notes[0].startswith("memory does not hold so many tokens; on with ")
+
+    little, enough = (tmp_path / name / "iteration-0" for name in ("little", "enough"))
+    plans = [read_json(folder / "training.json") for folder in (little, enough)]
+    assert [sorted(itertools.chain(*batch)) for batch in plans[0]] == [
+        sorted(itertools.chain(*batch)) for batch in plans[1]
+    ]
+    assert all(len(batch) == 1 for batch in plans[1])
+    assert all(len(batch) >= 2 for batch in plans[0])
+    for ours, theirs in zip(read_jsonl(little / "metrics.jsonl"), read_jsonl(enough / "metrics.jsonl"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (little, enough))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=1e-4)
 
 
 def test_generation_goes_on_narrower_when_memory_runs_out(
