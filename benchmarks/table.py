@@ -55,7 +55,7 @@ def _mebibytes(result: dict[str, Any], contestant: str) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"**{value:.1f}×**"
+    return f"**{value:.2f}×**"
 
 
 if __name__ == "__main__":
