@@ -38,8 +38,7 @@ def fuse_norm(norm: nn.Module) -> None:
 
 def _normed(own: Activation, scale: Tensor, eps: float, x: Tensor) -> Tensor:
     y: Tensor = _RMSNorm.apply(x, own, scale, eps)  # type: ignore[no-untyped-call]
-    x = x.detach()
-    return remade(y, lambda: own(x))
+    return remade(y, own, x.detach())
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -70,44 +69,25 @@ def fuse_gated_mlp(mlp: nn.Module) -> None:
 
 def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    again = _Again(mlp.act_fn, gate.detach(), up.detach())
-    product: Tensor = _Gated.apply(gate, up, again)  # type: ignore[no-untyped-call]
-    y: Tensor = mlp.down_proj(remade(product, again.product))
+    product: Tensor = _Gated.apply(gate, up, mlp.act_fn)  # type: ignore[no-untyped-call]
+    y: Tensor = mlp.down_proj(remade(product, lambda g, u: mlp.act_fn(g) * u, gate.detach(), up.detach()))
     return y
-
-
-class _Again:
-    """act(gate) for the backward pass, made when the layer below asks for its input, used once more, let go."""
-
-    def __init__(self, activation: Activation, gate: Tensor, up: Tensor) -> None:
-        self.activation, self.gate, self.up = activation, gate, up
-        self._made: tuple[Tensor, Tensor] | None = None
-
-    def product(self) -> Tensor:
-        self._made = self._activated()
-        return self._made[1].detach() * self.up
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The gate as a leaf, and what the activation makes of it."""
-        made, self._made = self._made, None
-        return self._activated() if made is None else made
-
-    def _activated(self) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaf = self.gate.requires_grad_()
-            return leaf, self.activation(leaf)
 
 
 class _Gated(torch.autograd.Function):
     """act(gate) · up, whose activation is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, again: _Again) -> Tensor:
-        ctx.again = again
-        return again.activation(gate) * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return activation(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        leaf, activated = ctx.again.take()
-        (grad_gate,) = torch.autograd.grad(activated, leaf, grad * ctx.again.up)
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.activation(leaf)
+        (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
         return grad_gate, grad * activated.detach(), None

@@ -23,10 +23,16 @@ from torch.nn import functional
 
 from qspin.errors import QspinError
 
+MakeAgain = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
-def remade(tensor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-    """The tensor, with how to make it again: a layer that reads it keeps that instead of the tensor."""
-    tensor.make_again = make  # type: ignore[attr-defined]
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def remade(tensor: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+    """The tensor, with what it can be made from again: a layer that reads it keeps the parts instead."""
+    tensor.make_again = (make, parts)  # type: ignore[attr-defined]
     return tensor
 
 
@@ -58,7 +64,7 @@ class _FusedLayers:
         if x is not self._input or self._outputs[index] is None:
             self._input = None  # if memory runs out now, nothing of an unfinished pass is held
             if torch.is_grad_enabled():
-                make_again = getattr(x, "make_again", None)
+                make_again = getattr(x, "make_again", (_itself, (x,)))
                 outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
                     x, make_again, self, *self.a, *self.b
                 )
@@ -112,21 +118,23 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, make_again: Callable[[], Tensor] | None, layers: _FusedLayers, *_masters: Tensor
+        ctx: Any, x: Tensor, make_again: MakeAgain, layers: _FusedLayers, *_masters: Tensor
     ) -> tuple[Tensor, ...]:
         a, bs = layers.low_rank(x.dtype, training=True)
         outputs, low = layers.product(x, a, bs)
-        ctx.save_for_backward(x if make_again is None else None, low, a, *bs)
-        ctx.make_again, ctx.layers = make_again, layers
+        # the parts are saved as tensors, so that gradient checkpointing sees them and lets them go
+        ctx.make, parts = make_again
+        ctx.save_for_backward(low, a, *bs, *parts)
+        ctx.layers = layers
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, *bs = ctx.saved_tensors
-        if x is None:
-            x = ctx.make_again()
-        flat = x.reshape(-1, x.shape[-1])  # (N, in)
         layers: _FusedLayers = ctx.layers
+        low, a, *rest = ctx.saved_tensors
+        bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
+        x = ctx.make(*parts)
+        flat = x.reshape(-1, x.shape[-1])  # (N, in)
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
         lows = [grad @ b for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
         grad_low = torch.cat(lows, 1) if len(lows) > 1 else lows[0]

@@ -162,12 +162,12 @@ def test_an_input_that_can_be_made_again_is_not_kept() -> None:
     source, grad = inputs((7, IN), torch.float32)
     calls = []
 
-    def make() -> Tensor:
+    def make(part: Tensor) -> Tensor:
         calls.append(1)
-        return source * 2
+        return part * 2
 
     kept = fused(layer, source * 2, grad)
-    x = remade(source * 2, make)
+    x = remade(source * 2, make, source)
     layer(x).backward(grad)
     assert calls == [1]
     assert torch.equal(a_of(layer).grad, kept["da"])
