@@ -16,7 +16,7 @@ from qspin.records import Pair
 from qspin.scoring import pair_logps
 
 # more than this makes nothing faster (docs/performance.md for the CPU; the GPU's are estimates)
-MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
+MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
 MOST_ROWS = {"cpu": 128, "cuda": 256}
 SHARE = 0.8  # of the free memory; the rest is for the optimiser's state, and for others
 FIRST_PROBE = 8  # the first probe takes this part of the most
@@ -77,7 +77,8 @@ def _too_long(pair: Pair) -> QspinError:
 
 def rows_at_once(model: SlotModel, places: int) -> int:
     """How many completions to decode side by side, each of up to so many places, prompt included."""
-    fit = int(SHARE * free_bytes(model.device) / 2 / model.decoding_bytes(places))
+    free = free_bytes(model.device) - model.unpacked_bytes
+    fit = int(SHARE * free / 2 / model.decoding_bytes(places))
     return max(1, min(MOST_ROWS[model.device.type], fit))
 
 

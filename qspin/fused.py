@@ -69,25 +69,47 @@ def fuse_gated_mlp(mlp: nn.Module) -> None:
 
 def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    product: Tensor = _Gated.apply(gate, up, mlp.act_fn)  # type: ignore[no-untyped-call]
-    y: Tensor = mlp.down_proj(remade(product, lambda g, u: mlp.act_fn(g) * u, gate.detach(), up.detach()))
+    activated = _Activated(mlp.act_fn)
+    product: Tensor = _Gated.apply(gate, up, activated)  # type: ignore[no-untyped-call]
+    y: Tensor = mlp.down_proj(remade(product, activated.product, gate.detach(), up.detach()))
     return y
+
+
+class _Activated:
+    """An activation made again once in the backward pass: for down's input first, then for the gate's gradient."""
+
+    def __init__(self, function: Activation) -> None:
+        self.function = function
+        self._again: tuple[Tensor, Tensor] | None = None
+
+    def product(self, gate: Tensor, up: Tensor) -> Tensor:
+        """down's input; what it took is kept for `again`."""
+        self._again = self._make(gate)
+        return self._again[1].detach() * up
+
+    def again(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate as a leaf, and the activation with its graph; let go of here."""
+        found, self._again = self._again or self._make(gate), None
+        return found
+
+    def _make(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            return leaf, self.function(leaf)
 
 
 class _Gated(torch.autograd.Function):
     """act(gate) · up, whose activation is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activated: _Activated) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation(gate) * up
+        ctx.activated = activated
+        return activated.function(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.activation(leaf)
-        (grad_gate,) = torch.autograd.grad(activated, leaf, grad * up)
-        return grad_gate, grad * activated.detach(), None
+        leaf, activation = ctx.activated.again(gate)
+        (grad_gate,) = torch.autograd.grad(activation, leaf, grad * up)
+        return grad_gate, grad * activation.detach(), None

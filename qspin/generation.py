@@ -90,17 +90,18 @@ def generate(
                     cache.move(len(live), slot)
         return spared
 
-    while waiting or live:
-        if waiting and _worth_prefilling(len(live), len(waiting), width):
-            admitted = _admit(waiting, requests, width - len(live), prefix)
-            prompts = [requests[row.index].prompt_ids for row in admitted]
-            choose(_prefill(model, cache, prompts, len(live), prefix), admitted)
-            live += admitted
-            new = len(admitted)
-        else:
-            choose(_decode(model, cache, requests, live), live)
-            new = len(live)
-        on_step(new, (new + retire()) / max_new_tokens)
+    with model.unpacked():
+        while waiting or live:
+            if waiting and _worth_prefilling(len(live), len(waiting), width):
+                admitted = _admit(waiting, requests, width - len(live), prefix)
+                prompts = [requests[row.index].prompt_ids for row in admitted]
+                choose(_prefill(model, cache, prompts, len(live), prefix), admitted)
+                live += admitted
+                new = len(admitted)
+            else:
+                choose(_decode(model, cache, requests, live), live)
+                new = len(live)
+            on_step(new, (new + retire()) / max_new_tokens)
     return [completion for completion in done if completion is not None]
 
 

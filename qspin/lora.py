@@ -13,6 +13,7 @@ and its inverse loses precision.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from qspin.errors import QspinError
 
+Linear = Callable[[Tensor], Tensor]
 MakeAgain = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
@@ -36,14 +38,36 @@ def remade(tensor: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tenso
     return tensor
 
 
-def fuse_lora(layers: Sequence[Any], adapter: str) -> None:
+def fuse_lora(layers: Sequence[Any], adapter: str) -> FusedLayers:
     """Make PEFT's `lora.Linear4bit` layers that read the same input compute together."""
-    fused = _FusedLayers(layers, adapter)
+    fused = FusedLayers(layers, adapter)
     for index, layer in enumerate(layers):
         layer.forward = functools.partial(fused.output, index)
+    return fused
 
 
-class _FusedLayers:
+def laid_out(weight: Tensor, bias: Tensor | None) -> Linear:
+    """x → x·Wᵀ + bias for many products without gradient, on a CPU, of a W (out, in) that stays as it is.
+
+    oneDNN computes on blocks of W. It makes them at each call from a plain matrix, which takes longer than a product
+    with a few rows itself; here they are made once.
+    """
+    if not _onednn_computes(weight.dtype):
+        return lambda x: functional.linear(x, weight, bias)
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+
+
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.float32:
+        return True
+    asked = torch.ops.mkldnn
+    return bool(asked._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else asked._is_mkldnn_fp16_supported())
+
+
+class FusedLayers:
     """n layers of `out` features each, of rank r and with the same `in`."""
 
     def __init__(self, layers: Sequence[Any], adapter: str) -> None:
@@ -58,6 +82,30 @@ class _FusedLayers:
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = [None] * len(layers)
         self._low_rank: tuple[Any, Tensor, list[Tensor]] | None = None
+        self._unpacked: tuple[Linear, Tensor] | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many weights W has in all."""
+        return sum(math.prod(constants.shape) for _, constants, _ in self.packed)
+
+    def unpack(self, dtype: torch.dtype) -> None:
+        """Until `pack`: have W in the compute type rather than make it at each call, for generation on a CPU.
+
+        Whoever is in the slot stays there: W and A become one matrix.
+        """
+        a, bs = self.low_rank(dtype, training=False)
+        biases = [
+            a.new_zeros(out) if bias is None else bias.to(dtype)
+            for out, bias in zip(self.outs, self.biases, strict=True)
+        ]
+        bias = torch.cat([*biases, a.new_zeros(len(a))]) if any(bias is not None for bias in self.biases) else None
+        # with few rows a product costs its call, so all B are one too, (Σ r, Σ out)
+        b: Tensor = torch.block_diag(*bs)  # type: ignore[no-untyped-call]
+        self._unpacked = laid_out(torch.cat([*self.matrices(), a]), bias), b
+
+    def pack(self) -> None:
+        self._unpacked = None
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What one of the layers makes of x; the first to be asked computes for all."""
@@ -68,6 +116,8 @@ class _FusedLayers:
                 outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
                     x, make_again, self, *self.a, *self.b
                 )
+            elif self._unpacked is not None:
+                outputs = self._unpacked_product(x, *self._unpacked)
             else:
                 outputs, _ = self.product(x, *self.low_rank(x.dtype, training=False))
             self._input, self._outputs = x, list(outputs)
@@ -86,8 +136,14 @@ class _FusedLayers:
             self.matrices(), self.biases, torch.split(low, self.ranks, 1), bs, strict=True
         ):
             y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
-            outputs.append(y.addmm_(part, b.t()).view(*x.shape[:-1], -1))
+            outputs.append(y.addmm_(part, b).view(*x.shape[:-1], -1))
         return tuple(outputs), low
+
+    def _unpacked_product(self, x: Tensor, linear: Linear, b: Tensor) -> tuple[Tensor, ...]:
+        """(…, in) → (…, out) for each layer."""
+        both = linear(x.reshape(-1, x.shape[-1]))  # (N, Σ out + Σ r)
+        ys = both[:, : b.shape[1]].addmm_(both[:, b.shape[1] :], b)
+        return tuple(y.view(*x.shape[:-1], -1) for y in torch.split(ys, self.outs, 1))
 
     def matrices(self) -> Iterator[Tensor]:
         """(out, in) in the compute type for each layer, fresh tensors that live as long as their products."""
@@ -96,7 +152,7 @@ class _FusedLayers:
             yield from torch.split(matrix, [self.outs[layer] for layer in layers])
 
     def low_rank(self, dtype: torch.dtype, *, training: bool) -> tuple[Tensor, list[Tensor]]:
-        """All A stacked, (Σ r, in), and each (α/r)·B, (out, r).
+        """All A stacked, (Σ r, in), and each (α/r)·Bᵀ, (r, out).
 
         Kept from call to call while nothing is trained, until the weights' versions say that another player is in the
         slot. Optimisers may write past the versions, so in training they are made anew, and nothing is kept.
@@ -107,7 +163,9 @@ class _FusedLayers:
         # normal tensors even when made in inference mode: a backward pass may keep them
         with torch.inference_mode(False), torch.no_grad():
             a = torch.cat([part.to(dtype) for part in self.a])
-            b = [(part * scaling).to(dtype) for part, scaling in zip(self.b, self.scalings, strict=True)]
+            b = [
+                (part.t() * scaling).to(dtype).contiguous() for part, scaling in zip(self.b, self.scalings, strict=True)
+            ]
         self._low_rank = None if training else (key, a, b)
         return a, b
 
@@ -118,7 +176,7 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, make_again: MakeAgain, layers: _FusedLayers, *_masters: Tensor
+        ctx: Any, x: Tensor, make_again: MakeAgain, layers: FusedLayers, *_masters: Tensor
     ) -> tuple[Tensor, ...]:
         a, bs = layers.low_rank(x.dtype, training=True)
         outputs, low = layers.product(x, a, bs)
@@ -130,13 +188,13 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        layers: _FusedLayers = ctx.layers
+        layers: FusedLayers = ctx.layers
         low, a, *rest = ctx.saved_tensors
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
-        lows = [grad @ b for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
+        lows = [grad @ b.t() for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
         grad_low = torch.cat(lows, 1) if len(lows) > 1 else lows[0]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -146,7 +204,7 @@ class LoraLinear4bit(torch.autograd.Function):
             grad_x = grad_x.view(*grads[0].shape[:-1], -1)
         grad_a = torch.split((grad_low.t() @ flat).float(), layers.ranks)
         grad_b = [
-            (grad.t() @ part).float().mul_(scaling)
+            (part.t() @ grad).t().float().contiguous().mul_(scaling)  # the faster order: r rows of long dot products
             for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
         return grad_x, None, None, *grad_a, *grad_b

@@ -11,9 +11,10 @@ master weights are fp32 whatever the compute type.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.fused import fuse_gated_mlp, fuse_norm
-from qspin.lora import fuse_lora
+from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
+from qspin.memory import free_bytes
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
@@ -46,7 +48,9 @@ transformers.AttentionInterface.register(IMPLEMENTATION, attend)
 class SlotModel:
     """A causal language model in NF4 with a LoRA slot, called on packed rows."""
 
-    def __init__(self, peft_model: Any, base: Base, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, peft_model: Any, base: Base, device: torch.device, dtype: torch.dtype, layers: Sequence[FusedLayers]
+    ) -> None:
         self.base = base
         self.device = device
         self.dtype = dtype
@@ -54,6 +58,8 @@ class SlotModel:
         self._causal_lm = peft_model.get_base_model()
         self._decoder = self._causal_lm.get_decoder()
         self._head = self._causal_lm.get_output_embeddings()
+        self._layers = layers
+        self._unpacked_head: Linear | None = None
         self._softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
 
     @staticmethod
@@ -94,8 +100,8 @@ class SlotModel:
             ),
             adapter_name=SLOT,
         )
-        _prepare(peft_model)
-        loaded = SlotModel(peft_model, base, device, dtype)
+        layers = _prepare(peft_model)
+        loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._check_logits(reference)
         return loaded
 
@@ -106,6 +112,30 @@ class SlotModel:
         )
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """What the base takes in the compute type, for `unpacked`; 0 where that is of no use, or too much."""
+        weights = sum(layers.weights for layers in self._layers) + self._head.weight.numel()
+        size = weights * self.dtype.itemsize
+        return size if self.device.type == "cpu" and size <= free_bytes(self.device) / 2 else 0
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """For generation, of whoever is in the slot: the base in the compute type beside its 4 bits, if there is
+        room for it. On a CPU making it from 4 bits takes as long as a decoding step does for the rest."""
+        if not self.unpacked_bytes:
+            yield
+            return
+        try:
+            for layers in self._layers:
+                layers.unpack(self.dtype)
+            self._unpacked_head = laid_out(self._head.weight, self._head.bias)
+            yield
+        finally:
+            for layers in self._layers:
+                layers.pack()
+            self._unpacked_head = None
 
     def decoding_bytes(self, places: int) -> int:
         """What a sequence of so many tokens takes while it is decoded: keys, values, and logits with copies of them."""
@@ -125,7 +155,10 @@ class SlotModel:
         """(N, D) → (N, V) fp32, or those of some tokens. Makes no graph: `logits_backward` is its derivative."""
         bias = self._head.bias
         with torch.no_grad():
-            logits = functional.linear(hidden, self._head.weight[tokens], None if bias is None else bias[tokens])
+            if self._unpacked_head is not None and tokens == ALL:
+                logits = self._unpacked_head(hidden)
+            else:
+                logits = functional.linear(hidden, self._head.weight[tokens], None if bias is None else bias[tokens])
             logits = logits.float()
             if self._softcap is not None:
                 logits = self._softcap * torch.tanh(logits / self._softcap)
@@ -264,8 +297,9 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _prepare(peft_model: Any) -> None:
+def _prepare(peft_model: Any) -> list[FusedLayers]:
     """Our own layers and attention in the place of the model's; no dropout anywhere, and no repacking of the base."""
+    fused = []
     peft_model.get_base_model().config._attn_implementation = IMPLEMENTATION
     peft_model.train()  # one mode for generating, scoring and training; in eval mode bitsandbytes repacks on CPUs
     _no_dropout(peft_model)
@@ -278,9 +312,9 @@ def _prepare(peft_model: Any) -> None:
         for names in SAME_INPUT:
             together = [adapted.pop(name) for name in names if name in adapted]
             if together:
-                fuse_lora(together, SLOT)
-        for layer in adapted.values():
-            fuse_lora([layer], SLOT)
+                fused.append(fuse_lora(together, SLOT))
+        fused += [fuse_lora([layer], SLOT) for layer in adapted.values()]
+    return fused
 
 
 def _no_dropout(model: nn.Module) -> None:

@@ -124,6 +124,31 @@ def test_layers_that_read_the_same_input_compute_as_each_would_alone(double_quan
     assert all(torch.equal(layer.base_layer.weight.data, before) for layer, before in zip(layers, packed, strict=True))
 
 
+@pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
+@pytest.mark.parametrize("rows", [1, 7, 200])
+def test_unpacked_layers_compute_as_packed_ones(biases: tuple[bool, ...], rows: int) -> None:
+    layers = [
+        fused_layer(bias=bias, seed=seed, out=out)
+        for seed, (bias, out) in enumerate(zip(biases, (80, 40, 64), strict=True))
+    ]
+    together = fuse_lora(layers, "default")
+    x = torch.randn(1, rows, IN)
+    with torch.no_grad():
+        packed = [layer(x) for layer in layers]
+        together.unpack(torch.float32)
+        unpacked = [layer(x) for layer in layers]
+        for layer in layers:
+            b_of(layer).zero_()
+        stays = [layer(x.clone()) for layer in layers]
+        together.pack()
+        gone = [layer(x.clone()) for layer in layers]
+    assert together.weights == IN * (80 + 40 + 64)
+    for before, after in zip(packed, unpacked, strict=True):
+        torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(unpacked, stays, strict=True))  # a copy: another player needs another
+    assert all(float((a - b).abs().max()) > 0.1 for a, b in zip(gone, unpacked, strict=True))
+
+
 def test_another_player_in_the_slot_is_seen_at_once() -> None:
     # A and B are kept in the compute type from call to call, also between decoding and training
     layer = fused_layer(dtype=torch.bfloat16)

@@ -17,6 +17,7 @@ from qspin.attention import Lengths, Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
+from qspin.lora import FusedLayers
 from qspin.model import SlotModel, load_adapter
 
 IDS = torch.arange(3, 20)
@@ -64,6 +65,38 @@ def test_players_are_swapped_without_a_trace(tiny_model: Callable[..., SlotModel
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(outputs[0], outputs[1])
     assert model.base_hash() == base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unpacked_it_is_the_same_player(
+    dtype: str, tiny_model: Callable[..., SlotModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(dtype=dtype)
+    model.set_adapter(moved_adapter(model))
+    packed, base = logits(model), model.base_hash()
+    products: list[int] = []
+    own = FusedLayers._unpacked_product
+    monkeypatch.setattr(FusedLayers, "_unpacked_product", lambda *args: products.append(1) or own(*args))
+    with model.unpacked():
+        torch.testing.assert_close(logits(model), packed, rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=2e-2)
+    assert len(products) == 4 * SHAPE["num_hidden_layers"]
+    assert torch.equal(logits(model), packed)
+    assert len(products) == 4 * SHAPE["num_hidden_layers"]
+    assert model.base_hash() == base
+
+
+def test_the_base_stays_packed_where_memory_has_no_room(
+    tiny_model: Callable[..., SlotModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    whole = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES["llama"]())  # with its head as its embeddings
+    size = 4 * sum(parameter.numel() for parameter in whole.parameters() if parameter.ndim == 2)
+    assert model.unpacked_bytes == size
+    monkeypatch.setattr("qspin.model.free_bytes", lambda _device: 2 * size - 1)
+    assert model.unpacked_bytes == 0
+    monkeypatch.setattr(FusedLayers, "unpack", None)
+    with model.unpacked():
+        logits(model)
 
 
 def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:
