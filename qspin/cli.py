@@ -64,7 +64,8 @@ def run(
     }
     overrides = {key: value for key, value in options.items() if value is not None}
     if model is not None:
-        overrides |= {"model.package": None, "model.revision": None}  # those of the preset's own model
+        # those of the preset's own model
+        overrides |= {"model.package": None, "model.revision": None, "model.architecture": None}
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -38,6 +38,21 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Architecture(_Part):
+    """A model's shape, known before anything is downloaded."""
+
+    family: str = Field(description="model_type of transformers, as llama or qwen3")
+    layers: Count = Field(description="decoder layers")
+    hidden: Count = Field(description="width of the residual stream")
+    intermediate: Count = Field(description="width inside the gated MLP")
+    heads: Count = Field(description="query heads of a layer")
+    kv_heads: Count = Field(description="key and value heads of a layer")
+    head_size: Count = Field(description="width of a head; not always hidden / heads")
+    vocabulary: Count = Field(description="rows of the embedding matrix, padding included")
+    tied_embeddings: bool = Field(description="whether the output layer is the embedding matrix")
+    parameters: Count = Field(description="exact number of weights, tied ones counted once")
+
+
 class ModelConfig(_Part):
     """The 4-bit base and where it comes from."""
 
@@ -49,6 +64,9 @@ class ModelConfig(_Part):
     )
     double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")
     init_adapter: str | None = Field(None, description="PEFT adapter folder that iteration 0 starts from")
+    architecture: Annotated[Architecture | None, _FREE] = Field(
+        None, description="the model's shape, for plans made without its files"
+    )
 
 
 class LoraConfig(_Part):
@@ -235,17 +253,21 @@ def changed_results(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]
 def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
+        if _FREE in field.metadata:
+            continue
         if isinstance(value, BaseModel):
             yield from _leaves(value, f"{prefix}{name}.")
-        elif _FREE not in field.metadata:
+        else:
             yield prefix + name, value
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-        else:
+        kinds = (field.annotation, *get_args(field.annotation))  # a group may be optional
+        groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        for group in groups:
+            yield from _keys(group, f"{prefix}{name}.")
+        if field.annotation not in groups:
             yield prefix + name
 
 

@@ -306,6 +306,13 @@ def test_a_style_that_is_no_regular_expression() -> None:
     assert "\n  evaluation.style = '(': " in refusal(None, {"evaluation.style": "("})
 
 
+def test_a_group_that_may_be_left_out_has_its_settings_named() -> None:
+    message = refusal(None, {"model.architecture": {**FREE["model.architecture"], "layers": 0, "head": 2}})
+    assert "\n  model.architecture.layers = 0: " in message
+    assert "\n  model.architecture.head: no such setting; did you mean model.architecture.heads?" in message
+    assert "\n  model.architecture = 3: " in refusal(None, {"model.architecture": 3})
+
+
 def test_a_key_like_no_other_has_no_neighbour() -> None:
     assert refusal(None, {"qqqqqq": 1}) == "the configuration does not fit:\n  qqqqqq: no such setting"
 
@@ -344,6 +351,10 @@ def test_the_last_value_of_a_list_goes_on(iteration: int, expected: float) -> No
 FREE: dict[str, Any] = {
     "about": "x",
     "iterations": 9,
+    "model.architecture": {
+        "family": "llama", "layers": 1, "hidden": 8, "intermediate": 16, "heads": 2, "kv_heads": 1, "head_size": 4,
+        "vocabulary": 32, "tied_embeddings": True, "parameters": 1000,
+    },
     "data.source": "elsewhere.jsonl",
     "data.heldout_source": "elsewhere.jsonl",
     "generation.width": 3,
@@ -351,7 +362,7 @@ FREE: dict[str, Any] = {
     "train.tokens_per_micro_batch": 99,
     "train.gradient_checkpointing": True,
     "train.snapshot_minutes": 0,
-}
+}  # fmt: skip
 DEFINING: dict[str, Any] = {
     "model.id": "a/b", "model.revision": "x", "model.package": "x", "model.dtype": "float32",
     "model.double_quant": False, "model.init_adapter": "x", "lora.rank": 3, "lora.alpha": 3.0,
