@@ -41,7 +41,7 @@ class _Part(BaseModel):
 class Architecture(_Part):
     """A model's shape, known before anything is downloaded."""
 
-    family: str = Field(description="model_type of transformers, as llama or qwen3")
+    family: str = Field(description="model_type in transformers, as llama or qwen3")
     layers: Count = Field(description="decoder layers")
     hidden: Count = Field(description="width of the residual stream")
     intermediate: Count = Field(description="width inside the gated MLP")
@@ -125,6 +125,13 @@ class GenerationConfig(_Part):
     shard_rows: Annotated[int, _FREE] = Field(256, ge=1, description="rows that are kept, or lost in a crash, at once")
 
 
+class SftConfig(_Part):
+    """A supervised warm start on the real completions, before iteration 0: self-play begins with a fine-tuned model."""
+
+    epochs: int = Field(0, ge=0, description="passes over the training rows; 0 for a model that is fine-tuned already")
+    lr: Positive = Field(2e-4, description="peak learning rate; everything else is as in train")
+
+
 class TrainConfig(_Part):
     """One iteration's optimisation."""
 
@@ -178,6 +185,7 @@ class RunConfig(_Part):
     chat: ChatConfig = ChatConfig()
     data: DataConfig = DataConfig()
     generation: GenerationConfig = GenerationConfig()
+    sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     about: Annotated[str, _FREE] = Field("", description="one line on what this configuration is for")
