@@ -108,9 +108,22 @@ class Renderer:
         """SHA-256 of the template's text."""
         return hashlib.sha256(self._template.source.encode()).hexdigest()
 
+    @property
+    def portable_template(self) -> str:
+        """The template's text for a tokenizer that others load: the switches it was given here are its defaults."""
+        switches = [
+            f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
+            for key, value in self._template.kwargs.items()
+        ]
+        return "".join(switches) + self._template.source
+
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens that generation starts from; a QspinError says why there are none."""
-        return self._encode(self._text(messages, generation_prompt=True))
+        return self._encode(self.prompt_text(messages))
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """What `prompt_ids` are the tokens of."""
+        return self._text(messages, generation_prompt=True)
 
     def example(self, record: Record, line: int) -> Example | Reject:
         """The record as tokens, or why it is left out."""

@@ -12,8 +12,8 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "memory"},
     {"files", "sources"},
     {"data", "chat", "run_dir"},
-    {"attention", "lora", "base"},
-    {"fused"},
+    {"attention", "lora", "base", "merge", "ollama"},
+    {"fused", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
     {"training", "evaluate", "prepare", "budget"},
@@ -21,7 +21,12 @@ LAYERS = [  # each may import what stands above it
     {"spin", "view"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
+HEAVY = {
+    "transformers": {"base", "model"},
+    "peft": {"model"},
+    "bitsandbytes": {"lora", "training", "merge"},
+    "gguf": {"gguf_file"},
+}
 
 
 def imports(module: Path) -> set[str]:
