@@ -41,6 +41,23 @@ class Base:
         """Folder or hub id with 16-bit safetensors."""
         return self.location if self.gguf is None else str(_dequantised_weights(self.gguf, self.origin))
 
+    def weights_folder(self) -> Path:
+        """The same as a folder, of a hub id in the hub's cache: weights, config.json, generation_config.json.
+
+        Raises:
+            QspinError: a file can't be had from the hub.
+        """
+        if Path(self.weights()).is_dir():
+            return Path(self.weights())
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.location, revision=self.revision, allow_patterns=["model*.safetensors*", "*config.json"]
+                )
+            )
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise unreachable(self, error) from None
+
 
 def find_base(config: ModelConfig) -> Base:
     """Look in the named package first, then for a local folder, else take a hub id.

@@ -24,11 +24,6 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps `run` a command of its own while it is the only one."""
-
-
 @app.command()
 def run(
     source: Annotated[
@@ -80,6 +75,50 @@ def run(
         _show_plan(prepared)
     else:
         _play(prepared, out)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    *,
+    to: Annotated[str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf or ollama")],
+    iteration: Annotated[
+        str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
+    ] = "last",
+    out: Annotated[Path | None, typer.Option(help="a new folder; by default beside the run's")] = None,
+    onto: Annotated[
+        str, typer.Option(help="the base's original weights, or the dequantised ones that the adapter was trained on")
+    ] = "original",
+    dtype: Annotated[
+        str | None, typer.Option(help="merged-16bit: float32; gguf and ollama: f32, f16, bf16, q8_0, q4_k_m")
+    ] = None,
+) -> None:
+    """Write a finished iteration as an adapter, a merged model, a GGUF file or a folder for Ollama."""
+    from rich.console import Console
+
+    from qspin import export as exporting
+    from qspin.files import read_json
+    from qspin.run_dir import RunDir
+
+    _quiet_libraries()
+    console = Console()
+    run_dir = RunDir(folder.resolve())
+    index = exporting.chosen_iteration(run_dir, iteration)
+    written = exporting.export(
+        run_dir,
+        to=to,
+        iteration=str(index),
+        out=out or run_dir.path.with_name(f"{run_dir.path.name}-iteration-{index}-{to}"),
+        onto=onto,
+        dtype=dtype,
+        say=lambda text: console.print(text, markup=False, highlight=False),
+    )
+    if (written / exporting.CHECK).is_file():
+        check = read_json(written / exporting.CHECK)
+        console.print(exporting.summary(check), markup=False, highlight=False)
+        if warning := exporting.warning(check):
+            Console(stderr=True).print(warning, style="bold red", markup=False, highlight=False)
+    console.print(f"exported: {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _play(prepared: Prepared, out: Path) -> None:

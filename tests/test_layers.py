@@ -18,11 +18,11 @@ LAYERS = [  # each may import what stands above it
     {"generation", "scoring"},
     {"training", "evaluate", "prepare", "budget"},
     {"report", "record"},
-    {"spin", "view"},
+    {"spin", "view", "export"},
     {"cli"},
 ]
 HEAVY = {
-    "transformers": {"base", "model"},
+    "transformers": {"base", "model", "export"},
     "peft": {"model"},
     "bitsandbytes": {"lora", "training", "merge"},
     "gguf": {"gguf_file"},

