@@ -29,7 +29,7 @@ from qspin.errors import QspinError
 from qspin.evaluate import Evaluation
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, commit_folder, read_json, write_json, write_text
 from qspin.generation import Request, generate
-from qspin.gguf_file import KINDS, Vocabulary, file_size, quantize_file, write_gguf
+from qspin.gguf_file import KINDS, Vocabulary, check_quantizer, check_supported, file_size, quantize_file, write_gguf
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.merge import Dequantised, Merged, write_safetensors
 from qspin.model import SlotModel, load_adapter
@@ -42,7 +42,8 @@ from qspin.run_dir import RunDir
 
 CHECK = "merge-check.json"
 OFFLOAD = "offload"  # weights that memory did not hold while the exported model was compared
-GGUF = (*KINDS, "q4_k_m")
+Q4 = "q4_k_m"
+GGUF = (*KINDS, Q4)
 DTYPES: dict[str, tuple[str, ...]] = {  # target → what --dtype may name
     "adapter": (),
     "merged-16bit": ("float32",),
@@ -209,6 +210,16 @@ class _Reading:
         self.tokens += at
 
 
+@dataclass(frozen=True, slots=True)
+class _Gguf:
+    """A GGUF file but for its weights."""
+
+    file: str
+    architecture: dict[str, Any]
+    vocabulary: Vocabulary
+    modelfile: str | None
+
+
 class _Export:
     """One merged model, from the trained one to its files and the comparison of both."""
 
@@ -230,34 +241,38 @@ class _Export:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def write(self, folder: Path) -> None:
+        gguf = self._describe_gguf() if self.to in {"gguf", "ollama"} else None
         torch.set_num_threads(self.record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
         self.say(f"{self.base.name}, iteration {self.index}: the trained model on {len(self.rows)} held-out rows")
-        trained, merged = self.trained()
-        self.say(f"merging onto the {self.onto} weights: {self.to}")
-        if self.to == "merged-16bit":
-            self.dtype = self.dtype or str(merged.main_dtype).removeprefix("torch.")
-            model = self.write_16bit(merged, folder)
-        elif self.to == "merged-4bit":
-            self.dtype = "nf4"
-            model = self.write_4bit(merged, folder)
-        else:
-            self.dtype = self.dtype or "f16"
-            model = self.write_gguf(merged, folder, self.dtype)
-        self.say("the exported model on the same rows")
-        exported = self.exported(model)
-        del model
-        shutil.rmtree(folder / OFFLOAD, ignore_errors=True)
-        write_json(folder / CHECK, self.check(trained, exported))
-
-    # --- the trained model ---
-
-    @torch.no_grad()
-    def trained(self) -> tuple[_Reading, Merged]:
-        """What the trained model makes of the rows, and the tensors to write; the model itself is let go."""
         model = SlotModel.load(
             self.base, self.config.model, self.config.lora, seed=self.config.seed, device=self.device
         )
         self._check_base(model)
+        merged = self.merged(model)
+        _check_room(folder, self.need(merged))
+        trained = self.read_trained(model)
+        del model
+        gc.collect()  # its layers refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.say(f"merging onto the {self.onto} weights: {self.to}")
+        if gguf is not None:
+            exported = self.write_gguf(merged, gguf, folder)
+        elif self.to == "merged-4bit":
+            exported = self.write_4bit(merged, folder)
+        else:
+            exported = self.write_16bit(merged, folder)
+        self.say("the exported model on the same rows")
+        reading = self.read_exported(exported)
+        del exported
+        shutil.rmtree(folder / OFFLOAD, ignore_errors=True)
+        write_json(folder / CHECK, self.check(trained, reading))
+
+    # --- the trained model ---
+
+    @torch.no_grad()
+    def read_trained(self, model: SlotModel) -> _Reading:
+        """What the trained model makes of the rows."""
         model.set_adapter(load_adapter(self.adapter))
         reading = _Reading()
         for row in self.rows:
@@ -275,21 +290,7 @@ class _Export:
             on_step=lambda _tokens, _rows: None,
         )
         reading.completions = [self.prepared.renderer.completion_text(answer.ids) for answer in answers]
-        onto = None
-        if self.onto == "dequantised":
-            onto = Dequantised(quantised_names(model), model.dtype, self.config.model.double_quant, self.device)
-        merged = Merged(
-            self.base.weights_folder(),
-            self.adapter,
-            tied=tied_names(model),
-            onto=onto,
-            dtype=torch.float32 if self.dtype == "float32" or self.to in {"gguf", "ollama"} else None,
-        )
-        del model
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return reading, merged
+        return reading
 
     def _check_base(self, model: SlotModel) -> None:
         if model.base_hash() == self.record["base_hash"]:
@@ -304,8 +305,30 @@ class _Export:
 
     # --- what is written ---
 
+    def merged(self, model: SlotModel) -> Merged:
+        onto = None
+        if self.onto == "dequantised":
+            onto = Dequantised(quantised_names(model), model.dtype, self.config.model.double_quant, self.device)
+        wide = self.dtype == "float32" or self.to in {"gguf", "ollama"}  # whose types are made from fp32
+        merged = Merged(
+            self.base.weights_folder(),
+            self.adapter,
+            tied=tied_names(model),
+            onto=onto,
+            dtype=torch.float32 if wide else None,
+        )
+        defaults = {"merged-16bit": str(merged.main_dtype).removeprefix("torch."), "merged-4bit": "nf4"}
+        self.dtype = self.dtype or defaults.get(self.to, "f16")
+        return merged
+
+    def need(self, merged: Merged) -> int:
+        """Bytes of disk, what is only passed through included."""
+        if self.to in {"gguf", "ollama"}:
+            return file_size(merged, "f16") * 3 // 2 if self.dtype == Q4 else file_size(merged, str(self.dtype))
+        size = sum(map(merged.size, merged.names))
+        return size * 3 // 2 if self.to == "merged-4bit" else size
+
     def write_16bit(self, merged: Merged, folder: Path) -> Any:
-        _check_room(folder, sum(map(merged.size, merged.names)))
         write_safetensors(merged, folder)
         self._write_config(merged.base, folder)
         _save_tokenizer(self.prepared, folder)
@@ -313,7 +336,6 @@ class _Export:
 
     def write_4bit(self, merged: Merged, folder: Path) -> Any:
         """Merged in 16 bits, then quantised again and saved by transformers."""
-        _check_room(folder, sum(map(merged.size, merged.names)) * 3 // 2)
         whole = folder / "16bit"
         whole.mkdir()
         write_safetensors(merged, whole)
@@ -336,26 +358,33 @@ class _Export:
         _save_tokenizer(self.prepared, folder)
         return _load(folder)
 
-    def write_gguf(self, merged: Merged, folder: Path, dtype: str) -> Any:
-        short = self.base.name.rpartition("/")[2]
-        kind = "f16" if dtype == "q4_k_m" else dtype
-        size = file_size(merged, kind)
-        _check_room(folder, size * 3 // 2 if dtype == "q4_k_m" else size)
-        path = folder / f"{short}-{kind}.gguf"
+    def write_gguf(self, merged: Merged, gguf: _Gguf, folder: Path) -> Any:
+        path = folder / gguf.file
+        name = f"{path.stem}, qspin iteration {self.index}"
+        if self.dtype == Q4:
+            whole = path.with_suffix(".f16")
+            write_gguf(whole, merged, gguf.architecture, gguf.vocabulary, name=name, kind="f16")
+            quantize_file(whole, path)
+            whole.unlink()
+        else:
+            write_gguf(path, merged, gguf.architecture, gguf.vocabulary, name=name, kind=str(self.dtype))
+        if gguf.modelfile is not None:
+            (folder / "Modelfile").write_text(gguf.modelfile, encoding="utf-8")
+        return _load_gguf(path, load_model_config(self.base).get_text_config(), sum(map(merged.size, merged.names)))
+
+    def _describe_gguf(self) -> _Gguf:
+        """All but the weights; what can't be written is told before any work is done."""
         architecture = load_model_config(self.base).get_text_config()
         vocabulary = self._vocabulary(architecture)
-        name = f"{short}, qspin iteration {self.index}"
-        write_gguf(path, merged, architecture.to_dict(), vocabulary, name=name, kind=kind)
-        if dtype == "q4_k_m":
-            quantised = folder / f"{short}-{dtype}.gguf"
-            quantize_file(path, quantised)
-            path.unlink()
-            path = quantised
+        check_supported(architecture.to_dict(), vocabulary)
+        if self.dtype == Q4:
+            check_quantizer()
+        file = f"{self.base.name.rpartition('/')[2]}-{self.dtype or 'f16'}.gguf"
+        text = None
         if self.to == "ollama":
             stops = [self._token(token) for token in sorted(self.prepared.stop_ids)]
-            text = modelfile(path.name, lambda messages: self._ollama_prompt(vocabulary, messages), stops)
-            (folder / "Modelfile").write_text(text, encoding="utf-8")
-        return _load_gguf(path, architecture, sum(map(merged.size, merged.names)))
+            text = modelfile(file, lambda messages: self._ollama_prompt(vocabulary, messages), stops)
+        return _Gguf(file, architecture.to_dict(), vocabulary, text)
 
     def _write_config(self, base: Path, folder: Path) -> None:
         config = read_json(base / "config.json")
@@ -401,7 +430,7 @@ class _Export:
     # --- the exported model ---
 
     @torch.no_grad()
-    def exported(self, model: Any) -> _Reading:
+    def read_exported(self, model: Any) -> _Reading:
         """What the exported model makes of the rows."""
         model.generation_config = transformers.GenerationConfig(
             do_sample=False,

@@ -9,6 +9,8 @@ by name.
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,17 +61,14 @@ def write_gguf(
         QspinError: the family, its rope or its tokenizer is not among those that are written here, or a weight is
             beyond the range of float16.
     """
-    family = _family(architecture)
     quantization, file_type = KINDS[kind]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family])
+    writer, rope = _described(path, architecture, vocabulary)
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    rope = _add_shape(writer, architecture, family)
-    _add_vocabulary(writer, vocabulary, architecture["vocab_size"])
     tensors = [] if rope is None else [_Tensor("rope_freqs.weight", rope.shape, gguf.GGMLQuantizationType.F32, [rope])]
-    tensors += _tensors(merged, architecture, family, quantization)
+    tensors += _tensors(merged, architecture, _family(architecture), quantization)
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.quantization
@@ -80,6 +79,22 @@ def write_gguf(
     for tensor in tensors:
         writer.write_tensor_data(tensor)
     writer.close()
+
+
+def check_supported(architecture: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+    """What `write_gguf` would refuse, told before any weights are at hand."""
+    _described(None, architecture, vocabulary)
+
+
+def _described(
+    path: Path | None, architecture: Mapping[str, Any], vocabulary: Vocabulary
+) -> tuple[gguf.GGUFWriter, np.ndarray | None]:
+    """A writer that knows everything but the tensors; and Llama 3's rope factors, which are one."""
+    family = _family(architecture)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family])
+    rope = _add_shape(writer, architecture, family)
+    _add_vocabulary(writer, vocabulary, architecture["vocab_size"])
+    return writer, rope
 
 
 def file_size(merged: Merged, kind: str) -> int:
@@ -361,16 +376,17 @@ def quantize_file(source: Path, target: Path) -> None:
     Raises:
         QspinError: llama-cpp-python is not installed, or fails.
     """
-    try:
-        import llama_cpp
-    except ImportError:
-        raise QspinError(
-            "q4_k_m is made by llama.cpp: pip install llama-cpp-python, or export with --dtype q8_0"
-        ) from None
-    import ctypes
+    check_quantizer()
+    import llama_cpp
 
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     settings.nthread = torch.get_num_threads()
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
         raise QspinError(f"llama.cpp could not quantise {source}")
+
+
+def check_quantizer() -> None:
+    """Raises a QspinError unless llama-cpp-python is installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise QspinError("q4_k_m is made by llama.cpp: pip install llama-cpp-python, or export with --dtype q8_0")

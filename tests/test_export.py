@@ -22,6 +22,7 @@ from test_cli import call
 from test_gguf_file import texts
 
 from qspin import export as exporting
+from qspin import gguf_file
 from qspin.base import find_base
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
@@ -248,6 +249,18 @@ def test_a_full_disk_is_foreseen(run: RunDir, tmp_path: Path, monkeypatch: pytes
     for to in ("merged-16bit", "merged-4bit", "gguf"):
         with pytest.raises(QspinError, match=r"^--out: 0\.0 GB are needed in .*, 0\.0 GB are free"):
             made(run, tmp_path / "out", to)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_gguf_cannot_hold_is_told_before_any_weights_are_loaded(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(gguf_file.ARCHITECTURES, "qwen2")
+    monkeypatch.delattr(SlotModel, "load")
+    with pytest.raises(
+        QspinError, match=r"^model\.id: qwen2 models are not written as GGUF; llama, mistral, qwen3 are"
+    ):
+        made(run, tmp_path / "out", "gguf")
     assert list(tmp_path.iterdir()) == []
 
 
