@@ -116,8 +116,8 @@ def export(
     if (written / exporting.CHECK).is_file():
         check = read_json(written / exporting.CHECK)
         console.print(exporting.summary(check), markup=False, highlight=False)
-        if warning := exporting.warning(check):
-            Console(stderr=True).print(warning, style="bold red", markup=False, highlight=False)
+        if exporting.drifted(check):
+            Console(stderr=True).print(exporting.WARNING, style="bold red", markup=False, highlight=False)
     console.print(f"exported: {written}", markup=False, highlight=False, soft_wrap=True)
 
 

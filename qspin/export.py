@@ -58,6 +58,12 @@ COMPLETIONS = 3
 PLACES = 128  # whose logits exist at once in fp32
 MOST_NLL, MOST_ELSEWHERE = 0.05, 0.1  # a drift beyond is told aloud: nats a token; share of places
 
+WARNING = (
+    "WARNING: the exported model is another than the trained one, better or worse: the figures differ by more than "
+    f"rounding. Compare the completions in {CHECK} before you use it; merged-16bit --onto dequantised --dtype float32 "
+    "is the trained model exactly."
+)
+
 Say = Callable[[str], None]
 
 
@@ -111,17 +117,9 @@ def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
     return int(wanted)
 
 
-def warning(check: dict[str, Any]) -> str | None:
-    """If the exported model is another than the trained one, by the figures of merge-check.json: in which way."""
-    difference, elsewhere = check["nll_difference"], 1 - check["top1_agreement"]
-    if abs(difference) <= MOST_NLL and elsewhere <= MOST_ELSEWHERE:
-        return None
-    return (
-        f"WARNING: the exported model is not the trained one. It finds the held-out answers {abs(difference):.3f} nats "
-        f"a token {'likelier' if difference < 0 else 'less likely'}, and another token likeliest at {elsewhere:.1%} of "
-        f"the places. Compare the completions in {CHECK} before you use it; merged-16bit --onto dequantised --dtype "
-        "float32 is the trained model exactly."
-    )
+def drifted(check: dict[str, Any]) -> bool:
+    """Whether the exported model is another than the trained one, by the figures of merge-check.json."""
+    return bool(abs(check["nll_difference"]) > MOST_NLL or 1 - check["top1_agreement"] > MOST_ELSEWHERE)
 
 
 def summary(check: dict[str, Any]) -> str:
