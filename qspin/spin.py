@@ -9,6 +9,7 @@ the last of them and ends in the same bytes.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +23,21 @@ from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.errors import QspinError
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
-from qspin.generation import Request, generate
+from qspin.generation import Completion, Request, generate
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import Adapter, SlotModel, load_adapter
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
-from qspin.records import Example, Pair, Score
+from qspin.records import Pair, Score
 from qspin.report import summary
 from qspin.run_dir import IterationDir, RunDir
 from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
 from qspin.training import Task, make_optimizer, step_order, steps_kept, train
+
+SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads faster
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
@@ -109,24 +112,26 @@ class Game:
         )
         shards = list(enumerate(plan["shards"]))
         missing = [(index, rows) for index, rows in shards if not folder.generated(index).is_file()]
-        if not missing:
-            return
-        todo = sum(len(rows) for _, rows in missing)
-        self.progress.phase(
-            "generate", iteration=iteration, total=len(examples), done=len(examples) - todo, unit="rows"
-        )
+
+        def begin() -> None:
+            done = len(examples) - sum(len(rows) for _, rows in missing)
+            self.progress.phase("generate", iteration=iteration, total=len(examples), done=done, unit="rows")
+
+        if missing:
+            begin()
         while missing:
             index, rows = missing[0]
             started = time.monotonic()
             try:
                 with refusals_told():
-                    pairs = self._answer(iteration, [examples[row] for row in rows], plan["width"])
+                    pairs = self._answer(iteration, rows, plan["width"])
             except OutOfMemory:
                 if plan["width"] == 1:
                     raise
                 plan["width"] //= 2
                 write_json(folder.generation_plan, plan)
                 self.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
+                begin()  # what was done of this shard is lost
                 continue
             write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
             folder.add_seconds("generate", time.monotonic() - started)
@@ -141,13 +146,22 @@ class Game:
         width: int = remembered(self.dir, "width", lambda: rows_at_once(self.model, places))
         return width
 
-    def _answer(self, iteration: int, examples: Sequence[Example], width: int) -> list[Pair]:
-        settings, started, tokens = self.config.generation, time.monotonic(), 0
+    def _answer(self, iteration: int, rows: Sequence[int], width: int) -> list[Pair]:
+        """One completion of each of these training rows."""
+        examples, settings = [self.prepared.train[row] for row in rows], self.config.generation
+        started, tokens, shown = time.monotonic(), 0, -math.inf
 
-        def on_step(new: int, rows: float) -> None:
+        def on_step(new: int, done: float) -> None:
             nonlocal tokens
             tokens += new
-            self.progress.advance(rows, **{"tokens/s": tokens / (time.monotonic() - started)})
+            self.progress.advance(done, **{"tokens/s": tokens / (time.monotonic() - started)})
+
+        def on_done(index: int, completion: Completion) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= SAMPLE_SECONDS:
+                shown = time.monotonic()
+                text = self.prepared.renderer.completion_text(completion.ids)
+                self.progress.sampled(self.prepared.train_prompts[rows[index]], text)
 
         completions = generate(
             self.model,
@@ -158,6 +172,7 @@ class Game:
             width=width,
             stop_ids=self.prepared.stop_ids,
             on_step=on_step,
+            on_done=on_done,
         )
         return [
             Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
@@ -249,7 +264,7 @@ class Game:
 
         def on_step(metrics: dict[str, float], pairs: int) -> None:
             nonlocal started
-            self.progress.advance(pairs, loss=metrics["loss"], margin=metrics["margin"])
+            self.progress.advance(pairs, **metrics)
             folder.add_seconds("train", time.monotonic() - started)
             started = time.monotonic()
 
@@ -274,6 +289,7 @@ class Game:
                 width=self.width,
                 on_rows=self.progress.advance,
             )
+            self.progress.advance(0, **result.figures(self.config.evaluation.style))
             write_json(folder.evaluation, result.to_json())
             folder.add_seconds("evaluate", time.monotonic() - started)
         write_text(self.dir.summary, summary(self.dir, self.config))

@@ -12,13 +12,13 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "memory"},
     {"files", "sources"},
     {"data", "chat", "run_dir"},
-    {"attention", "lora", "base"},
-    {"fused"},
+    {"attention", "lora", "base", "meter"},
+    {"fused", "status"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
     {"training", "evaluate", "prepare", "budget"},
     {"report", "record"},
-    {"spin", "view"},
+    {"spin", "view", "track"},
     {"cli"},
 ]
 HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
