@@ -136,6 +136,9 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
     from qspin.config import at_iteration
 
     lines = []
+    if config.sft.epochs:
+        steps = -(-rows // config.train.batch_size) * config.sft.epochs
+        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
     for iteration in range(config.iterations):
         pairs = rows * (min(iteration, config.train.mix_previous) + 1)
         steps = -(-pairs // config.train.batch_size) * config.train.epochs

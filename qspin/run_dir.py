@@ -5,6 +5,7 @@ config.yaml                 the configuration as last started
 rejects.jsonl               rows left out, each with its reason
 SUMMARY.md                  the table of iterations
 base/evaluation.json        the untouched model on the held-out rows
+warm-start/                 supervised training before iteration 0, if sft.epochs: as an iteration, without pairs
 iteration-K/
     generation.json         plan: which rows make which shard, how wide
     generated/shard-*.jsonl pairs
@@ -108,6 +109,10 @@ class RunDir:
     @property
     def base(self) -> IterationDir:
         return IterationDir(self.path / "base")
+
+    @property
+    def warm_start(self) -> IterationDir:
+        return IterationDir(self.path / "warm-start")
 
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")

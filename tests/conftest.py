@@ -128,3 +128,11 @@ def moved_adapter(model: SlotModel, seed: int = 3, scale: float = 0.1) -> dict[s
         name: torch.randn(tensor.shape, generator=generator) * scale if "lora_B" in name else tensor
         for name, tensor in model.adapter().items()
     }
+
+
+class Silent:
+    """A progress that nobody watches."""
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
+    def advance(self, units: float, **figures: float) -> None: ...
+    def note(self, text: str) -> None: ...
