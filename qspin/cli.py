@@ -138,11 +138,11 @@ def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
     import torch
 
     from qspin.memory import used_and_total
-    from qspin.meter import Meter, measured, workload
+    from qspin.meter import Meter, measured, to_do, workload
 
-    work = workload(prepared.config, len(prepared.train), len(prepared.heldout))
+    work = workload(run_dir, prepared.config, len(prepared.train), len(prepared.heldout))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Meter(work, measured(run_dir, work), prepared.config.iterations, lambda: used_and_total(device))
+    return Meter(to_do(work), measured(work), prepared.config.iterations, lambda: used_and_total(device))
 
 
 @app.command()
@@ -186,6 +186,9 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
     from qspin.config import at_iteration
 
     lines = []
+    if config.sft.epochs:
+        steps = -(-rows // config.train.batch_size) * config.sft.epochs
+        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
     for iteration in range(config.iterations):
         pairs = rows * (min(iteration, config.train.mix_previous) + 1)
         steps = -(-pairs // config.train.batch_size) * config.train.epochs

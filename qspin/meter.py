@@ -1,7 +1,7 @@
 """How far a run is, how fast, and how long it still takes.
 
-    work = workload(config, train_rows=154, heldout_rows=38)
-    meter = Meter(work, measured(run_dir, work), config.iterations, memory)
+    work = workload(run_dir, config, train_rows=154, heldout_rows=38)
+    meter = Meter(to_do(work), measured(work), config.iterations, memory)
     run(prepared, out, Audience(meter, view))          # the meter first: the others read its status
 
 A time left is made of paces that were measured, in this process or in one before it; where one was not, the time is
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from qspin.run_dir import RunDir
+from qspin.run_dir import IterationDir, RunDir
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
@@ -31,35 +31,45 @@ MOMENTS, SECONDS_APART = 60, 1.0
 class Work:
     """One phase of a run, and how many of its units it has."""
 
+    folder: IterationDir
     phase: str
     iteration: int | None  # None: before the first
     units: int
 
 
-def workload(config: RunConfig, train_rows: int, heldout_rows: int) -> list[Work]:
+def workload(run_dir: RunDir, config: RunConfig, train_rows: int, heldout_rows: int) -> list[Work]:
     """Every phase of a run, in order. A pair that teaches nothing is left out of a run, and counted here."""
-    work = [Work("evaluate", None, 2 * heldout_rows)]  # each row is scored and answered
+    heldout = 2 * heldout_rows  # each is scored and answered
+    work = [Work(run_dir.base, "evaluate", None, heldout)]
     if config.sft.epochs:
-        work.append(Work("warm start", None, config.sft.epochs * train_rows))
-    for iteration in range(config.iterations):
-        pairs = train_rows * (min(iteration, config.train.mix_previous) + 1)
+        folder = run_dir.warm_start
         work += [
-            Work("generate", iteration, train_rows),
-            Work("score", iteration, pairs),
-            Work("train", iteration, config.train.epochs * pairs),
-            Work("evaluate", iteration, 2 * heldout_rows),
+            Work(folder, "warm start", None, config.sft.epochs * train_rows),
+            Work(folder, "evaluate", None, heldout),
+        ]
+    for iteration in range(config.iterations):
+        folder, pairs = run_dir.iteration(iteration), train_rows * (min(iteration, config.train.mix_previous) + 1)
+        work += [
+            Work(folder, "generate", iteration, train_rows),
+            Work(folder, "score", iteration, pairs),
+            Work(folder, "train", iteration, config.train.epochs * pairs),
+            Work(folder, "evaluate", iteration, heldout),
         ]
     return work
 
 
-def measured(run_dir: RunDir, work: Sequence[Work]) -> dict[str, float]:
+def to_do(work: Sequence[Work]) -> list[Work]:
+    """The phases that no earlier process finished, and some that it did: of a folder all or none are left out."""
+    return [item for item in work if not item.folder.evaluation.is_file()]
+
+
+def measured(work: Sequence[Work]) -> dict[str, float]:
     """Seconds a unit of each phase that earlier processes finished, of its last time."""
     paces: dict[str, float] = {}
     for item in work:
-        folder = run_dir.base if item.iteration is None else run_dir.iteration(item.iteration)
-        seconds = folder.seconds()
+        seconds = item.folder.seconds()
         # unless the folder is evaluated, which comes last, the last phase in it may be half done
-        finished = list(seconds) if folder.evaluation.is_file() else list(seconds)[:-1]
+        finished = list(seconds) if item.folder.evaluation.is_file() else list(seconds)[:-1]
         if item.phase in finished:
             paces[item.phase] = seconds[item.phase] / item.units
     return paces
@@ -107,7 +117,6 @@ class Meter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ended: Status | None = None  # the phase before this one, as it was left
-        self._places = {(item.phase, item.iteration): place for place, item in enumerate(work)}
         self._work = list(work)
         self._paces = dict(paces)
         self._iterations = iterations
@@ -123,7 +132,7 @@ class Meter:
         with self._lock:
             if self._phase is not None and self._phase.complete and (pace := self._phase.pace) is not None:
                 self._paces[self._phase.name] = pace
-            self._place = self._places.get((name, iteration), self._place)
+            self._place = self._find(name, iteration)
             self._phase = _Phase(name, iteration, total, unit, float(done), self._clock())
 
     def advance(self, units: float, **figures: float) -> None:
@@ -170,6 +179,11 @@ class Meter:
                 prompt=self._sample[0],
                 completion=self._sample[1],
             )
+
+    def _find(self, name: str, iteration: int | None) -> int:
+        """The place of a phase in the work: the next one, else one that is made again, else where we are."""
+        places = [place for place, item in enumerate(self._work) if (item.phase, item.iteration) == (name, iteration)]
+        return next((place for place in places if place > self._place), places[-1] if places else self._place)
 
     def _phase_left(self, phase: _Phase) -> float | None:
         if phase.complete:

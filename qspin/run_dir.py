@@ -6,6 +6,7 @@ rejects.jsonl               rows left out, each with its reason
 SUMMARY.md                  the table of iterations
 status.json                 where the run stands, while it works
 base/evaluation.json        the untouched model on the held-out rows
+warm-start/                 supervised training before iteration 0, if sft.epochs: as an iteration, without pairs
 iteration-K/
     generation.json         plan: which rows make which shard, how wide
     generated/shard-*.jsonl pairs
@@ -115,6 +116,10 @@ class RunDir:
     @property
     def base(self) -> IterationDir:
         return IterationDir(self.path / "base")
+
+    @property
+    def warm_start(self) -> IterationDir:
+        return IterationDir(self.path / "warm-start")
 
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")

@@ -28,7 +28,7 @@ PROJECT = "qspin"  # that wandb and trackio file a run under
 
 
 class Tracker:
-    """A `Progress` that logs optimiser steps as `train/loss`, … and evaluations as `eval/nll`, …
+    """A `Progress` that logs optimiser steps as `train/loss`, … (`warm_start/loss`) and evaluations as `eval/nll`, …
 
     Steps are counted through the whole run: the first of iteration t comes after the last of iteration t − 1. An
     evaluation stands at the last step before it.
@@ -56,8 +56,9 @@ class Tracker:
             self._sink = _open(self._name, self._run_dir, self._config)
             self._tell_past()
         self._start(name, iteration)
-        if name == "train" and iteration is not None:
-            for metrics in _steps_kept(self._run_dir.iteration(iteration)):
+        if name in {"warm start", "train"}:
+            folder = self._run_dir.warm_start if iteration is None else self._run_dir.iteration(iteration)
+            for metrics in _steps_kept(folder):
                 self._step(metrics)
 
     def advance(self, units: float, **figures: float) -> None:
@@ -70,15 +71,18 @@ class Tracker:
     def note(self, text: str) -> None: ...
 
     def _tell_past(self) -> None:
-        """What the run's folder holds of whole iterations; of the last one, maybe all but the evaluation."""
+        """What the run's folder holds of trainings that are over, and of evaluations."""
         self._evaluation(self._run_dir.base, None)
-        iteration = 0
-        while (folder := self._run_dir.iteration(iteration)).adapter.is_dir():
-            self._start("train", iteration)
+        self._training("warm start", self._run_dir.warm_start, None)
+        for iteration in range(self._config.iterations):
+            self._training("train", self._run_dir.iteration(iteration), iteration)
+
+    def _training(self, name: str, folder: IterationDir, iteration: int | None) -> None:
+        if folder.adapter.is_dir():
+            self._start(name, iteration)
             for metrics in read_jsonl(folder.metrics):
                 self._step(metrics)
             self._evaluation(folder, iteration)
-            iteration += 1
 
     def _evaluation(self, folder: IterationDir, iteration: int | None) -> None:
         if folder.evaluation.is_file():
@@ -106,7 +110,7 @@ class Tracker:
 
 
 def _steps_kept(folder: IterationDir) -> list[dict[str, float]]:
-    """The metrics of the steps that an iteration goes on after."""
+    """The metrics of the steps that training goes on after."""
     snapshots = sorted(folder.snapshots.glob("step-*/metrics.json"))
     kept: list[dict[str, float]] = read_json(snapshots[-1]) if snapshots else []
     return kept

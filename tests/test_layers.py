@@ -16,12 +16,13 @@ LAYERS = [  # each may import what stands above it
     {"fused", "status"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
-    {"training", "evaluate", "prepare", "budget"},
+    {"optimisation", "evaluate", "prepare", "budget"},
+    {"training", "warm_start"},
     {"report", "record"},
     {"spin", "view", "track"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
+HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "optimisation"}}
 
 
 def imports(module: Path) -> set[str]:

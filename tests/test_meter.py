@@ -8,7 +8,7 @@ import pytest
 
 from qspin.config import load_config
 from qspin.files import write_json
-from qspin.meter import MOMENTS, Meter, Status, Work, aged, measured, workload
+from qspin.meter import MOMENTS, Meter, Status, Work, aged, measured, to_do, workload
 from qspin.run_dir import IterationDir, RunDir
 
 MEMORY = (3 << 30, 24 << 30)
@@ -25,9 +25,9 @@ class Clock:
         return self.now
 
 
-def work(**settings: object) -> list[Work]:
+def work(run: RunDir | None = None, **settings: object) -> list[Work]:
     config = load_config(None, {"iterations": 2, "train.epochs": 2, "train.mix_previous": 1, **settings})
-    return workload(config, ROWS, HELDOUT)
+    return workload(run or RunDir(Path("none")), config, ROWS, HELDOUT)
 
 
 @pytest.fixture
@@ -59,16 +59,16 @@ def play(meter: Meter, clock: Clock, name: str, iteration: int | None, total: in
 
 
 def test_the_work_of_a_run_is_that_of_its_phases() -> None:
-    assert work() == [
-        Work("evaluate", None, 40),
-        Work("generate", 0, 100),
-        Work("score", 0, 100),
-        Work("train", 0, 200),
-        Work("evaluate", 0, 40),
-        Work("generate", 1, 100),
-        Work("score", 1, 200),
-        Work("train", 1, 400),
-        Work("evaluate", 1, 40),
+    assert [(item.folder.path.name, item.phase, item.iteration, item.units) for item in work()] == [
+        ("base", "evaluate", None, 40),
+        ("iteration-0", "generate", 0, 100),
+        ("iteration-0", "score", 0, 100),
+        ("iteration-0", "train", 0, 200),
+        ("iteration-0", "evaluate", 0, 40),
+        ("iteration-1", "generate", 1, 100),
+        ("iteration-1", "score", 1, 200),
+        ("iteration-1", "train", 1, 400),
+        ("iteration-1", "evaluate", 1, 40),
     ]
 
 
@@ -81,8 +81,13 @@ def test_pairs_grow_as_long_as_earlier_ones_are_mixed_in() -> None:
 
 
 def test_a_warm_start_is_work_too() -> None:
-    assert Work("warm start", None, 300) in work(**{"sft.epochs": 3})
-    assert not [item for item in work() if item.phase == "warm start"]
+    phases = [(item.folder.path.name, item.phase, item.units) for item in work(**{"sft.epochs": 3})]
+    assert phases[:4] == [
+        ("base", "evaluate", 40),
+        ("warm-start", "warm start", 300),
+        ("warm-start", "evaluate", 40),
+        ("iteration-0", "generate", 100),
+    ]
 
 
 def test_nothing_is_known_before_something_was_measured(meter: Meter, clock: Clock) -> None:
@@ -179,6 +184,17 @@ def test_a_phase_that_is_made_again_is_still_to_come(clock: Clock) -> None:
     assert not meter.ended.complete
 
 
+def test_two_phases_of_one_name_are_told_apart_by_their_order(clock: Clock) -> None:
+    """The base is evaluated, and again after its warm start."""
+    paces = {"evaluate": 1, "warm start": 2, "generate": 0, "score": 0, "train": 0}
+    meter = Meter(work(iterations=1, **{"sft.epochs": 1}), paces, 1, lambda: MEMORY, clock)
+    left = []
+    for name in ("evaluate", "warm start", "evaluate", "generate"):
+        begin(meter, name, 0 if name == "generate" else None, 100 if name == "warm start" else 40)
+        left.append(status(meter).run_seconds_left)
+    assert left == [40 + 200 + 40 + 40, 200 + 40 + 40, 40 + 40, 40]
+
+
 def test_a_broken_off_phase_teaches_no_pace(meter: Meter, clock: Clock) -> None:
     begin(meter, "train", 0, 200)
     clock.now += 100
@@ -222,10 +238,10 @@ def spend(folder: IterationDir, *, evaluated: bool, **seconds: float) -> None:
 
 def test_paces_come_from_the_seconds_of_finished_phases(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert measured(run, work()) == {}
+    assert measured(work(run)) == {}
     spend(run.base, evaluated=True, evaluate=20)
     spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
-    assert measured(run, work()) == {"evaluate": 2, "generate": 1, "score": 0.5, "train": 2}
+    assert measured(work(run)) == {"evaluate": 2, "generate": 1, "score": 0.5, "train": 2}
 
 
 def test_the_last_time_counts_and_half_a_phase_does_not(tmp_path: Path) -> None:
@@ -233,16 +249,31 @@ def test_the_last_time_counts_and_half_a_phase_does_not(tmp_path: Path) -> None:
     spend(run.base, evaluated=True, evaluate=20)
     spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
     spend(run.iteration(1), evaluated=False, generate=300, score=20)
-    assert measured(run, work()) == {"evaluate": 2, "generate": 3, "score": 0.5, "train": 2}
+    assert measured(work(run)) == {"evaluate": 2, "generate": 3, "score": 0.5, "train": 2}
 
 
 def test_a_run_that_goes_on_knows_its_time_at_once(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
     spend(run.base, evaluated=True, evaluate=20)
     spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
-    meter = Meter(work(), measured(run, work()), 2, lambda: MEMORY, clock)
+    meter = Meter(to_do(work(run)), measured(work(run)), 2, lambda: MEMORY, clock)
     begin(meter, "generate", 1, 100)
     assert status(meter).run_seconds_left == 100 * 1 + 200 * 0.5 + 400 * 2 + 40 * 2
+
+
+def test_a_run_that_goes_on_after_its_warm_start_has_not_that_to_do(tmp_path: Path, clock: Clock) -> None:
+    run, sft = RunDir(tmp_path), {"sft.epochs": 1}
+    spend(run.base, evaluated=True, evaluate=20)
+    spend(run.warm_start, evaluated=False, train=300)
+    meter = Meter(
+        to_do(work(run, iterations=1, **sft)),
+        {"evaluate": 1, "generate": 0, "score": 0, "train": 0},
+        1,
+        lambda: MEMORY,
+        clock,
+    )
+    begin(meter, "evaluate", None, 40)
+    assert status(meter).run_seconds_left == 40 + 40
 
 
 def test_a_status_ages(meter: Meter, clock: Clock) -> None:

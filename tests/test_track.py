@@ -40,7 +40,7 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[...
             "generation.width": 8,
             "train.batch_size": 4,
             "train.lr": 0.003,
-            "evaluation.style": ".*",
+            "evaluation.style": "(?s).*",
             "iterations": ITERATIONS,
         }
         return prepare(load_config(None, settings | changes), datetime.date(2026, 1, 1))
@@ -51,7 +51,7 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Callable[...
 class Stop:
     """Stops a run at a step of an iteration, as Ctrl-C does."""
 
-    def __init__(self, iteration: int, step: int) -> None:
+    def __init__(self, iteration: int | None, step: int) -> None:
         self.at = (iteration, step)
         self.iteration: int | None = None
 
@@ -101,14 +101,17 @@ def expected(run_dir: RunDir) -> Scalars:
             add("eval/iteration", iteration)
 
     evaluation(run_dir.base.evaluation, None)
-    for iteration in range(ITERATIONS):
-        for metrics in read_jsonl(run_dir.iteration(iteration).metrics):
+    trainings = [("warm_start", run_dir.warm_start, None)] if run_dir.warm_start.path.is_dir() else []
+    trainings += [("train", run_dir.iteration(iteration), iteration) for iteration in range(ITERATIONS)]
+    for group, folder, iteration in trainings:
+        for metrics in read_jsonl(folder.metrics):
             step += 1
             for name, value in metrics.items():
                 if name != "step":
-                    add(f"train/{name}", value)
-            add("train/iteration", iteration)
-        evaluation(run_dir.iteration(iteration).evaluation, iteration)
+                    add(f"{group}/{name}", value)
+            if iteration is not None:
+                add(f"{group}/iteration", iteration)
+        evaluation(folder.evaluation, iteration)
     return found
 
 
@@ -136,6 +139,21 @@ def test_a_run_that_was_stopped_has_no_step_twice_and_none_less(
     assert len(partly["train/loss"]) == stop[1] + 1 + (8 if stop[0] == 1 else 0)
     run_dir = play(task, tmp_path / "run")
     assert tensorboard(run_dir) == expected(run_dir)
+
+
+@pytest.mark.parametrize("stop", [(None, 5), (0, 2)])
+def test_a_warm_start_is_counted_and_told_too(
+    stop: tuple[int | None, int], prepared: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    task = prepared(**{"sft.epochs": 2, "train.snapshot_minutes": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        play(task, tmp_path / "run", Stop(*stop))
+    found = tensorboard(play(task, tmp_path / "run"))
+    assert found == expected(RunDir(tmp_path / "run"))
+    assert [step for step, _ in found["warm_start/loss"]] == list(range(1, 9))
+    assert [step for step, _ in found["train/loss"]] == list(range(9, 33))
+    assert [step for step, _ in found["eval/nll"]] == [0, 8, 16, 32]
 
 
 def test_more_iterations_go_on_after_the_last_step(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
