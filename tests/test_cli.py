@@ -719,7 +719,6 @@ def test_an_error_is_not_a_line_of_json(played: Played) -> None:
 
 
 def test_figures_go_to_tensorboard(played: Played, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     answer = played.again("--track", "tensorboard", out=tmp_path / "run")
     assert (answer.code, answer.err) == (0, "")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
