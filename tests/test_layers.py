@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
-    {"files", "sources"},
+    {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base", "meter"},
     {"fused", "status"},
