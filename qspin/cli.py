@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qspin.errors import QspinError
+from qspin.progress import TrackerName
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
+    from qspin.meter import Meter
     from qspin.prepare import Prepared
+    from qspin.run_dir import RunDir
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +47,8 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other setting, as train.epochs=3")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done; loads no weights")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="progress as lines of JSON, for a program")] = False,
+    tracker: Annotated[TrackerName | None, typer.Option("--track", help="log the figures there too")] = None,
 ) -> None:
     """Play SPIN: each iteration answers the prompts, and learns to tell the answers from the human ones."""
     from qspin.config import load_config, parse_override
@@ -65,13 +71,19 @@ def run(
     from qspin.record import template_date
     from qspin.run_dir import RunDir
 
+    if dry_run and as_json:
+        raise QspinError("--json tells how a run goes on, and --dry-run does none; leave one of them out")
     RunDir(out).check_usable()
     _quiet_libraries()
+    if tracker is not None:
+        from qspin.track import check
+
+        check(tracker)
     prepared = prepare(config, template_date(RunDir(out)))
     if dry_run:
         _show_plan(prepared)
     else:
-        _play(prepared, out)
+        _play(prepared, out, as_json=as_json, tracker=tracker)
 
 
 presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
@@ -126,15 +138,32 @@ def init(
     typer.echo(f"{output} is {preset} until you edit it; then: qspin run {output} --data FILE --out FOLDER")
 
 
-def _play(prepared: Prepared, out: Path) -> None:
+def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
     from rich.console import Console
 
     from qspin import report, spin, view
+    from qspin.progress import Audience, Progress
     from qspin.run_dir import RunDir
+    from qspin.status import StatusFile
 
-    console = Console()
-    config = prepared.config
-    with view.RunView(console, config.iterations) as progress:
+    config, run_dir = prepared.config, RunDir(out)
+    meter = _meter(prepared, run_dir)
+    console = Console(stderr=as_json)
+    lines = view.JsonView(sys.stdout, meter) if as_json else None
+    listeners: list[Progress] = [meter, StatusFile(run_dir.status, meter)]
+    with contextlib.ExitStack() as stack:
+        if lines is not None:
+            listeners.append(lines)
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what libraries print is for people
+        else:
+            shown = view.for_people(console, meter)
+            stack.enter_context(shown)
+            listeners.append(shown)
+        if tracker is not None:
+            from qspin.track import Tracker
+
+            listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
+        progress = Audience(*listeners)
         for note in prepared.notes:
             progress.note(note)
         if config.train.loss == "correlation":
@@ -143,14 +172,40 @@ def _play(prepared: Prepared, out: Path) -> None:
                 f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
             )
         spin.run(prepared, out, progress)
-    run_dir = RunDir(out)
     console.print(view.results_table(report.columns(config), report.rows(run_dir, config)))
-    shown = report.before_after(run_dir, prepared.heldout_prompts, config.iterations - 1, config.evaluation.shown)
-    if shown:
-        console.print(view.completions_table(shown))
-    console.print(
-        f"adapter: {run_dir.iteration(config.iterations - 1).adapter}   table: {run_dir.summary}", markup=False
-    )
+    answers = report.before_after(run_dir, prepared.heldout_prompts, config.iterations - 1, config.evaluation.shown)
+    if answers:
+        console.print(view.completions_table(answers))
+    adapter = run_dir.iteration(config.iterations - 1).adapter
+    if lines is not None:
+        lines.end(adapter, run_dir.summary)
+    else:
+        console.print(f"adapter: {adapter}   table: {run_dir.summary}", markup=False)
+
+
+def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
+    import torch
+
+    from qspin.memory import used_and_total
+    from qspin.meter import Meter, measured, to_do, workload
+
+    work = workload(run_dir, prepared.config, len(prepared.train), len(prepared.heldout))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Meter(to_do(work), measured(work), prepared.config.iterations, lambda: used_and_total(device))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Say where a run stands, from another terminal while it works, or later."""
+    from rich.console import Console
+
+    from qspin.run_dir import RunDir
+    from qspin.status import look
+    from qspin.view import standing_lines
+
+    console = Console()
+    for line in standing_lines(look(RunDir(run)), RunDir(run), console.width):
+        console.print(line, soft_wrap=True)
 
 
 def _show_plan(prepared: Prepared) -> None:
@@ -180,6 +235,9 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
     from qspin.config import at_iteration
 
     lines = []
+    if config.sft.epochs:
+        steps = -(-rows // config.train.batch_size) * config.sft.epochs
+        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
     for iteration in range(config.iterations):
         pairs = rows * (min(iteration, config.train.mix_previous) + 1)
         steps = -(-pairs // config.train.batch_size) * config.train.epochs

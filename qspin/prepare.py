@@ -27,7 +27,8 @@ class Prepared:
     renderer: Renderer
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
-    heldout_prompts: tuple[str, ...]  # the last user turn of each, for showing
+    train_prompts: tuple[str, ...]  # the last user turn of each row, for showing
+    heldout_prompts: tuple[str, ...]
     rejects: tuple[tuple[str, Reject], ...]  # with the source they came from
     stop_ids: frozenset[int]
     format: str
@@ -70,6 +71,7 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         notes=(*_replaced_template(config, tokenizer), *renderer.notes, *rows.notes),
         train=rows.train,
         heldout=rows.heldout,
+        train_prompts=rows.train_prompts,
         heldout_prompts=rows.heldout_prompts,
         rejects=rows.rejects,
         format=rows.format,
@@ -82,6 +84,7 @@ class _Rows(NamedTuple):
 
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
+    train_prompts: tuple[str, ...]
     heldout_prompts: tuple[str, ...]
     rejects: tuple[tuple[str, Reject], ...]
     format: str
@@ -112,16 +115,22 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         rejects = _all_rejects(config, source, data, train_rejects)
         rejects += _all_rejects(config, settings.heldout_source, other, heldout_rejects)
         fingerprint = f"{data.fingerprint}+{other.fingerprint}"
-    asked = {record.id: record.prompt[-1].content for record in heldout_records}
     return _Rows(
         train=tuple(train),
         heldout=tuple(heldout),
-        heldout_prompts=tuple(asked[example.record_id] for example in heldout),
+        train_prompts=_asked(train_records, train),
+        heldout_prompts=_asked(heldout_records, heldout),
         rejects=tuple(rejects),
         format=data.format,
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+
+
+def _asked(records: Sequence[Record], examples: Sequence[Example]) -> tuple[str, ...]:
+    """The last user turn of each example."""
+    turns = {record.id: record.prompt[-1].content for record in records}
+    return tuple(turns[example.record_id] for example in examples)
 
 
 def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:

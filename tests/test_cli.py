@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -109,6 +110,7 @@ def test_help_answers_at_once() -> None:
         ["--help"],
         ["run", "--help"],
         ["run", "quickstrat", "--out", "x"],
+        ["status", "nowhere"],
         ["presets"],
         ["presets", "show", "paper"],
         ["init", "quickstart", "-o", "mine.yaml"],
@@ -132,7 +134,20 @@ def test_help_typing_errors_and_presets_import_nothing_heavy(arguments: list[str
 def test_help_names_every_option_that_people_reach_for() -> None:
     answer = call("run", "--help")
     assert answer.code == 0
-    for option in ("data", "out", "model", "iterations", "beta", "lr", "seed", "format", "set", "dry-run"):
+    for option in (
+        "data",
+        "out",
+        "model",
+        "iterations",
+        "beta",
+        "lr",
+        "seed",
+        "format",
+        "set",
+        "dry-run",
+        "json",
+        "track",
+    ):
         assert f"--{option} " in answer.out
     assert ANSI not in answer.out
 
@@ -267,6 +282,27 @@ def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
     assert first.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good:")
     assert len(rest) == 1
     assert "broken-json" in rest[0]
+
+
+def test_a_status_of_no_run(tmp_path: Path) -> None:
+    assert refusal("status", tmp_path / "none") == f"{tmp_path / 'none'}: no such folder"
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert refusal("status", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
+
+
+def test_json_of_a_dry_run() -> None:
+    said = "--json tells how a run goes on, and --dry-run does none; leave one of them out"
+    assert refusal("run", "quickstart", "--out", "x", "--dry-run", "--json") == said
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
+    """It is heard of before any work."""
+    absent = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("all trackers are installed")
+    said = f"--track {absent[0]}: it is not installed; pip install {absent[0]}"
+    assert refusal("run", "quickstart", "--out", tmp_path / "run", "--track", absent[0]) == said
+    assert not (tmp_path / "run").exists()
 
 
 # --- presets ---
@@ -529,6 +565,34 @@ def test_progress_without_a_terminal_is_plain_lines(played: Played) -> None:
     }
 
 
+def test_status_of_a_finished_run(played: Played) -> None:
+    answer = call("status", played.out)
+    assert (answer.code, answer.err) == (0, "")
+    run = RunDir(played.out)
+    assert answer.out.splitlines()[:4] == [
+        f"{played.out}: finished, 2 iterations",
+        f"adapter: {run.iteration(1).adapter}",
+        f"table: {run.summary}",
+        "iteration 2/2 · evaluate  " + "━" * 158 + "  8/8 rows  100%",
+    ]
+    evaluation = Evaluation(**read_json(run.iteration(1).evaluation))
+    assert f"NLL {evaluation.nll:.3f}" in answer.out
+    assert re.search(r"^  prompt      What is \[red\]\d+\[/red\]\?$", answer.out, re.MULTILINE)
+    assert re.search(r"^  completion  ", answer.out, re.MULTILINE)
+
+
+def test_status_imports_nothing_heavy(played: Played) -> None:
+    script = (
+        "import sys; from qspin.cli import main\n"
+        f"sys.argv = ['qspin', 'status', {str(played.out)!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "finished" in done.stdout
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_the_output_ends_with_the_table_and_the_completions(played: Played) -> None:
     _, title, shown = played.answer.out.partition("\nOn held-out rows")
     assert title
@@ -727,6 +791,55 @@ def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
     assert answer.code == 1
     assert answer.err.startswith(f"error: {out / 'run.json'}: damaged or unreadable (")
     assert answer.err.count("\n") == 1
+
+
+# --- for a program ---
+
+
+def test_json_lines_and_nothing_else_on_stdout(played: Played, tmp_path: Path) -> None:
+    answer = played.again("--json", out=tmp_path / "run")
+    assert answer.code == 0
+    lines = [json.loads(line) for line in answer.out.splitlines()]
+    phases = [(line["iteration"], line["phase"], line["total"]) for line in lines if line["event"] == "phase"]
+    assert phases == [
+        (None, "evaluate", 8),
+        (0, "generate", 20),
+        (0, "score", 20),
+        (0, "train", 40),
+        (0, "evaluate", 8),
+        (1, "generate", 20),
+        (1, "score", 40),
+        (1, "train", 80),
+        (1, "evaluate", 8),
+    ]
+    run = RunDir(tmp_path / "run")
+    told = [line["figures"] for line in lines if line["event"] == "progress" and "step" in line["figures"]]
+    assert told == [step for iteration in (0, 1) for step in read_jsonl(run.iteration(iteration).metrics)]
+    evaluations = [line["figures"] for line in lines if "nll" in line.get("figures", {})]
+    folders = [run.base, run.iteration(0), run.iteration(1)]
+    assert evaluations == [Evaluation(**read_json(folder.evaluation)).figures(".*") for folder in folders]
+    samples = [line for line in lines if line["event"] == "sample"]
+    assert len(samples) == 2, "one of each generation"
+    assert all(re.fullmatch(r"What is \[red\]\d+\[/red\]\?", line["prompt"]) for line in samples)
+    assert lines[0]["event"] == "note"
+    assert {line["event"] for line in lines} == {"note", "phase", "progress", "sample", "end"}
+    del lines[-1]["time"]
+    assert lines[-1] == {"event": "end", "adapter": str(run.iteration(1).adapter), "table": str(run.summary)}
+    # the table is for people
+    assert "On held-out rows" in answer.err
+
+
+def test_an_error_is_not_a_line_of_json(played: Played) -> None:
+    answer = played.again("--json", "--beta", "0.5")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {played.out} is a run with other settings; ")
+    assert [json.loads(line)["event"] for line in answer.out.splitlines()] == ["note"]
+
+
+def test_figures_go_to_tensorboard(played: Played, tmp_path: Path) -> None:
+    answer = played.again("--track", "tensorboard", out=tmp_path / "run")
+    assert (answer.code, answer.err) == (0, "")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 # --- where it is shown ---

@@ -12,16 +12,17 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "memory"},
     {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
-    {"attention", "lora", "base"},
-    {"fused"},
+    {"attention", "lora", "base", "meter"},
+    {"fused", "status"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
-    {"training", "evaluate", "prepare", "budget"},
+    {"optimisation", "evaluate", "prepare", "budget"},
+    {"training", "warm_start"},
     {"report", "record"},
-    {"spin", "view"},
+    {"spin", "view", "track"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
+HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "optimisation"}}
 
 
 def imports(module: Path) -> set[str]:
