@@ -19,9 +19,10 @@ LAYERS = [  # each may import what stands above it
     {"training", "evaluate", "prepare", "budget"},
     {"report", "record"},
     {"spin", "view"},
+    {"doctor"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
+HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training", "doctor"}}
 
 
 def imports(module: Path) -> set[str]:
