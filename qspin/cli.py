@@ -138,6 +138,22 @@ def init(
     typer.echo(f"{output} is {preset} until you edit it; then: qspin run {output} --data FILE --out FOLDER")
 
 
+@app.command()
+def doctor() -> None:
+    """Look at all that a run needs of this machine, and say what to do about what it lacks."""
+    from rich.console import Console
+
+    from qspin.doctor import as_text, examine, verdict
+
+    console = Console()
+    findings = []
+    for finding in examine():
+        console.print(as_text(finding, console.width), soft_wrap=True)
+        findings.append(finding)
+    console.print(verdict(findings), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
+
+
 def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
     from rich.console import Console
 

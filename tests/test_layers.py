@@ -20,9 +20,14 @@ LAYERS = [  # each may import what stands above it
     {"training", "warm_start"},
     {"report", "record"},
     {"spin", "view", "track"},
+    {"doctor"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "optimisation"}}
+HEAVY = {
+    "transformers": {"base", "model"},
+    "peft": {"model"},
+    "bitsandbytes": {"lora", "optimisation", "doctor"},
+}
 
 
 def imports(module: Path) -> set[str]:
