@@ -148,7 +148,8 @@ def test_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
     package_that("raise ImportError('broken, to save time')", "torch", tmp_path / "broken")
     checkout = tmp_path / "checkout"  # an installed one has its metadata in it
     checkout.mkdir()
-    (checkout / "qspin").symlink_to(ROOT / "qspin")
+    for name in ("qspin", "presets"):
+        (checkout / name).symlink_to(ROOT / name)
     path = [str(tmp_path / "broken"), str(checkout), str(site)]
     script = f"import sys; sys.path[:0] = {path!r}; sys.argv = ['qspin', 'doctor']; from qspin.cli import main; main()"
     done = subprocess.run(
