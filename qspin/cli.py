@@ -170,7 +170,7 @@ def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName 
     with contextlib.ExitStack() as stack:
         if lines is not None:
             listeners.append(lines)
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what libraries print is for people
+            sys.stdout = sys.stderr  # for good: what libraries print, some of them as they exit, is for people
         else:
             shown = view.for_people(console, meter)
             stack.enter_context(shown)

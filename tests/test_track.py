@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.machinery
 import importlib.util
 import json
+import sqlite3
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Audience
+from qspin.progress import Audience, TrackerName
 from qspin.run_dir import RunDir
 from qspin.track import Tracker, check
 
@@ -66,9 +69,10 @@ class Stop:
     def note(self, text: str) -> None: ...
 
 
-def play(prepared: Prepared, out: Path, stop: Stop | None = None) -> RunDir:
+def play(prepared: Prepared, out: Path, stop: Stop | None = None, name: TrackerName = "tensorboard") -> RunDir:
     run_dir = RunDir(out)
-    with Tracker("tensorboard", run_dir, prepared.config) as tracker:
+    check(name)
+    with Tracker(name, run_dir, prepared.config) as tracker:
         spin.run(prepared, out, Audience(tracker, *([stop] if stop else [])))
     return run_dir
 
@@ -81,6 +85,38 @@ def tensorboard(run_dir: RunDir) -> Scalars:
 
     events = EventAccumulator(str(run_dir.path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def wandb(run_dir: RunDir) -> Scalars:
+    """From the last file that wandb kept offline: a LevelDB log, 7 bytes in, of protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = max(run_dir.path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    found: Scalars = {}
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        left = 32768 - at % 32768  # of the block
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", content[at : at + 7])
+        part, at = content[at + 7 : at + 7 + size], at + 7 + size
+        record = part if kind in {1, 2} else record + part  # whole or first; middle or last
+        if kind in {1, 4} and (parsed := Record.FromString(record)).WhichOneof("record_type") == "history":
+            for item in parsed.history.item:
+                if not (name := item.key or "/".join(item.nested_key)).startswith("_"):
+                    found.setdefault(name, []).append((parsed.history.step.num, json.loads(item.value_json)))
+    return found
+
+
+def trackio(run_dir: RunDir) -> Scalars:
+    """All that the project of this machine holds."""
+    found: Scalars = {}
+    with contextlib.closing(sqlite3.connect(run_dir.path.parent / "trackio" / "qspin.db")) as project:
+        for step, metrics in project.execute("SELECT step, metrics FROM metrics ORDER BY step, id"):
+            for name, value in json.loads(metrics).items():
+                found.setdefault(name, []).append((step, value))
+    return found
 
 
 def expected(run_dir: RunDir) -> Scalars:
@@ -137,6 +173,24 @@ def test_a_run_that_was_stopped_has_no_step_twice_and_none_less(
     assert len(partly["train/loss"]) == stop[1] + 1 + (8 if stop[0] == 1 else 0)
     run_dir = play(task, tmp_path / "run")
     assert tensorboard(run_dir) == expected(run_dir)
+
+
+@pytest.mark.parametrize(("name", "read"), [("wandb", wandb), ("trackio", trackio)])
+def test_other_trackers_hold_the_same(
+    name: TrackerName,
+    read: Callable[[RunDir], Scalars],
+    prepared: Callable[..., Prepared],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(name)
+    task = prepared(**{"train.snapshot_minutes": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        play(task, tmp_path / "run", Stop(1, 3), name)
+    run_dir = play(task, tmp_path / "run", None, name)
+    assert read(run_dir) == expected(run_dir)
 
 
 @pytest.mark.parametrize("stop", [(None, 5), (0, 2)])
