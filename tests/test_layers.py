@@ -18,7 +18,8 @@ LAYERS = [  # each may import what stands above it
     {"generation", "scoring"},
     {"training", "evaluate", "prepare", "budget"},
     {"report", "record"},
-    {"spin", "view"},
+    {"spin", "view", "card"},
+    {"push"},
     {"cli"},
 ]
 HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "training"}}
