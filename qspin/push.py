@@ -211,7 +211,8 @@ def _merged(run_dir: RunDir, folder: Path, iteration: int, say: Say) -> tuple[li
     check = read_json(folder / MERGE_CHECK)
     if drifted(check):
         say(WARNING)
-    return list(read_json(folder / MANIFEST)), check
+    # the check has held-out prompts in it, which nobody asked to publish; the card has its figures
+    return [name for name in read_json(folder / MANIFEST) if name != MERGE_CHECK], check
 
 
 def _template(path: str, record: Mapping[str, Any]) -> str:

@@ -178,6 +178,7 @@ def test_an_adapter_is_published_once_and_loads(
     assert repo.lfs == {WEIGHTS: sha256_of(run.iteration(1).adapter / WEIGHTS)}
     assert not any(TOKEN.encode() in content for content in [*repo.files.values(), *hub.store.values()])
     assert not any(str(run.path.parent).encode() in content for content in repo.files.values()), "no path"
+    assert not any(b"alert(1)" in content for content in repo.files.values()), "no prompt, no completion"
 
     for name, content in repo.files.items():
         (tmp_path / name).write_bytes(content)
@@ -471,11 +472,12 @@ def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServ
     assert done.code == 0, done.err
     assert (folder / "model.safetensors").stat().st_mtime_ns == written, "merged once"
     repo = hub.repos["model", "me/whole"]
-    assert {"README.md", "config.yaml", "template.jinja", "config.json", "merge-check.json"} <= set(repo.files)
-    assert "manifest.json" not in repo.files
+    assert {"README.md", "config.yaml", "template.jinja", "config.json", "tokenizer.json"} <= set(repo.files)
+    assert not {"manifest.json", "merge-check.json"} & set(repo.files)
+    assert not any(b"alert(1)" in content for content in repo.files.values()), "no held-out prompt"
     assert not any(str(run.path.parent).encode() in content for content in repo.files.values()), "no path"
     assert repo.lfs["model.safetensors"] == sha256_of(folder / "model.safetensors")
-    check = json.loads(repo.files["merge-check.json"])
+    check = read_json(folder / "merge-check.json")
     card = repo.files["README.md"].decode()
     assert f"| NLL as published, nats a token | {check['nll_exported']:.4f} |" in card
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
