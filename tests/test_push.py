@@ -25,7 +25,7 @@ from qspin import spin
 from qspin.card import Licence, recorded_config
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl, sha256_of, write_json
+from qspin.files import read_json, read_jsonl, sha256_of, write_json, write_jsonl
 from qspin.prepare import prepare
 from qspin.push import Content, _explain, _licence, make_upload, send
 from qspin.record import template_date
@@ -441,6 +441,19 @@ def test_the_same_run_makes_the_same_bytes(run: RunDir) -> None:
             upload = make_upload(run, "me/mine", content=content, iteration="last", say=lambda _: None)
             hashes.append([sha256_of(upload.folder / name) for name in upload.files])
         assert hashes[0] == hashes[1]
+
+
+def test_a_completion_equal_to_the_real_one_is_no_pair(run: RunDir, tmp_path: Path) -> None:
+    """Training left it out too."""
+    other = copied(run, tmp_path / "run")
+    shard = other.iteration(1).generated(0)
+    same, *rest = read_jsonl(shard)
+    write_jsonl(shard, [{**same, "generated_ids": same["real_ids"]}, *rest])
+    upload = make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+    table = pyarrow.parquet.read_table(upload.folder / "data" / "iteration-1.parquet")
+    assert table["id"].to_pylist() == [row["record_id"] for row in rest]
+    card = (upload.folder / "README.md").read_text()
+    assert "| 0 | 10 | 0 |\n| 1 | 9 | 1 |" in card
 
 
 def test_a_stray_file_is_not_uploaded(run: RunDir, hub: HubServer, push: Pusher) -> None:
