@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qspin.config import RunConfig
     from qspin.meter import Meter
     from qspin.prepare import Prepared
+    from qspin.push import Upload
     from qspin.run_dir import RunDir
 
 app = typer.Typer(
@@ -263,6 +264,42 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
             f"lr {at_iteration(config.train.lr, iteration):g})"
         )
     return lines
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="the repository on the Hub; made if need be")],
+    *,
+    what: Annotated[
+        Literal["adapter", "merged"], typer.Option(help="the adapter alone, or the base with it merged in")
+    ] = "adapter",
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="the pairs of the iterations instead, as a data set")
+    ] = False,
+    iteration: Annotated[
+        str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
+    ] = "last",
+    private: Annotated[bool, typer.Option("--private", help="only you and your organisation can see it")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write what would be uploaded; upload nothing")] = False,
+) -> None:
+    """Publish a model or a run's pairs on the Hugging Face Hub, with a card. Log in first: hf auth login."""
+    if dataset and what == "merged":
+        raise QspinError("--dataset publishes pairs and --what merged a model: take one of them")
+    from qspin.push import make_upload, send
+    from qspin.run_dir import RunDir
+
+    _quiet_libraries()
+    upload = make_upload(RunDir(run), repo, content="dataset" if dataset else what, iteration=iteration, say=typer.echo)
+    _show_upload(upload)
+    if not dry_run:
+        typer.echo(send(upload, private=private))
+
+
+def _show_upload(upload: Upload) -> None:
+    for name in upload.files:
+        typer.echo(f"{(upload.folder / name).stat().st_size:>15,} bytes  {name}")
+    typer.echo(f"for the {upload.kind} {upload.repo}, in {upload.folder}")
 
 
 def _numbers(text: str | None) -> Any:

@@ -22,10 +22,9 @@ class Column:
 
 
 def columns(config: RunConfig) -> list[Column]:
+    warm = ", the base after its supervised warm start (sft)" if config.sft.epochs else ""
     found = [
-        Column(
-            "player", "the untouched base, the base after its supervised warm start (sft), or an iteration's policy"
-        ),
+        Column("player", f"the untouched base{warm}, or the policy that an iteration ended with"),
         Column("NLL", "nats a token of the real held-out completions; lower is better"),
         Column("change", "of the NLL against the base, with its 95% bootstrap interval over rows"),
         Column("ended", "share of its own held-out completions that end by themselves"),

@@ -19,8 +19,8 @@ LAYERS = [  # each may import what stands above it
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start"},
     {"report", "record"},
-    {"spin", "view", "track"},
-    {"doctor"},
+    {"spin", "view", "track", "card"},
+    {"doctor", "push"},
     {"cli"},
 ]
 HEAVY = {
