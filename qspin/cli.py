@@ -64,9 +64,6 @@ def run(
         "model.init_adapter": init_adapter,
     }
     overrides = {key: value for key, value in options.items() if value is not None}
-    if model is not None:
-        # those of the preset's own model
-        overrides |= {"model.package": None, "model.revision": None, "model.architecture": None}
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
 
@@ -87,6 +84,74 @@ def run(
         _show_plan(prepared)
     else:
         _play(prepared, out, as_json=as_json, tracker=tracker)
+
+
+presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
+app.add_typer(presets_app, name="presets")
+
+
+@presets_app.callback()
+def presets(context: typer.Context) -> None:
+    """List the presets: the size and the licence of each one's model, and what it is for."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+
+    from qspin.presets import table
+
+    console = Console()
+    console.print(table())
+    console.print(
+        "\ngated: accept the terms on its hub page, then `hf auth login`. gated?: unknown.\n"
+        "`qspin presets show NAME` explains one; `qspin init NAME` makes a file to edit.",
+        markup=False,
+        highlight=False,
+    )
+
+
+@presets_app.command()
+def show(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ],
+) -> None:
+    """Print a preset with its reasons, what it builds on, and all that it changes of the defaults."""
+    from qspin.presets import shown
+
+    typer.echo(shown(source), nl=False)
+
+
+@app.command()
+def init(
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help="the preset to begin with; `qspin presets` lists them")
+    ],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write; it must not exist")] = Path(
+        "qspin.yaml"
+    ),
+) -> None:
+    """Write a configuration to edit: a preset, and under it every setting, commented out."""
+    from qspin.presets import write_starter
+
+    write_starter(preset, output)
+    typer.echo(f"{output} is {preset} until you edit it; then: qspin run {output} --data FILE --out FOLDER")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at all that a run needs of this machine, and say what to do about what it lacks."""
+    from rich.console import Console
+
+    from qspin.doctor import as_text, examine, verdict
+
+    console = Console()
+    findings = []
+    for finding in examine():
+        console.print(as_text(finding, console.width), soft_wrap=True)
+        findings.append(finding)
+    console.print(verdict(findings), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
 
 
 def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:

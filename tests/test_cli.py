@@ -27,7 +27,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import HOUSE_STYLE, ROOT
+from conftest import CHATML, HOUSE_STYLE, ROOT
 from rich.cells import cell_len
 
 import qspin
@@ -105,19 +105,30 @@ def test_help_answers_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["run", "quickstrat", "--out", "x"], ["status", "nowhere"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["run", "quickstrat", "--out", "x"],
+        ["status", "nowhere"],
+        ["presets"],
+        ["presets", "show", "paper"],
+        ["init", "quickstart", "-o", "mine.yaml"],
+    ],
 )
-def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> None:
+def test_help_typing_errors_and_presets_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import sys; from qspin.cli import main\n"
         f"sys.argv = ['qspin', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'yaml'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1].split()
     # that a light one is seen where it is needed shows that the search finds what is there
-    assert imported == (["yaml"] if {"quickstrat", "status"} & set(arguments) else [])
+    assert imported == ([] if "--help" in arguments else ["yaml"])
 
 
 def test_help_names_every_option_that_people_reach_for() -> None:
@@ -294,6 +305,71 @@ def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+# --- presets ---
+
+
+@pytest.mark.parametrize("arguments", [["presets"], ["presets", "show", "paper"], ["init", "paper"]])
+def test_presets_answer_in_well_under_a_second(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loaded machine is given one and a half."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    seconds = []
+    for _ in range(3):
+        (tmp_path / "qspin.yaml").unlink(missing_ok=True)
+        started = time.monotonic()
+        command = process(*arguments)
+        assert command.communicate()[1] == ""
+        assert command.returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert statistics.median(seconds) < 1.5
+
+
+def test_the_presets_are_listed_on_a_narrow_terminal() -> None:
+    answer = call("presets", columns=80)
+    assert (answer.code, answer.err) == (0, "")
+    assert ANSI not in answer.out
+    assert max(map(cell_len, answer.out.splitlines())) <= 80
+    names = [line.split()[0] for line in answer.out.splitlines() if re.match(r"\S+ +\d+\.\dB ", line)]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+
+
+def test_a_preset_is_shown_as_it_is_written() -> None:
+    path = ROOT / "presets" / "smollm2-135m.yaml"
+    answer = call("presets", "show", "smollm2-135m")
+    assert (answer.code, answer.err, answer.out) == (0, "", f"# {path}\n\n{path.read_text(encoding='utf-8')}")
+    assert refusal("presets", "show", "smolm2-135m").startswith("no preset is called 'smolm2-135m'; did you mean smoll")
+
+
+def test_a_configuration_is_begun_and_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call("init", "quickstart")
+    said = "qspin.yaml is quickstart until you edit it; then: qspin run qspin.yaml --data FILE --out FOLDER\n"
+    assert (answer.code, answer.err, answer.out) == (0, "", said)
+    text = Path("qspin.yaml").read_text(encoding="utf-8")
+    for line, value in (
+        ("id: HuggingFaceTB/SmolLM2-135M-Instruct", f"id: {tiny}"),
+        ("max_completion_tokens: 48", "max_completion_tokens: 256"),
+        ("seed: 0", "seed: 5"),
+    ):
+        text = text.replace(f"#{line}\n", f"{value}\n")
+    Path("qspin.yaml").write_text(text, encoding="utf-8")
+    answer = call("run", "qspin.yaml", "--out", "out", "--dry-run")
+    assert (answer.code, answer.err) == (0, "")
+    tree = yaml.safe_load(answer.out.partition("\nExample ")[0])
+    assert (tree["model"]["id"], tree["model"]["package"], tree["seed"]) == (str(tiny), None, 5)
+    assert tree["train"]["lr"] == load_config("quickstart").train.lr
+
+
+def test_a_configuration_is_never_begun_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    said = f"-o: {path} exists already; name another file, or remove it first"
+    assert refusal("init", "quickstart", "-o", path) == said
+    assert path.read_text() == "mine"
+
+
 # --- the dry run ---
 
 
@@ -389,6 +465,26 @@ def test_a_terminal_sees_the_tokens_in_the_colours_of_their_roles(no_weights: Pa
     ]
     # neighbours can be told apart
     assert all(left != right for (left, _), (right, _) in itertools.pairwise(tokens))
+
+
+def test_another_model_brings_nothing_of_the_presets_own(tiny: Path, tmp_path: Path) -> None:
+    command: list[str | Path] = ["run", "zephyr-7b-sft", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl"]
+    answer = call(*command, "--out", tmp_path / "out", "--dry-run")
+    assert (answer.code, answer.err) == (0, "")
+    shown = yaml.safe_load(answer.out.partition("\nExample ")[0])
+    assert shown["model"]["id"] == str(tiny)
+    assert [shown["model"][name] for name in ("revision", "package", "license", "gated", "architecture")] == [None] * 5
+    assert shown["train"]["lr"] == 1e-5, "the rest is the preset's"
+
+
+def test_a_presets_template_with_another_model_is_noted(tiny: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML + "{# own #}")
+    command: list[str | Path] = ["run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--dry-run"]
+    note = f"note: chat.template: {template} takes the place of the tokenizer's own template\n"
+    out = call(*command, "--out", tmp_path / "out", "--set", f"chat.template={template}").out
+    assert note in out
+    assert "takes the place" not in call(*command, "--out", tmp_path / "out").out
 
 
 def test_markup_in_data_is_inert(tiny: Path, tmp_path: Path) -> None:
@@ -650,6 +746,28 @@ def test_the_same_rows_under_another_name_are_welcome(played: Played, tmp_path: 
     assert " · " not in answer.out
 
 
+def test_the_same_template_in_another_file_is_welcome(played: Played, tmp_path: Path) -> None:
+    """A preset's lies where qspin is installed, and that may move."""
+    moved = tmp_path / "moved.jinja"
+    moved.write_text(CHATML)
+    answer = played.again("--set", f"chat.template={moved}", out=played.copy(tmp_path / "run"))
+    assert (answer.code, answer.err) == (0, "")
+    assert " · " not in answer.out
+
+
+def test_another_template_is_refused(played: Played, tmp_path: Path) -> None:
+    before = contents(played.out)
+    other = tmp_path / "other.jinja"
+    other.write_text(CHATML + "{# another #}")
+    answer = played.again("--set", f"chat.template={other}")
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: chat.template: its content is not what {played.out} began with; choose another --out, "
+        "or bring it back\n"
+    )
+    assert contents(played.out) == before
+
+
 def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) -> None:
     out = played.copy(tmp_path / "run")
     before = contents(out)
@@ -719,7 +837,6 @@ def test_an_error_is_not_a_line_of_json(played: Played) -> None:
 
 
 def test_figures_go_to_tensorboard(played: Played, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     answer = played.again("--track", "tensorboard", out=tmp_path / "run")
     assert (answer.code, answer.err) == (0, "")
     assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))

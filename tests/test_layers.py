@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
-    {"files", "sources"},
+    {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base", "meter"},
     {"fused", "status"},
@@ -20,9 +20,14 @@ LAYERS = [  # each may import what stands above it
     {"training", "warm_start"},
     {"report", "record"},
     {"spin", "view", "track"},
+    {"doctor"},
     {"cli"},
 ]
-HEAVY = {"transformers": {"base", "model"}, "peft": {"model"}, "bitsandbytes": {"lora", "optimisation"}}
+HEAVY = {
+    "transformers": {"base", "model"},
+    "peft": {"model"},
+    "bitsandbytes": {"lora", "optimisation", "doctor"},
+}
 
 
 def imports(module: Path) -> set[str]:

@@ -244,6 +244,12 @@ def test_paces_come_from_the_seconds_of_finished_phases(tmp_path: Path) -> None:
     assert measured(work(run)) == {"evaluate": 2, "generate": 1, "score": 0.5, "train": 2}
 
 
+def test_the_pace_of_a_warm_start_is_that_of_its_training(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    spend(run.warm_start, evaluated=True, train=50, evaluate=20)
+    assert measured(work(run, **{"sft.epochs": 1})) == {"warm start": 0.5, "evaluate": 0.5}
+
+
 def test_the_last_time_counts_and_half_a_phase_does_not(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     spend(run.base, evaluated=True, evaluate=20)

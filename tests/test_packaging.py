@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from pathlib import Path
 from qspin.config import load_config, preset_names
 data = load_config("quickstart").data
 assert Path(data.source).is_file() and Path(data.heldout_source).is_file()
+templates = {load_config(name).chat.template for name in preset_names()} - {None}
+assert templates and all(Path(template).is_file() for template in templates)
 print(Path(qspin.__file__).parent)
 print(*preset_names())
 """
@@ -59,7 +62,8 @@ def test_the_wheel_holds_the_package_and_its_presets_and_no_more(wheel: Path) ->
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qspin").glob("*.py")}
     assert names == {*modules, "qspin/py.typed", *(f"qspin/{name}" for name in SHIPPED)}
-    assert {"qspin/presets/quickstart.yaml", "qspin/presets/house-style/train.jsonl"} <= names
+    data = {"quickstart.yaml", "house-style/train.jsonl", "sizes/7b.yaml", "templates/plain.jinja"}
+    assert {f"qspin/presets/{name}" for name in data} <= names
 
 
 def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
@@ -67,7 +71,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     [metadata] = [archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     needs = re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert len(needs) == len(project["dependencies"]) + len(project["optional-dependencies"]["unsloth"])
+    assert len(needs) == len(project["dependencies"]) + sum(map(len, project["optional-dependencies"].values()))
     assert "Requires-Python: >=3.11" in metadata
     [scripts] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
     assert scripts.split() == ["[console_scripts]", "qspin", "=", "qspin.cli:main"]
@@ -107,7 +111,7 @@ def test_the_editable_install_finds_its_presets(tmp_path: Path) -> None:
 def test_everything_that_is_imported_is_declared() -> None:
     """A package that only comes along with another may stay away with its next release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needs = [*project["dependencies"], *project["optional-dependencies"]["unsloth"]]
+    needs = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     declared = {re.split(r"[^\w.-]", need)[0].replace("-", "_").lower() for need in needs}
     imported = set()
     for path in (ROOT / "qspin").glob("*.py"):

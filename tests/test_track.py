@@ -152,7 +152,6 @@ def expected(run_dir: RunDir) -> Scalars:
 
 
 def test_tensorboard_holds_every_step_and_every_evaluation(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     run_dir = play(prepared(), tmp_path / "run")
     found = tensorboard(run_dir)
     assert found == expected(run_dir)
@@ -167,7 +166,6 @@ def test_a_run_that_was_stopped_has_no_step_twice_and_none_less(
     stop: tuple[int, int], snapshot_minutes: float, prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:
     """Whether its steps were kept in a snapshot or are made again."""
-    pytest.importorskip("tensorboard")
     task = prepared(**{"train.snapshot_minutes": snapshot_minutes})
     with pytest.raises(KeyboardInterrupt):
         play(task, tmp_path / "run", Stop(*stop))
@@ -199,7 +197,6 @@ def test_other_trackers_hold_the_same(
 def test_a_warm_start_is_counted_and_told_too(
     stop: tuple[int | None, int], prepared: Callable[..., Prepared], tmp_path: Path
 ) -> None:
-    pytest.importorskip("tensorboard")
     task = prepared(**{"sft.epochs": 2, "train.snapshot_minutes": 0.0})
     with pytest.raises(KeyboardInterrupt):
         play(task, tmp_path / "run", Stop(*stop))
@@ -211,7 +208,6 @@ def test_a_warm_start_is_counted_and_told_too(
 
 
 def test_more_iterations_go_on_after_the_last_step(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
     spin.run(prepared(iterations=1), tmp_path / "run", Audience())  # nobody tracked it
     run_dir = play(prepared(), tmp_path / "run")
     assert tensorboard(run_dir) == expected(run_dir)
@@ -219,7 +215,6 @@ def test_more_iterations_go_on_after_the_last_step(prepared: Callable[..., Prepa
 
 def test_memory_that_runs_out_tells_no_step_twice(prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     """Then training starts over in the same process, after the steps that a snapshot keeps, or from the first."""
-    pytest.importorskip("tensorboard")
     task = prepared(iterations=1, **{"train.snapshot_minutes": 0.0})
     run_dir = play(task, tmp_path / "run")
     again = RunDir(tmp_path / "again")
