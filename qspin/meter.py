@@ -210,17 +210,21 @@ class _Phase:
 
     def __init__(self, name: str, iteration: int | None, total: int, unit: str, done: float, now: float) -> None:
         self.name, self.iteration, self.total, self.unit = name, iteration, total, unit
-        self.done = self._done_before = done
+        self._sum = self._done_before = done
         self.started = self.advanced = now
         self.figures: dict[str, float] = {}
         self._moments = deque([(now, done)], maxlen=MOMENTS)
+
+    @property
+    def done(self) -> float:
+        return round(self._sum, 6)  # parts of a unit add up to a hair less than one
 
     @property
     def complete(self) -> bool:
         return self.done >= self.total
 
     def advance(self, units: float, now: float) -> None:
-        self.done = round(self.done + units, 6)  # parts of a unit add up to a hair less than one
+        self._sum += units
         self.advanced = now
         if now - self._moments[-1][0] >= SECONDS_APART:
             self._moments.append((now, self.done))

@@ -796,7 +796,7 @@ def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
 # --- for a program ---
 
 
-def test_json_lines_and_nothing_else_on_stdout(played: Played, tmp_path: Path) -> None:
+def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_path: Path) -> None:
     answer = played.again("--json", out=tmp_path / "run")
     assert answer.code == 0
     lines = [json.loads(line) for line in answer.out.splitlines()]
@@ -820,7 +820,12 @@ def test_json_lines_and_nothing_else_on_stdout(played: Played, tmp_path: Path) -
     assert evaluations == [Evaluation(**read_json(folder.evaluation)).figures(".*") for folder in folders]
     samples = [line for line in lines if line["event"] == "sample"]
     assert len(samples) == 2, "one of each generation"
-    assert all(re.fullmatch(r"What is \[red\]\d+\[/red\]\?", line["prompt"]) for line in samples)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    rows = {f"row-{number}": row["prompt"] for number, row in enumerate(read_jsonl(played.data), start=1)}
+    for iteration, line in enumerate(samples):
+        answers = {rows[pair["record_id"]]: pair for pair in read_jsonl(run.iteration(iteration).generated(0))}
+        ids = answers[line["prompt"]]["generated_ids"]
+        assert line["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
     assert lines[0]["event"] == "note"
     assert {line["event"] for line in lines} == {"note", "phase", "progress", "sample", "end"}
     del lines[-1]["time"]

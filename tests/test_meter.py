@@ -164,13 +164,13 @@ def test_the_rate_is_that_of_lately(meter: Meter, clock: Clock) -> None:
 
 
 def test_parts_of_a_unit_add_up_to_a_whole_one(meter: Meter, clock: Clock) -> None:
-    begin(meter, "generate", 0, 1)
-    for _ in range(10):
+    begin(meter, "generate", 0, 100)
+    for _ in range(4800):
         clock.now += 0.1
         assert not meter.complete
-        meter.advance(0.1)
+        meter.advance(1 / 48)
     assert meter.complete
-    assert status(meter).done == 1
+    assert status(meter).done == 100
 
 
 def test_a_phase_that_is_made_again_is_still_to_come(clock: Clock) -> None:
