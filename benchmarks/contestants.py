@@ -73,7 +73,7 @@ def prepared(config: RunConfig) -> Prepared:
 def opponents_pairs(config: RunConfig) -> tuple[Pair, ...]:
     """The rows with the base's completions: what iteration 0 trains on."""
     ready = prepared(config)
-    completions = _complete(_slot_model(config, ready), config, ready)
+    completions = _complete(slot_model(config, ready), config, ready)
     return tuple(
         Pair(e.record_id, 0, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
         for e, completion in zip(ready.train, completions, strict=True)
@@ -82,7 +82,7 @@ def opponents_pairs(config: RunConfig) -> tuple[Pair, ...]:
 
 def train_qspin(job: Job) -> Measurement:
     config, pairs = job.config, job.pairs
-    model = _slot_model(config, prepared(config))
+    model = slot_model(config, prepared(config))
     plan = _plan(model, config, pairs)  # as the peer's batch size, the budget is known when the work begins
     with tempfile.TemporaryDirectory() as folder, measured() as result:
         metrics = _play(model, config, pairs, plan, Path(folder))
@@ -124,7 +124,7 @@ def _train_trl(job: Job, *, precompute: bool) -> Measurement:
 
 def generate_qspin(job: Job) -> Measurement:
     ready = prepared(job.config)
-    model = _slot_model(job.config, ready)
+    model = slot_model(job.config, ready)
     with measured() as result:
         completions = _complete(model, job.config, ready)
     return _throughput(result, [completion.ids for completion in completions])
@@ -175,7 +175,7 @@ def _throughput(result: Measurement, completions: Sequence[Sequence[int]]) -> Me
 def iterate_qspin(job: Job) -> Measurement:
     config = job.config
     ready = prepared(config)
-    model = _slot_model(config, ready)
+    model = slot_model(config, ready)
     with tempfile.TemporaryDirectory() as folder, measured() as result:
         completions = _complete(model, config, ready)
         pairs = _pairs(ready.train, [completion.ids for completion in completions])
@@ -184,13 +184,14 @@ def iterate_qspin(job: Job) -> Measurement:
 
 
 def iterate_peers(job: Job) -> Measurement:
-    """HF generate in its best batched settings, then TRL with its reference precomputed."""
+    """HF generate in its best batched settings, then TRL with its reference precomputed: two scripts, so two models."""
     config = job.config
     ready = prepared(config)
     trainer_class, dpo_config = _trl()
+    generating = _with_adapter(_causal_lm(ready, config), config)
     model = _no_repacking(_causal_lm(ready, config))
     with tempfile.TemporaryDirectory() as folder, measured() as result:
-        completions = _hf_completions(model, ready, config, width=HF_WIDTH, by_length=True)
+        completions = _hf_completions(generating, ready, config, width=HF_WIDTH, by_length=True)
         pairs = _pairs(ready.train, completions)
         _dpo(trainer_class, dpo_config, model, ready, config, pairs, Path(folder), precompute=True)
     return _per_row(result, len(ready.train), completions)
@@ -204,7 +205,7 @@ def _per_row(result: Measurement, rows: int, completions: Sequence[Sequence[int]
 # --- qspin's side
 
 
-def _slot_model(config: RunConfig, ready: Prepared) -> SlotModel:
+def slot_model(config: RunConfig, ready: Prepared) -> SlotModel:
     keep_freed_memory()
     return SlotModel.load(ready.base, config.model, config.lora, seed=config.seed, device=DEVICE)
 

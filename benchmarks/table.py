@@ -1,4 +1,4 @@
-"""The committed results as the Markdown table that README.md and docs/performance.md show.
+"""The committed results as the Markdown tables that README.md and docs/performance.md show.
 
 python benchmarks/table.py
 """
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def table() -> str:
-    train, generate = _read("train"), _read("generate")
+    train, generate, iteration = _read("train"), _read("generate"), _read("iteration")
     rows = [
         ("", "qspin", "peer", "ratio"),
         ("---", "---", "---", "---"),
@@ -34,7 +34,26 @@ def table() -> str:
             _row("generate, tokens a second", generate, peer, "tokens_a_second", more_is_better=True)
             for peer in ("HF, official settings", "HF, batched by length", "HF, continuous batching")
         ),
+        _row("a whole iteration, seconds a row", iteration, "HF generate + TRL", "seconds_a_row"),
     ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def parts() -> str:
+    """Where the time goes, for docs/performance.md."""
+    tables = _read("parts")["milliseconds"]
+    rows = [("", *tables), ("---",) * (len(tables) + 1)]
+    for part in next(iter(tables.values())):
+        rows.append((part, *(f"{table[part] / sum(table.values()):.0%}" for table in tables.values())))
+    rows.append(("milliseconds", *(f"{sum(table.values()):.0f}" for table in tables.values())))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def growth() -> str:
+    """How the time of an iteration grows, for docs/performance.md."""
+    derived = _read("iteration")["derived"]
+    rows = [("", "seconds"), ("---", "---")]
+    rows += [(name.removeprefix("qspin's seconds, "), f"{seconds:.0f}") for name, seconds in derived.items()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -59,4 +78,4 @@ def _ratio(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), parts(), growth(), sep="\n\n")

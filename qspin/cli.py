@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from qspin.errors import QspinError
+from qspin.progress import TrackerName
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
+    from qspin.meter import Meter
     from qspin.prepare import Prepared
+    from qspin.push import Upload
+    from qspin.run_dir import RunDir
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +48,8 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other setting, as train.epochs=3")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be done; loads no weights")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="progress as lines of JSON, for a program")] = False,
+    tracker: Annotated[TrackerName | None, typer.Option("--track", help="log the figures there too")] = None,
 ) -> None:
     """Play SPIN: each iteration answers the prompts, and learns to tell the answers from the human ones."""
     from qspin.config import load_config, parse_override
@@ -58,9 +65,6 @@ def run(
         "model.init_adapter": init_adapter,
     }
     overrides = {key: value for key, value in options.items() if value is not None}
-    if model is not None:
-        # those of the preset's own model
-        overrides |= {"model.package": None, "model.revision": None, "model.architecture": None}
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
 
@@ -68,13 +72,19 @@ def run(
     from qspin.record import template_date
     from qspin.run_dir import RunDir
 
+    if dry_run and as_json:
+        raise QspinError("--json tells how a run goes on, and --dry-run does none; leave one of them out")
     RunDir(out).check_usable()
     _quiet_libraries()
+    if tracker is not None:
+        from qspin.track import check
+
+        check(tracker)
     prepared = prepare(config, template_date(RunDir(out)))
     if dry_run:
         _show_plan(prepared)
     else:
-        _play(prepared, out)
+        _play(prepared, out, as_json=as_json, tracker=tracker)
 
 
 @app.command()
@@ -121,15 +131,100 @@ def export(
     console.print(f"exported: {written}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _play(prepared: Prepared, out: Path) -> None:
+presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
+app.add_typer(presets_app, name="presets")
+
+
+@presets_app.callback()
+def presets(context: typer.Context) -> None:
+    """List the presets: the size and the licence of each one's model, and what it is for."""
+    if context.invoked_subcommand is not None:
+        return
+    from rich.console import Console
+
+    from qspin.presets import table
+
+    console = Console()
+    console.print(table())
+    console.print(
+        "\ngated: accept the terms on its hub page, then `hf auth login`. gated?: unknown.\n"
+        "`qspin presets show NAME` explains one; `qspin init NAME` makes a file to edit.",
+        markup=False,
+        highlight=False,
+    )
+
+
+@presets_app.command()
+def show(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ],
+) -> None:
+    """Print a preset with its reasons, what it builds on, and all that it changes of the defaults."""
+    from qspin.presets import shown
+
+    typer.echo(shown(source), nl=False)
+
+
+@app.command()
+def init(
+    preset: Annotated[
+        str, typer.Argument(metavar="PRESET", help="the preset to begin with; `qspin presets` lists them")
+    ],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write; it must not exist")] = Path(
+        "qspin.yaml"
+    ),
+) -> None:
+    """Write a configuration to edit: a preset, and under it every setting, commented out."""
+    from qspin.presets import write_starter
+
+    write_starter(preset, output)
+    typer.echo(f"{output} is {preset} until you edit it; then: qspin run {output} --data FILE --out FOLDER")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at all that a run needs of this machine, and say what to do about what it lacks."""
+    from rich.console import Console
+
+    from qspin.doctor import as_text, examine, verdict
+
+    console = Console()
+    findings = []
+    for finding in examine():
+        console.print(as_text(finding, console.width), soft_wrap=True)
+        findings.append(finding)
+    console.print(verdict(findings), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
+
+
+def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
     from rich.console import Console
 
     from qspin import report, spin, view
+    from qspin.progress import Audience, Progress
     from qspin.run_dir import RunDir
+    from qspin.status import StatusFile
 
-    console = Console()
-    config = prepared.config
-    with view.RunView(console, config.iterations) as progress:
+    config, run_dir = prepared.config, RunDir(out)
+    meter = _meter(prepared, run_dir)
+    console = Console(stderr=as_json)
+    lines = view.JsonView(sys.stdout, meter) if as_json else None
+    listeners: list[Progress] = [meter, StatusFile(run_dir.status, meter)]
+    with contextlib.ExitStack() as stack:
+        if lines is not None:
+            listeners.append(lines)
+            sys.stdout = sys.stderr  # for good: what libraries print, some of them as they exit, is for people
+        else:
+            shown = view.for_people(console, meter)
+            stack.enter_context(shown)
+            listeners.append(shown)
+        if tracker is not None:
+            from qspin.track import Tracker
+
+            listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
+        progress = Audience(*listeners)
         for note in prepared.notes:
             progress.note(note)
         if config.train.loss == "correlation":
@@ -138,14 +233,40 @@ def _play(prepared: Prepared, out: Path) -> None:
                 f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
             )
         spin.run(prepared, out, progress)
-    run_dir = RunDir(out)
     console.print(view.results_table(report.columns(config), report.rows(run_dir, config)))
-    shown = report.before_after(run_dir, prepared.heldout_prompts, config.iterations - 1, config.evaluation.shown)
-    if shown:
-        console.print(view.completions_table(shown))
-    console.print(
-        f"adapter: {run_dir.iteration(config.iterations - 1).adapter}   table: {run_dir.summary}", markup=False
-    )
+    answers = report.before_after(run_dir, prepared.heldout_prompts, config.iterations - 1, config.evaluation.shown)
+    if answers:
+        console.print(view.completions_table(answers))
+    adapter = run_dir.iteration(config.iterations - 1).adapter
+    if lines is not None:
+        lines.end(adapter, run_dir.summary)
+    else:
+        console.print(f"adapter: {adapter}   table: {run_dir.summary}", markup=False)
+
+
+def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
+    import torch
+
+    from qspin.memory import used_and_total
+    from qspin.meter import Meter, measured, to_do, workload
+
+    work = workload(run_dir, prepared.config, len(prepared.train), len(prepared.heldout))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Meter(to_do(work), measured(work), prepared.config.iterations, lambda: used_and_total(device))
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+    """Say where a run stands, from another terminal while it works, or later."""
+    from rich.console import Console
+
+    from qspin.run_dir import RunDir
+    from qspin.status import look
+    from qspin.view import standing_lines
+
+    console = Console()
+    for line in standing_lines(look(RunDir(run)), RunDir(run), console.width):
+        console.print(line, soft_wrap=True)
 
 
 def _show_plan(prepared: Prepared) -> None:
@@ -175,6 +296,9 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
     from qspin.config import at_iteration
 
     lines = []
+    if config.sft.epochs:
+        steps = -(-rows // config.train.batch_size) * config.sft.epochs
+        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
     for iteration in range(config.iterations):
         pairs = rows * (min(iteration, config.train.mix_previous) + 1)
         steps = -(-pairs // config.train.batch_size) * config.train.epochs
@@ -184,6 +308,42 @@ def _steps(config: RunConfig, rows: int) -> list[str]:
             f"lr {at_iteration(config.train.lr, iteration):g})"
         )
     return lines
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="the repository on the Hub; made if need be")],
+    *,
+    what: Annotated[
+        Literal["adapter", "merged"], typer.Option(help="the adapter alone, or the base with it merged in")
+    ] = "adapter",
+    dataset: Annotated[
+        bool, typer.Option("--dataset", help="the pairs of the iterations instead, as a data set")
+    ] = False,
+    iteration: Annotated[
+        str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
+    ] = "last",
+    private: Annotated[bool, typer.Option("--private", help="only you and your organisation can see it")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="write what would be uploaded; upload nothing")] = False,
+) -> None:
+    """Publish a model or a run's pairs on the Hugging Face Hub, with a card. Log in first: hf auth login."""
+    if dataset and what == "merged":
+        raise QspinError("--dataset publishes pairs and --what merged a model: take one of them")
+    from qspin.push import make_upload, send
+    from qspin.run_dir import RunDir
+
+    _quiet_libraries()
+    upload = make_upload(RunDir(run), repo, content="dataset" if dataset else what, iteration=iteration, say=typer.echo)
+    _show_upload(upload)
+    if not dry_run:
+        typer.echo(send(upload, private=private))
+
+
+def _show_upload(upload: Upload) -> None:
+    for name in upload.files:
+        typer.echo(f"{(upload.folder / name).stat().st_size:>15,} bytes  {name}")
+    typer.echo(f"for the {upload.kind} {upload.repo}, in {upload.folder}")
 
 
 def _numbers(text: str | None) -> Any:

@@ -2,7 +2,8 @@
 
     config = load_config("smollm2-135m", {"data.source": "mine.jsonl", "train.beta": 0.2})
 
-Free of torch. A field marked `_FREE` does not define the result: it may change when a run is continued.
+Free of torch. A field marked `_FREE` does not define the result: it may change when a run is continued. One marked
+`FACT` neither; it says what a preset or its model is, and is nothing to choose.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,11 +22,13 @@ from qspin.errors import QspinError
 
 
 @dataclass(frozen=True)
-class _FreeMark:
+class _Mark:
     """Metadata of a field that changes no result, or only what comes after."""
 
+    fact: bool = False
 
-_FREE = _FreeMark()
+
+_FREE, FACT = _Mark(), _Mark(fact=True)
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -64,7 +67,11 @@ class ModelConfig(_Part):
     )
     double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")
     init_adapter: str | None = Field(None, description="PEFT adapter folder that iteration 0 starts from")
-    architecture: Annotated[Architecture | None, _FREE] = Field(
+    license: Annotated[str | None, FACT] = Field(None, description="name of the model's licence")
+    gated: Annotated[bool | None, FACT] = Field(
+        None, description="whether the hub wants terms accepted and `hf auth login` first; null: not known"
+    )
+    architecture: Annotated[Architecture | None, FACT] = Field(
         None, description="the model's shape, for plans made without its files"
     )
 
@@ -82,7 +89,10 @@ class LoraConfig(_Part):
 class ChatConfig(_Part):
     """How messages become text."""
 
-    template: str | None = Field(None, description="Jinja file to use in place of the tokenizer's own template")
+    # which file is free to change, since a preset's lies where qspin is installed; run.json has its content's hash
+    template: Annotated[str | None, _FREE] = Field(
+        None, description="Jinja file to use in place of the tokenizer's own template"
+    )
     template_kwargs: dict[str, Any] = Field({}, description="switches passed to the template, as enable_thinking")
 
 
@@ -135,12 +145,14 @@ class SftConfig(_Part):
 class TrainConfig(_Part):
     """One iteration's optimisation."""
 
-    loss: Literal["logistic", "hinge", "exponential", "correlation"] = Field("logistic", description="ℓ")
+    loss: Literal["logistic", "hinge", "exponential", "correlation"] = Field("logistic", description="ℓ, of the margin")
     beta: Positive | PerIteration = Field(
         0.1, description="λ in the paper; a list gives one an iteration, its last value goes on"
     )
     lr: Positive | PerIteration = Field(1e-4, description="peak learning rate; a list as for beta")
-    optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field("adamw", description="fresh each iteration")
+    optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="its state is fresh each iteration"
+    )
     epochs: int = Field(2, ge=1, description="passes over the pairs of one iteration")
     batch_size: int = Field(16, ge=1, description="pairs an optimiser step, whatever fits in memory at once")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps; the rate then falls linearly to 0")
@@ -188,7 +200,7 @@ class RunConfig(_Part):
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    about: Annotated[str, _FREE] = Field("", description="one line on what this configuration is for")
+    about: Annotated[str, FACT] = Field("", description="one line on what this configuration is for")
     iterations: Annotated[int, _FREE] = Field(3, ge=1, description="rounds of self-play")
     seed: int = Field(0, ge=0, lt=2**31, description="of sampling, order and initial weights")
 
@@ -197,6 +209,24 @@ class RunConfig(_Part):
         if self.data.format == "columns" and not {"prompt", "completion"} <= self.data.columns.keys():
             raise ValueError("data.columns must name a prompt and a completion column")
         return self
+
+
+_GROUPS = {
+    name
+    for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+}
+
+
+SUFFIXES = {".yaml", ".yml"}  # by which a configuration file is told from a preset's name
+
+
+class Layer(NamedTuple):
+    """One file of a configuration, which may build on another."""
+
+    path: Path
+    text: str
+    tree: dict[str, Any]  # its settings, without those of the one that it builds on
 
 
 def at_iteration(value: float | list[float], iteration: int) -> float:
@@ -213,11 +243,20 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
         source: name of a preset, path of a YAML file, or None for the defaults.
         overrides: `{"train.beta": 0.2}`; a value of None unsets.
 
+    Where another `model.id` is named than below, what was known of that model is left out (`_OF_ONE_MODEL`).
+
     Raises:
         QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
     """
-    tree = _read_source(source) if source is not None else {}
-    for key, value in (overrides or {}).items():
+    tree: dict[str, Any] = {}
+    for layer in reversed(read_layers(source) if source is not None else []):
+        model = layer.tree.get("model")
+        if isinstance(model, dict):
+            _forget_other_model(tree, model.get("id"))
+        tree = _merge(tree, layer.tree)
+    overrides = overrides or {}
+    _forget_other_model(tree, overrides.get("model.id"))
+    for key, value in overrides.items():
         _set(tree, key, value)
     try:
         return RunConfig.model_validate(tree)
@@ -247,9 +286,41 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_dir().glob("*.yaml"))
 
 
-def dump_config(config: RunConfig) -> str:
-    """The whole resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+def unknown_preset(name: str) -> str:
+    """What to say of a name that no preset has."""
+    close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"no preset is called {name!r}; {hint}there are {', '.join(preset_names())}"
+
+
+def read_layers(source: str | Path) -> list[Layer]:
+    """A preset or YAML file, then the one that it builds on (`preset:`), and so on.
+
+    Raises:
+        QspinError: there is no such preset or file, it is no mapping in YAML, or it builds on itself.
+    """
+    layers: list[Layer] = []
+    wanted: str | Path | None = source
+    while wanted is not None:
+        path = _file_of(wanted)
+        text, tree = _read(path)
+        parent = tree.pop("preset", None)
+        if parent is not None and not isinstance(parent, str):
+            raise QspinError(f"{path}: preset: {parent!r} is not the name of a preset or of a YAML file")
+        if any(path.resolve() == layer.path.resolve() for layer in layers):
+            raise QspinError(f"{path}: preset: {parent} builds on this very file")
+        _resolve_paths(tree, path.parent)
+        layers.append(Layer(path, text, tree))
+        wanted = parent
+        if parent is not None and Path(parent).suffix in SUFFIXES and (path.parent / parent).is_file():
+            wanted = path.parent / parent
+    return layers
+
+
+def dump_config(config: RunConfig, *, changes_only: bool = False) -> str:
+    """The resolved configuration as YAML: all of it, or what differs from the defaults."""
+    tree = config.model_dump(mode="json", exclude_defaults=changes_only)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 def changed_results(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]]:
@@ -261,7 +332,7 @@ def changed_results(old: RunConfig, new: RunConfig) -> list[tuple[str, Any, Any]
 def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if _FREE in field.metadata:
+        if _FREE in field.metadata or FACT in field.metadata:
             continue
         if isinstance(value, BaseModel):
             yield from _leaves(value, f"{prefix}{name}.")
@@ -279,23 +350,21 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def _read_source(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a preset or YAML file as a tree, those of the one that it builds on (`preset:`) included.
-
-    `above` are the files that build on this one.
-    """
+def _file_of(source: str | Path) -> Path:
     path = Path(source)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = presets_dir() / f"{source}.yaml"
-        if not path.is_file():
-            close = difflib.get_close_matches(str(source), preset_names(), n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise QspinError(
-                f"no preset is called {str(source)!r}; {hint}there are "
-                f"{', '.join(preset_names())}, or name a .yaml file"
-            )
+    if path.suffix in SUFFIXES:
+        return path
+    path = presets_dir() / f"{source}.yaml"
+    if not path.is_file():
+        raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
+    return path
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text, and its settings as a tree."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -303,17 +372,20 @@ def _read_source(source: str | Path, above: tuple[Path, ...] = ()) -> dict[str, 
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")
-    _resolve_paths(tree, path.parent)
-    parent = tree.pop("preset", None)
-    if parent is None:
-        return tree
-    if not isinstance(parent, str):
-        raise QspinError(f"{path}: preset: {parent!r} is not the name of a preset or of a YAML file")
-    if (path.parent / parent).is_file():
-        parent = str(path.parent / parent)
-    if path.resolve() in above:
-        raise QspinError(f"{path}: preset: {parent} builds on this very file")
-    return _merge(_read_source(parent, (*above, path.resolve())), tree)
+    # a group whose settings are all commented out
+    return text, {key: value for key, value in tree.items() if value is not None or key not in _GROUPS}
+
+
+# What is known of the model that a preset or file names, and holds for no other. A chat template may be right for
+# another as well, as one for base models is; `prepare` notes that it is used.
+_OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
+
+
+def _forget_other_model(tree: dict[str, Any], named: Any) -> None:
+    model = tree.get("model")
+    if named is not None and isinstance(model, dict) and model.get("id", named) != named:
+        for key in _OF_ONE_MODEL:
+            model.pop(key, None)
 
 
 _PATH_KEYS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")

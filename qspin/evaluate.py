@@ -46,6 +46,15 @@ class Evaluation:
     def ended_share(self) -> float:
         return sum(self.ended) / len(self.ended)
 
+    def figures(self, style: str | None) -> dict[str, float]:
+        """What is shown and tracked of it."""
+        found = {
+            "nll": self.nll,
+            "ended": self.ended_share,
+            "tokens": sum(self.generated_tokens) / len(self.generated_tokens),
+        }
+        return found if style is None else {**found, "style": self.style_share(style)}
+
     def style_share(self, style: str) -> float:
         """Share of the completions that a regular expression matches from beginning to end."""
         pattern = re.compile(style)

@@ -51,9 +51,11 @@ def generate(
     width: int,
     stop_ids: frozenset[int],
     on_step: Callable[[int, float], None],
+    on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
 ) -> list[Completion]:
     """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
     of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
+    `on_done` hears of each completion as it ends, and which request it answers.
 
     The result does not depend on `width` or on the order of the requests beyond rounding.
     """
@@ -82,7 +84,8 @@ def generate(
             row = live[slot]
             ended = row.ids[-1] in stop_ids
             if ended or len(row.ids) == max_new_tokens:
-                done[row.index] = Completion(tuple(row.ids), ended)
+                done[row.index] = completion = Completion(tuple(row.ids), ended)
+                on_done(row.index, completion)
                 spared += max_new_tokens - len(row.ids)
                 last = live.pop()
                 if slot < len(live):

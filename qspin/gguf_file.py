@@ -172,7 +172,7 @@ def _blocks(
 def _family(architecture: Mapping[str, Any]) -> gguf.MODEL_ARCH:
     kind = architecture["model_type"]
     if kind not in ARCHITECTURES:
-        raise QspinError(f"model.id: {kind} models are not written as GGUF; {', '.join(ARCHITECTURES)} are")
+        raise QspinError(f"model.id: {kind} models are not written as GGUF; {', '.join(sorted(ARCHITECTURES))} are")
     return ARCHITECTURES[kind]
 
 

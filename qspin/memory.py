@@ -55,6 +55,13 @@ def free_bytes(device: torch.device) -> int:
     return min(free + held, share - torch.cuda.memory_allocated(device))
 
 
+def used_and_total(device: torch.device) -> tuple[int, int]:
+    """Bytes that this process holds and that the device has: resident memory on a CPU, torch's tensors on a GPU."""
+    if device.type == "cpu":
+        return psutil.Process().memory_info().rss, psutil.virtual_memory().total
+    return torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+
+
 @dataclass(slots=True)
 class Peak:
     """The most memory that a block of work took above what was taken before it, in bytes."""

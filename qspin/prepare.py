@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
-from qspin.chat import Renderer
+from qspin.chat import Renderer, Tokenizer
 from qspin.config import RunConfig
 from qspin.data import Dataset, check_malformed_share, load_records, remove_overlap, split_heldout
 from qspin.errors import QspinError
@@ -27,7 +27,8 @@ class Prepared:
     renderer: Renderer
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
-    heldout_prompts: tuple[str, ...]  # the last user turn of each, for showing
+    train_prompts: tuple[str, ...]  # the last user turn of each row, for showing
+    heldout_prompts: tuple[str, ...]
     rejects: tuple[tuple[str, Reject], ...]  # with the source they came from
     stop_ids: frozenset[int]
     format: str
@@ -46,8 +47,9 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         raise QspinError("data.source is not set: give --data a file of prompts and answers, or a hub id")
     base = find_base(config.model)
     architecture = load_model_config(base).get_text_config()
+    tokenizer = load_tokenizer(base)
     renderer = Renderer.build(
-        load_tokenizer(base),
+        tokenizer,
         template=_template(config),
         template_kwargs=config.chat.template_kwargs,
         date=date,
@@ -66,9 +68,10 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         renderer=renderer,
         stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
         inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config)},
-        notes=(*renderer.notes, *rows.notes),
+        notes=(*_replaced_template(config, tokenizer), *renderer.notes, *rows.notes),
         train=rows.train,
         heldout=rows.heldout,
+        train_prompts=rows.train_prompts,
         heldout_prompts=rows.heldout_prompts,
         rejects=rows.rejects,
         format=rows.format,
@@ -81,6 +84,7 @@ class _Rows(NamedTuple):
 
     train: tuple[Example, ...]
     heldout: tuple[Example, ...]
+    train_prompts: tuple[str, ...]
     heldout_prompts: tuple[str, ...]
     rejects: tuple[tuple[str, Reject], ...]
     format: str
@@ -111,16 +115,22 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         rejects = _all_rejects(config, source, data, train_rejects)
         rejects += _all_rejects(config, settings.heldout_source, other, heldout_rejects)
         fingerprint = f"{data.fingerprint}+{other.fingerprint}"
-    asked = {record.id: record.prompt[-1].content for record in heldout_records}
     return _Rows(
         train=tuple(train),
         heldout=tuple(heldout),
-        heldout_prompts=tuple(asked[example.record_id] for example in heldout),
+        train_prompts=_asked(train_records, train),
+        heldout_prompts=_asked(heldout_records, heldout),
         rejects=tuple(rejects),
         format=data.format,
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+
+
+def _asked(records: Sequence[Record], examples: Sequence[Example]) -> tuple[str, ...]:
+    """The last user turn of each example."""
+    turns = {record.id: record.prompt[-1].content for record in records}
+    return tuple(turns[example.record_id] for example in examples)
 
 
 def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
@@ -155,6 +165,13 @@ def _template(config: RunConfig) -> str | None:
         return Path(config.chat.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"chat.template: {config.chat.template} can't be read ({error})") from None
+
+
+def _replaced_template(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    """A preset's template goes on with another --model, for which it may be wrong."""
+    if config.chat.template is None or not tokenizer.chat_template:
+        return []
+    return [f"chat.template: {config.chat.template} takes the place of the tokenizer's own template"]
 
 
 def _adapter_hash(config: RunConfig) -> str | None:

@@ -1,19 +1,52 @@
-"""What a run says while it computes; the command line draws it, tests listen to it."""
+"""What a run says while it computes: views draw it, files and trackers keep it, tests listen to it."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]  # see track.py
 
 
 class Progress(Protocol):
-    """Hears of each phase, of each piece of work done in it, and of things worth a sentence."""
+    """Hears of each phase, of each piece of work done in it, of completions, and of things worth a sentence."""
 
     def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
-        """A phase starts; `done` of its `total` units were there already. `iteration` None is the untouched base."""
+        """A phase starts; `done` of its `total` units were there already. `iteration` None is before the first."""
         ...
 
     def advance(self, units: float, **figures: float) -> None:
-        """`units` more are done, or a part of one; `figures` are the phase's current numbers, as loss=0.69."""
+        """`units` more are done, or a part of one; `figures` are the phase's current numbers, as loss=0.69.
+
+        Those of an optimiser step say which one, step=0 being the phase's first. Those that come with no units are
+        what the phase found.
+        """
+        ...
+
+    def sampled(self, prompt: str, completion: str) -> None:
+        """A completion has ended; `prompt` is the user turn that it answers."""
         ...
 
     def note(self, text: str) -> None: ...
+
+
+class Audience:
+    """A `Progress` that passes all it hears on to several, in their order."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self.listeners = listeners
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
+        for listener in self.listeners:
+            listener.phase(name, iteration=iteration, total=total, done=done, unit=unit)
+
+    def advance(self, units: float, **figures: float) -> None:
+        for listener in self.listeners:
+            listener.advance(units, **figures)
+
+    def sampled(self, prompt: str, completion: str) -> None:
+        for listener in self.listeners:
+            listener.sampled(prompt, completion)
+
+    def note(self, text: str) -> None:
+        for listener in self.listeners:
+            listener.note(text)

@@ -22,8 +22,9 @@ class Column:
 
 
 def columns(config: RunConfig) -> list[Column]:
+    warm = ", the base after its supervised warm start (sft)" if config.sft.epochs else ""
     found = [
-        Column("player", "the untouched base, or the policy that an iteration ended with"),
+        Column("player", f"the untouched base{warm}, or the policy that an iteration ended with"),
         Column("NLL", "nats a token of the real held-out completions; lower is better"),
         Column("change", "of the NLL against the base, with its 95% bootstrap interval over rows"),
         Column("ended", "share of its own held-out completions that end by themselves"),
@@ -38,22 +39,23 @@ def columns(config: RunConfig) -> list[Column]:
 
 def rows(run_dir: RunDir, config: RunConfig) -> list[list[str]]:
     """One row a player that has been evaluated, the base first."""
+    players = {"base": run_dir.base, "sft": run_dir.warm_start}
+    players |= {str(index): run_dir.iteration(index) for index in range(config.iterations)}
     base = Evaluation(**read_json(run_dir.base.evaluation))
-    found = [_row("base", run_dir.base, base, base, config)]
-    index = 0
-    while (folder := run_dir.iteration(index)).evaluation.is_file():
-        found.append(_row(str(index), folder, Evaluation(**read_json(folder.evaluation)), base, config))
-        index += 1
-    return found
+    return [
+        _row(name, folder, Evaluation(**read_json(folder.evaluation)), base, config)
+        for name, folder in players.items()
+        if folder.evaluation.is_file()
+    ]
 
 
 def _row(name: str, folder: IterationDir, player: Evaluation, base: Evaluation, config: RunConfig) -> list[str]:
-    change = "" if player is base else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*nll_change(base, player))
+    change = "" if name == "base" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*nll_change(base, player))
     margin = ""
     if folder.metrics.is_file():
         steps = read_jsonl(folder.metrics)
-        last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"]]
-        margin = f"{sum(last) / len(last):.2f}"
+        last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"] and "margin" in step]
+        margin = f"{sum(last) / len(last):.2f}" if last else ""
     seconds = folder.seconds()
     real = sum(player.real_tokens) / len(player.real_tokens)
     generated = sum(player.generated_tokens) / len(player.generated_tokens)
@@ -79,12 +81,13 @@ def summary(run_dir: RunDir, config: RunConfig) -> str:
         _line(["---"] * len(headings)),
         *(_line(cells) for cells in rows(run_dir, config)),
     ]
+    played = sum(run_dir.iteration(index).evaluation.is_file() for index in range(config.iterations))
     record = read_json(run_dir.record)
     data = record["data"]
     meanings = [f"- **{column.heading}**: {column.meaning}" for column in headings]
     return "\n".join(
         [
-            f"# {record['base']['name']}: {len(table) - 3} of {config.iterations} iterations of self-play",
+            f"# {record['base']['name']}: {played} of {config.iterations} iterations of self-play",
             "",
             f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
             "(rejects.jsonl).",

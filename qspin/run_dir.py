@@ -4,7 +4,9 @@ run.json                    what the run is: configuration, versions, data, base
 config.yaml                 the configuration as last started
 rejects.jsonl               rows left out, each with its reason
 SUMMARY.md                  the table of iterations
+status.json                 where the run stands, while it works
 base/evaluation.json        the untouched model on the held-out rows
+warm-start/                 supervised training before iteration 0, if sft.epochs: as an iteration, without pairs
 iteration-K/
     generation.json         plan: which rows make which shard, how wide
     generated/shard-*.jsonl pairs
@@ -21,12 +23,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import filelock
+import psutil
 
 from qspin.errors import QspinError
 from qspin.files import read_json, remove_temporaries, write_json
@@ -106,8 +110,16 @@ class RunDir:
         return self.path / "SUMMARY.md"
 
     @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
     def base(self) -> IterationDir:
         return IterationDir(self.path / "base")
+
+    @property
+    def warm_start(self) -> IterationDir:
+        return IterationDir(self.path / "warm-start")
 
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
@@ -139,19 +151,53 @@ class RunDir:
         except OSError as error:
             raise QspinError(f"--out: {self.path} can't be made: {error.strerror}") from None
         held = filelock.FileLock(self._lock, blocking=False)
-        holder = self.path / ".holder"
         try:
             held.acquire()
         except filelock.Timeout:
-            by = holder.read_text().strip() if holder.is_file() else "another process"
+            by = self._last_holder()
             raise QspinError(f"{self.path}: {by} is working here; wait for it or choose another --out") from None
         try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self._holder.write_text(f"{process_name()}\n")
             remove_temporaries(self.path)
             yield
         finally:
             held.release()
 
+    def holder(self) -> str | None:
+        """The process that works in the folder now, named as by `process_name`; None if there is none."""
+        name = self._last_holder()
+        if not self._lock.is_file() or not _may_live(name):
+            return None
+        # A lock can't be looked at, only tried. This is done only where a live process is named, which most likely
+        # holds it: a process that starts at this very moment would be refused.
+        held = filelock.FileLock(self._lock, blocking=False)
+        try:
+            held.acquire()
+        except filelock.Timeout:
+            return name
+        except OSError:  # a folder that can't be written to: its process is all that tells
+            return name
+        held.release()
+        return None
+
+    def _last_holder(self) -> str:
+        return self._holder.read_text().strip() if self._holder.is_file() else "another process"
+
     @property
     def _lock(self) -> Path:
         return self.path / ".lock"
+
+    @property
+    def _holder(self) -> Path:
+        return self.path / ".holder"
+
+
+def process_name() -> str:
+    """This process, as others are told of it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _may_live(name: str) -> bool:
+    """Whether a named process may be alive; of another machine's this can't be known."""
+    found = re.fullmatch(r"process (\d+) on (.*)", name)
+    return found is None or found[2] != socket.gethostname() or psutil.pid_exists(int(found[1]))

@@ -9,6 +9,7 @@ the last of them and ends in the same bytes.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -22,19 +23,24 @@ from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.errors import QspinError
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
-from qspin.generation import Request, generate
+from qspin.generation import Completion, Request, generate
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import Adapter, SlotModel, load_adapter
+from qspin.optimisation import Metrics, make_optimizer, step_order, steps_kept
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
-from qspin.records import Example, Pair, Score
+from qspin.records import Pair, Score
 from qspin.report import summary
 from qspin.run_dir import IterationDir, RunDir
 from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
-from qspin.training import Task, make_optimizer, step_order, steps_kept, train
+from qspin.training import Task
+from qspin.training import train as train_pairs
+from qspin.warm_start import train_supervised
+
+SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads faster
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
@@ -45,6 +51,7 @@ def run(prepared: Prepared, out: Path, progress: Progress) -> None:
         with run_dir.lock(), refusals_told():
             game = Game(prepared, run_dir, progress)
             game.evaluate(run_dir.base, None)
+            game.warm_start()
             for iteration in range(prepared.config.iterations):
                 if not run_dir.iteration(iteration).done:
                     game.play(iteration)
@@ -109,24 +116,26 @@ class Game:
         )
         shards = list(enumerate(plan["shards"]))
         missing = [(index, rows) for index, rows in shards if not folder.generated(index).is_file()]
-        if not missing:
-            return
-        todo = sum(len(rows) for _, rows in missing)
-        self.progress.phase(
-            "generate", iteration=iteration, total=len(examples), done=len(examples) - todo, unit="rows"
-        )
+
+        def begin() -> None:
+            done = len(examples) - sum(len(rows) for _, rows in missing)
+            self.progress.phase("generate", iteration=iteration, total=len(examples), done=done, unit="rows")
+
+        if missing:
+            begin()
         while missing:
             index, rows = missing[0]
             started = time.monotonic()
             try:
                 with refusals_told():
-                    pairs = self._answer(iteration, [examples[row] for row in rows], plan["width"])
+                    pairs = self._answer(iteration, rows, plan["width"])
             except OutOfMemory:
                 if plan["width"] == 1:
                     raise
                 plan["width"] //= 2
                 write_json(folder.generation_plan, plan)
                 self.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
+                begin()  # what was done of this shard is lost
                 continue
             write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
             folder.add_seconds("generate", time.monotonic() - started)
@@ -141,13 +150,22 @@ class Game:
         width: int = remembered(self.dir, "width", lambda: rows_at_once(self.model, places))
         return width
 
-    def _answer(self, iteration: int, examples: Sequence[Example], width: int) -> list[Pair]:
-        settings, started, tokens = self.config.generation, time.monotonic(), 0
+    def _answer(self, iteration: int, rows: Sequence[int], width: int) -> list[Pair]:
+        """One completion of each of these training rows."""
+        examples, settings = [self.prepared.train[row] for row in rows], self.config.generation
+        started, tokens, shown = time.monotonic(), 0, -math.inf
 
-        def on_step(new: int, rows: float) -> None:
+        def on_step(new: int, done: float) -> None:
             nonlocal tokens
             tokens += new
-            self.progress.advance(rows, **{"tokens/s": tokens / (time.monotonic() - started)})
+            self.progress.advance(done, **{"tokens/s": tokens / (time.monotonic() - started)})
+
+        def on_done(index: int, completion: Completion) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= SAMPLE_SECONDS:
+                shown = time.monotonic()
+                text = self.prepared.renderer.completion_text(completion.ids)
+                self.progress.sampled(self.prepared.train_prompts[rows[index]], text)
 
         completions = generate(
             self.model,
@@ -158,6 +176,7 @@ class Game:
             width=width,
             stop_ids=self.prepared.stop_ids,
             on_step=on_step,
+            on_done=on_done,
         )
         return [
             Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
@@ -188,38 +207,88 @@ class Game:
         return different
 
     def learn(self, folder: IterationDir, iteration: int) -> None:
-        """Score and train; in smaller micro-batches, and scored anew, when memory does not hold one."""
+        """Score the opponent, then train against it."""
         pairs = self.pairs(iteration)
-        while not folder.adapter.is_dir():
-            task = self.task(folder, iteration, pairs)
-            try:
-                with refusals_told():
-                    self.train(folder, self.score(folder, task))
-            except OutOfMemory:
-                self.budget = smaller(pairs, task.plan, task.prefix)
-                shutil.rmtree(folder.scores(0).parent, ignore_errors=True)  # before the plan that they belong to
-                folder.training_plan.unlink()
-                self.model.set_adapter(self.opponent(iteration))
-                self.progress.note(f"memory does not hold so many tokens; on with {self.budget} at once")
 
-    def task(self, folder: IterationDir, iteration: int, pairs: Sequence[Pair]) -> Task:
-        """The pairs with their plan."""
-        prefix = common_prefix([pair.prompt_ids for pair in pairs])
-
-        def plan(budget: int) -> Plan:
-            lengths = [lengths_of(pair, prefix) for pair in pairs]
-            return plan_batches(
-                lengths, batch_size=self.config.train.batch_size, token_budget=budget, seed=self.config.seed
+        def work(plan: Plan, prefix: int) -> None:
+            task = self.score(folder, Task(pairs, {}, plan, iteration, self.config.seed, prefix))
+            train = self.config.train
+            self.optimise(
+                folder,
+                plan,
+                lambda on_step: train_pairs(self.model, task, train, snapshots=folder.snapshots, on_step=on_step),
+                phase="train",
+                iteration=iteration,
+                order=step_order(len(plan), train.epochs, task.seed + iteration),
             )
 
+        self.fit(folder, pairs, work, start=self.opponent(iteration))
+
+    def warm_start(self) -> None:
+        """For a base that was never fine-tuned: its adapter learns the real completions, and is the first opponent."""
+        folder, sft = self.dir.warm_start, self.config.sft
+        if not sft.epochs:
+            return
+        rows = [Pair(e.record_id, 0, e.prompt_ids, e.real_ids, (), ended=True) for e in self.prepared.train]
+
+        def work(plan: Plan, prefix: int) -> None:
+            self.optimise(
+                folder,
+                plan,
+                lambda on_step: train_supervised(
+                    self.model, rows, plan, self.config, prefix=prefix, snapshots=folder.snapshots, on_step=on_step
+                ),
+                phase="warm start",
+                iteration=None,
+                order=step_order(len(plan), sft.epochs, self.config.seed),
+            )
+
+        self.model.set_adapter(self.first_opponent)
+        self.fit(folder, rows, work, start=self.first_opponent)
+        self.budget = None  # found for rows half as long as those to come
+        self.first_opponent = load_adapter(folder.adapter)
+        self.model.set_adapter(self.first_opponent)
+        shutil.rmtree(folder.snapshots, ignore_errors=True)
+        self.evaluate(folder, None)
+
+    def fit(
+        self, folder: IterationDir, pairs: Sequence[Pair], work: Callable[[Plan, int], None], *, start: Adapter
+    ) -> None:
+        """Do what commits an adapter, by a plan; in smaller micro-batches, from the start, if memory does not hold one.
+
+        Args:
+            work: what to do, given the plan and how many tokens all prompts begin with.
+            start: who is in the slot.
+        """
+        prefix = common_prefix([pair.prompt_ids for pair in pairs])
+        while not folder.adapter.is_dir():
+            plan = self.plan(folder, pairs, prefix)
+            try:
+                with refusals_told():
+                    work(plan, prefix)
+            except OutOfMemory:
+                self.budget = smaller(pairs, plan, prefix)
+                shutil.rmtree(folder.scores(0).parent, ignore_errors=True)  # before the plan that they belong to
+                folder.training_plan.unlink()
+                self.model.set_adapter(start)
+                self.progress.note(f"memory does not hold so many tokens; on with {self.budget} at once")
+
+    def plan(self, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> Plan:
+        """Effective batches and micro-batches, kept."""
+        lengths, train = [lengths_of(pair, prefix) for pair in pairs], self.config.train
+
+        def plan(budget: int) -> Plan:
+            return plan_batches(lengths, batch_size=train.batch_size, token_budget=budget, seed=self.config.seed)
+
         def make() -> Plan:
-            asked = self.config.train.tokens_per_micro_batch
+            asked = train.tokens_per_micro_batch
             if self.budget is None:
-                self.model.use_gradient_checkpointing(self.config.train.gradient_checkpointing)
+                self.model.use_gradient_checkpointing(train.gradient_checkpointing)
                 self.budget = asked if isinstance(asked, int) else token_budget(self.model, pairs, plan, prefix)
             return plan(self.budget)
 
-        return Task(pairs, {}, _kept(folder.training_plan, make), iteration, self.config.seed, prefix)
+        found: Plan = _kept(folder.training_plan, make)
+        return found
 
     def score(self, folder: IterationDir, task: Task) -> Task:
         """Log-probs of every pair, carried ones too, under the opponent in the slot; a shard an effective batch."""
@@ -239,21 +308,29 @@ class Game:
             scores += shard
         return replace(task, scores={score.key: score for score in scores})
 
-    def train(self, folder: IterationDir, task: Task) -> None:
+    def optimise(
+        self,
+        folder: IterationDir,
+        plan: Plan,
+        work: Callable[[Callable[[Metrics, int], None]], list[Metrics]],
+        *,
+        phase: str,
+        iteration: int | None,
+        order: Sequence[int],
+    ) -> None:
         """Optimise, then commit the adapter: the next opponent."""
-        order = step_order(len(task.plan), self.config.train.epochs, task.seed + task.iteration)
-        sizes = [sum(len(micro_batch) for micro_batch in task.plan[batch]) for batch in order]
+        sizes = [sum(len(micro_batch) for micro_batch in plan[batch]) for batch in order]
         kept = sum(sizes[: steps_kept(folder.snapshots)])
-        self.progress.phase("train", iteration=task.iteration, total=sum(sizes), done=kept, unit="pairs")
+        self.progress.phase(phase, iteration=iteration, total=sum(sizes), done=kept, unit="pairs")
         started = time.monotonic()
 
-        def on_step(metrics: dict[str, float], pairs: int) -> None:
+        def on_step(metrics: Metrics, pairs: int) -> None:
             nonlocal started
-            self.progress.advance(pairs, loss=metrics["loss"], margin=metrics["margin"])
+            self.progress.advance(pairs, **metrics)
             folder.add_seconds("train", time.monotonic() - started)
             started = time.monotonic()
 
-        metrics = train(self.model, task, self.config.train, snapshots=folder.snapshots, on_step=on_step)
+        metrics = work(on_step)
         verify_base(self.dir, self.model)
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter) as temporary:
@@ -274,6 +351,7 @@ class Game:
                 width=self.width,
                 on_rows=self.progress.advance,
             )
+            self.progress.advance(0, **result.figures(self.config.evaluation.style))
             write_json(folder.evaluation, result.to_json())
             folder.add_seconds("evaluate", time.monotonic() - started)
         write_text(self.dir.summary, summary(self.dir, self.config))

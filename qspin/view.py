@@ -1,116 +1,327 @@
-"""What the terminal shows: live progress, tables, a rendered example. Text from data is never read as markup."""
+"""What a person or a program sees of a run: a live panel, lines, JSON; tables and a rendered example.
+
+Text from data is never read as markup, nor obeyed by the terminal.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.table import Column as TableColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from qspin.chat import PieceKind
-from qspin.report import Column, Shown
+from qspin.meter import Meter, Status
+from qspin.run_dir import RunDir
+from qspin.status import Standing
+
+if TYPE_CHECKING:  # they import torch, which `qspin status` does without
+    from qspin.chat import PieceKind
+    from qspin.report import Column, Shown
 
 PIECE_STYLES: dict[PieceKind, tuple[str, str]] = {  # two shades, so that neighbouring tokens can be told apart
     "prompt": ("black on bright_white", "black on white"),
     "completion": ("black on bright_green", "black on green"),
     "end-of-turn": ("bold white on red", "bold white on red"),
 }
-MEDIUM, WIDE = 75, 100  # columns that a phase's figures need, and a bar beside them
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+FIGURES = {  # how a figure is shown, in this order; others come after them by their own names
+    "loss": "loss {:.3f}",
+    "margin": "margin {:+.3f}",
+    "real_reward": "real reward {:+.3f}",
+    "generated_reward": "generated reward {:+.3f}",
+    "accuracy": "accuracy {:.0%}",
+    "nll": "NLL {:.3f}",
+    "ended": "ended {:.0%}",
+    "style": "style {:.0%}",
+    "tokens": "{:.0f} tokens",
+    "tokens/s": "{:.0f} tokens/s",
+}
+NOT_SHOWN = {"step", "epoch", "lr", "grad_norm"}  # for programs and trackers
+NARROWEST_BAR = 10
+GIB = 1 << 30
+
+# Between two lines where there is no terminal: a tenth of the phase, but no less than the one and no more than the
+# other. A phase's start and end have a line each, whatever it takes.
+LEAST_SECONDS, MOST_SECONDS = 30.0, 300.0
+JSON_SECONDS = 1.0  # between two lines of progress, but for optimiser steps and what ends something
+
+
+def for_people(console: Console, meter: Meter) -> RunView | PlainView:
+    """A live view on a terminal, lines elsewhere."""
+    live = console.is_terminal and not console.is_dumb_terminal
+    return RunView(console, meter) if live else PlainView(console, meter)
 
 
 class RunView:
-    """Draws a run's progress: a live bar on a terminal, a line now and then elsewhere."""
+    """Draws a run on a terminal: what is done scrolls away above, what is under way stays below."""
 
-    def __init__(self, console: Console, iterations: int) -> None:
+    def __init__(self, console: Console, meter: Meter) -> None:
         self.console = console
-        self.iterations = iterations
-        self._live: _Bar | _Lines = _Bar(console) if console.is_terminal else _Lines(console)
+        self.meter = meter
+        self._live = Live(_Panel(meter), console=console, refresh_per_second=2)
 
     def __enter__(self) -> RunView:
+        self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        status = self.meter.status()
+        if error is None:
+            self._print_ended(status)
+        self._live.transient = error is None or status is None  # a run that was stopped leaves behind where it was
+        self._live.stop()
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+        self._print_ended(self.meter.ended)
+
+    def advance(self, units: float, **figures: float) -> None: ...
+    def sampled(self, prompt: str, completion: str) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.console.print(_note(text))
+
+    def _print_ended(self, status: Status | None) -> None:
+        if status is not None:
+            for line in ended_lines(status, self.console.width):
+                self.console.print(line)
+
+
+class PlainView:
+    """Tells of a run in lines, for a log or a pipe."""
+
+    def __init__(self, console: Console, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console
+        self.meter = meter
+        self._clock = clock
+        self._said = (0.0, 0.0)  # when, and how many units were done
+
+    def __enter__(self) -> PlainView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._live.close()
+        self._say(self.meter.status())
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
-        where = "base" if iteration is None else f"iteration {iteration + 1}/{self.iterations}"
-        self._live.start(f"{where} · {name}", total, done, unit)
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+        self._say(self.meter.ended)
+        status = self.meter.status()
+        assert status is not None
+        self._print(f"{title(status)}: {int(status.done)}/{status.total} {status.unit}")
+        self._said = (self._clock(), status.done)
 
-    def advance(self, units: float, **figures: float) -> None:
-        self._live.advance(units, "  ".join(f"{name} {_short(value)}" for name, value in figures.items()))
+    def advance(self, units: float, **figures: float) -> None:  # noqa: ARG002
+        waited = self._clock() - self._said[0]
+        if waited < LEAST_SECONDS or self.meter.complete:  # the last line waits for what the phase finds
+            return
+        status = self.meter.status()
+        assert status is not None
+        if status.done - self._said[1] >= status.total / 10 or waited >= MOST_SECONDS:
+            self._say(status)
+            self._said = (self._clock(), status.done)
+
+    def sampled(self, prompt: str, completion: str) -> None: ...
 
     def note(self, text: str) -> None:
-        self.console.print(Text(f"note: {text}", style="yellow"))
+        self.console.print(_note(text))
+
+    def _say(self, status: Status | None) -> None:
+        if status is not None:
+            self._print(plain_line(status))
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)
 
 
-class _DoneColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{_whole(task.completed)}/{task.total:.0f} {task.fields['unit']}", no_wrap=True)
+class JsonView:
+    """Tells of a run in lines of JSON, for a program; docs/watching.md lists the keys."""
+
+    def __init__(self, stream: TextIO, meter: Meter, clock: Callable[[], float] = time.time) -> None:
+        self.stream = stream
+        self.meter = meter
+        self._clock = clock
+        self._said = 0.0
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+        self._say_status("phase")
+
+    def advance(self, units: float, **figures: float) -> None:
+        ends = not units or self.meter.complete
+        if ends or "step" in figures or self._clock() - self._said >= JSON_SECONDS:
+            self._say_status("progress")
+
+    def sampled(self, prompt: str, completion: str) -> None:
+        self._say("sample", prompt=prompt, completion=completion)
+
+    def note(self, text: str) -> None:
+        self._say("note", text=text)
+
+    def end(self, adapter: Path, table: Path) -> None:
+        """The run is complete."""
+        self._say("end", adapter=str(adapter), table=str(table))
+
+    def _say_status(self, event: str) -> None:
+        status = self.meter.status()
+        assert status is not None
+        value = asdict(status)
+        del value["prompt"], value["completion"]  # told once, as a sample
+        self._said = self._clock()
+        self._say(event, **value)
+
+    def _say(self, event: str, **value: object) -> None:
+        self.stream.write(json.dumps({"event": event, "time": self._clock(), **value}) + "\n")
+        self.stream.flush()
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{_short(speed)}/s" if speed else "", style="cyan", no_wrap=True)
+class _Panel:
+    """The meter's status, as it is whenever it is drawn."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        status = self.meter.status()
+        yield Text()
+        yield from [Text("loading the model …", style="dim")] if status is None else panel(status, options.max_width)
 
 
-class _Bar:
-    def __init__(self, console: Console) -> None:
-        one_line = TableColumn(no_wrap=True)
-        columns: list[ProgressColumn] = [
-            TextColumn("{task.description}", markup=False, table_column=one_line),
-            _DoneColumn(),
-            _RateColumn(),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        ]
-        if console.width >= WIDE:
-            columns.insert(1, BarColumn(bar_width=None))
-        if console.width >= MEDIUM:
-            columns.append(TextColumn("{task.fields[figures]}", markup=False, style="green", table_column=one_line))
-        self.progress = Progress(*columns, console=console, expand=console.width >= WIDE, speed_estimate_period=60)
-        self.progress.start()
+def panel(status: Status, width: int, *, running: bool = True) -> list[Text]:
+    """Lines of at most `width` cells: where a run stands, how fast it is, what it last found and sampled."""
+    share = _share(status)
+    head = Text(title(status), style="bold")
+    count = Text(f"{int(status.done)}/{status.total} {status.unit}  {int(100 * share)}%")
+    room = width - head.cell_len - count.cell_len - 4
+    if room >= NARROWEST_BAR:
+        done = int(room * share)
+        bar = Text.assemble(("━" * done, "green"), ("─" * (room - done), "dim"))
+        lines = [Text("  ").join([head, bar, count])]
+    else:
+        lines = _flow([head, count], width, indent=0)
+    if running:
+        times = f"phase {span(status.phase_seconds_left)} left", f"run {span(status.run_seconds_left)} left"
+        parts = [Text(part, style="cyan") for part in (*_rate(status), *times)]
+        lines += _flow([*parts, Text(_memory(status), style="magenta")], width)
+    lines += _flow([Text(figure, style="green") for figure in _figures(status.figures)], width)
+    if status.prompt is not None and status.completion is not None:
+        completion = Text(one_line(status.completion[: 4 * width]))
+        first, *more = completion.wrap(Console(), max(1, width - 14))
+        sample = {"prompt": one_line(status.prompt[: 4 * width]), "completion": first.plain}
+        if more:  # on a second line, which is cut
+            sample[""] = "".join(line.plain for line in more)
+        lines += [Text.assemble(f"  {label:<12}", (text, "italic")) for label, text in sample.items()]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+        line.no_wrap = True
+    return lines
 
-    def start(self, title: str, total: int, done: int, unit: str) -> None:
-        self.task = self.progress.add_task(title, total=total, unit=unit, figures="")
-        self.progress.advance(self.task, done)
 
-    def advance(self, units: float, figures: str) -> None:
-        self.progress.update(self.task, advance=units)
-        if figures:
-            self.progress.update(self.task, figures=figures)
-
-    def close(self) -> None:
-        self.progress.stop()
+def ended_lines(status: Status, width: int) -> list[Text]:
+    """A phase that is over, for good or because it has to be done again."""
+    did = f"{status.total} {status.unit}" if status.complete else f"{int(status.done)}/{status.total} {status.unit}"
+    parts = [f"{did} in {span(status.phase_seconds)}", *_rate(status), *_figures(status.figures)]
+    return _flow([Text(title(status)), *(Text(part, style="dim") for part in parts)], width, indent=0, gap=2)
 
 
-class _Lines:
-    def __init__(self, console: Console) -> None:
-        self.console = console
+def plain_line(status: Status) -> str:
+    parts = [
+        f"{title(status)}: {int(status.done)}/{status.total} {status.unit}",
+        *_rate(status),
+        f"{span(status.phase_seconds_left)} left",
+        f"run {span(status.run_seconds_left)} left",
+        _memory(status),
+        *_figures(status.figures),
+    ]
+    return "  ".join(parts)
 
-    def start(self, title: str, total: int, done: int, unit: str) -> None:
-        self.title, self.total, self.done, self.unit = title, total, float(done), unit
-        self.first, self.started = done, time.monotonic()
-        self.said = self.started
 
-    def advance(self, units: float, figures: str) -> None:
-        self.done += units
-        now = time.monotonic()
-        if _whole(self.done) < self.total and now - self.said < PLAIN_SECONDS:
-            return
-        self.said = now
-        rate = (self.done - self.first) / max(now - self.started, 1e-9)
-        left = f"{max(0.0, self.total - self.done) / rate:.0f} s left" if rate else ""
-        line = f"{self.title}: {_whole(self.done)}/{self.total} {self.unit}  {_short(rate)}/s  {left}  {figures}"
-        self.console.print(Text(line.rstrip()))
+def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text]:
+    """What `qspin status` shows."""
+    status = standing.status
+    where = f"{run_dir.path}: {standing.state}"
+    match standing.state:
+        case "not started":
+            lines = [f"{where}; nothing has been done here yet"]
+        case "starting":
+            lines = [f"{where} ({standing.process}); it has begun no phase yet"]
+        case "running":
+            lines = [f"{where} ({standing.process}), as of {span(standing.age)} ago"]
+        case "stopped":
+            ago = f" {span(standing.age)} ago" if status is not None else ""
+            lines = [f"{where}{ago}; the command that started it goes on from the last finished piece"]
+        case "finished":
+            done = standing.iterations_done
+            lines = [
+                f"{where}, {done} iterations",
+                f"adapter: {run_dir.iteration(done - 1).adapter}",
+                f"table: {run_dir.summary}",
+            ]
+    shown = [Text(line) for line in lines]
+    if status is not None:
+        shown += panel(status, width, running=standing.state == "running")
+    return shown
 
-    def close(self) -> None:
-        pass
+
+def title(status: Status) -> str:
+    where = "base" if status.iteration is None else f"iteration {status.iteration + 1}/{status.iterations}"
+    return f"{where} · {status.phase}"
+
+
+def span(seconds: float | None) -> str:
+    """A stretch of time to two places or more, "?" if it is not known."""
+    if seconds is None:
+        return "?"
+    if (whole := round(seconds)) < 100:
+        return f"{whole} s"
+    if whole < 600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    if (minutes := round(seconds / 60)) < 100:
+        return f"{minutes} min"
+    if (hours := minutes // 60) < 48:
+        return f"{hours} h {minutes % 60:02} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def one_line(text: str) -> str:
+    """A model's or a file's text on one line, without anything that a terminal obeys."""
+    return "".join("↵" if c == "\n" else " " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _share(status: Status) -> float:
+    return min(1.0, status.done / status.total)
+
+
+def _rate(status: Status) -> list[str]:
+    return [f"{_short(status.rate)} {status.unit}/s"] if status.rate is not None else []
+
+
+def _memory(status: Status) -> str:
+    return f"memory {status.memory_used / GIB:.1f} of {status.memory_total / GIB:.1f} GiB"
+
+
+def _figures(figures: Mapping[str, float]) -> list[str]:
+    known = [form.format(figures[name]) for name, form in FIGURES.items() if name in figures]
+    others = [name for name in figures if name not in FIGURES and name not in NOT_SHOWN]
+    return known + [f"{name.replace('_', ' ')} {_short(figures[name])}" for name in others]
+
+
+def _flow(parts: Sequence[Text], width: int, *, indent: int = 2, gap: int = 3) -> list[Text]:
+    """Parts side by side, on as many lines as they take; none is torn apart. `indent` is the first line's."""
+    lines: list[Text] = []
+    for part in parts:
+        if lines and lines[-1].cell_len + gap + part.cell_len <= width:
+            lines[-1].append(" " * gap).append_text(part)
+        else:
+            lines.append(Text(" " * (2 if lines else indent)).append_text(part))
+    return lines
+
+
+def _note(text: str) -> Text:
+    return Text(f"note: {text}", style="yellow")
 
 
 def results_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Table:
@@ -143,10 +354,6 @@ def example_text(pieces: Iterable[tuple[PieceKind, str]]) -> Text:
         if "\n" in piece:
             text.append("\n")
     return text
-
-
-def _whole(done: float) -> int:
-    return int(done + 1e-6)  # parts of a unit add up to a hair less than one
 
 
 def _short(value: float) -> str:

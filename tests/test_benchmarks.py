@@ -26,8 +26,15 @@ def script(name: str) -> Any:
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
 def test_tables_of_speed_are_the_results(page: str) -> None:
     table: str = script("table").table()
-    assert len(table.splitlines()) == 9
+    assert len(table.splitlines()) == 10
     assert table in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["parts", "growth"])
+def test_tables_of_where_time_goes_are_the_results(name: str) -> None:
+    table: str = getattr(script("table"), name)()
+    assert len(table.splitlines()) > 6
+    assert table in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -43,4 +50,10 @@ def test_results_say_when_where_and_how(path: Path) -> None:
 
 
 def test_there_are_results() -> None:
-    assert {path.stem for path in RESULTS} >= {"train-cpu", "generate-cpu", "attention-cpu"}
+    assert {path.stem for path in RESULTS} >= {
+        "train-cpu",
+        "generate-cpu",
+        "iteration-cpu",
+        "attention-cpu",
+        "parts-cpu",
+    }

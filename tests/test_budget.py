@@ -37,6 +37,7 @@ class Notes:
 
     def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
     def advance(self, units: float, **figures: float) -> None: ...
+    def sampled(self, prompt: str, completion: str) -> None: ...
     def note(self, text: str) -> None:
         self.notes.append(text)
 
@@ -244,3 +245,12 @@ def test_memory_that_never_suffices_is_one_line(
 
 def test_free_bytes_is_what_the_system_says() -> None:
     assert 0 < memory.free_bytes(CPU) < 1 << 50
+
+
+def test_what_is_used_is_this_process_and_the_total_is_the_machine() -> None:
+    before, total = memory.used_and_total(CPU)
+    held = torch.ones(1 << 28, dtype=torch.uint8)
+    after, _ = memory.used_and_total(CPU)
+    assert 0 < before < after < total
+    assert after - before == pytest.approx(held.numel(), rel=0.2)
+    assert memory.free_bytes(CPU) < total

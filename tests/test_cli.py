@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -26,7 +27,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import HOUSE_STYLE, ROOT
+from conftest import CHATML, HOUSE_STYLE, ROOT
 from rich.cells import cell_len
 
 import qspin
@@ -103,24 +104,50 @@ def test_help_answers_at_once() -> None:
     assert statistics.median(seconds) < 1.0
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "quickstrat", "--out", "x"]])
-def test_help_and_typing_errors_import_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["run", "quickstrat", "--out", "x"],
+        ["status", "nowhere"],
+        ["presets"],
+        ["presets", "show", "paper"],
+        ["init", "quickstart", "-o", "mine.yaml"],
+    ],
+)
+def test_help_typing_errors_and_presets_import_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = (
         "import sys; from qspin.cli import main\n"
         f"sys.argv = ['qspin', *{arguments!r}]\n"
         "try: main()\nexcept SystemExit: pass\n"
         "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy', 'yaml'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     imported = done.stdout.splitlines()[-1].split()
     # that a light one is seen where it is needed shows that the search finds what is there
-    assert imported == (["yaml"] if "quickstrat" in arguments else [])
+    assert imported == ([] if "--help" in arguments else ["yaml"])
 
 
 def test_help_names_every_option_that_people_reach_for() -> None:
     answer = call("run", "--help")
     assert answer.code == 0
-    for option in ("data", "out", "model", "iterations", "beta", "lr", "seed", "format", "set", "dry-run"):
+    for option in (
+        "data",
+        "out",
+        "model",
+        "iterations",
+        "beta",
+        "lr",
+        "seed",
+        "format",
+        "set",
+        "dry-run",
+        "json",
+        "track",
+    ):
         assert f"--{option} " in answer.out
     assert ANSI not in answer.out
 
@@ -257,6 +284,92 @@ def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
     assert "broken-json" in rest[0]
 
 
+def test_a_status_of_no_run(tmp_path: Path) -> None:
+    assert refusal("status", tmp_path / "none") == f"{tmp_path / 'none'}: no such folder"
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert refusal("status", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
+
+
+def test_json_of_a_dry_run() -> None:
+    said = "--json tells how a run goes on, and --dry-run does none; leave one of them out"
+    assert refusal("run", "quickstart", "--out", "x", "--dry-run", "--json") == said
+
+
+def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
+    """It is heard of before any work."""
+    absent = [name for name in ("trackio", "wandb", "tensorboard") if importlib.util.find_spec(name) is None]
+    if not absent:
+        pytest.skip("all trackers are installed")
+    said = f"--track {absent[0]}: it is not installed; pip install {absent[0]}"
+    assert refusal("run", "quickstart", "--out", tmp_path / "run", "--track", absent[0]) == said
+    assert not (tmp_path / "run").exists()
+
+
+# --- presets ---
+
+
+@pytest.mark.parametrize("arguments", [["presets"], ["presets", "show", "paper"], ["init", "paper"]])
+def test_presets_answer_in_well_under_a_second(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loaded machine is given one and a half."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    seconds = []
+    for _ in range(3):
+        (tmp_path / "qspin.yaml").unlink(missing_ok=True)
+        started = time.monotonic()
+        command = process(*arguments)
+        assert command.communicate()[1] == ""
+        assert command.returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert statistics.median(seconds) < 1.5
+
+
+def test_the_presets_are_listed_on_a_narrow_terminal() -> None:
+    answer = call("presets", columns=80)
+    assert (answer.code, answer.err) == (0, "")
+    assert ANSI not in answer.out
+    assert max(map(cell_len, answer.out.splitlines())) <= 80
+    names = [line.split()[0] for line in answer.out.splitlines() if re.match(r"\S+ +\d+\.\dB ", line)]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
+
+
+def test_a_preset_is_shown_as_it_is_written() -> None:
+    path = ROOT / "presets" / "smollm2-135m.yaml"
+    answer = call("presets", "show", "smollm2-135m")
+    assert (answer.code, answer.err, answer.out) == (0, "", f"# {path}\n\n{path.read_text(encoding='utf-8')}")
+    assert refusal("presets", "show", "smolm2-135m").startswith("no preset is called 'smolm2-135m'; did you mean smoll")
+
+
+def test_a_configuration_is_begun_and_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = call("init", "quickstart")
+    said = "qspin.yaml is quickstart until you edit it; then: qspin run qspin.yaml --data FILE --out FOLDER\n"
+    assert (answer.code, answer.err, answer.out) == (0, "", said)
+    text = Path("qspin.yaml").read_text(encoding="utf-8")
+    for line, value in (
+        ("id: HuggingFaceTB/SmolLM2-135M-Instruct", f"id: {tiny}"),
+        ("max_completion_tokens: 48", "max_completion_tokens: 256"),
+        ("seed: 0", "seed: 5"),
+    ):
+        text = text.replace(f"#{line}\n", f"{value}\n")
+    Path("qspin.yaml").write_text(text, encoding="utf-8")
+    answer = call("run", "qspin.yaml", "--out", "out", "--dry-run")
+    assert (answer.code, answer.err) == (0, "")
+    tree = yaml.safe_load(answer.out.partition("\nExample ")[0])
+    assert (tree["model"]["id"], tree["model"]["package"], tree["seed"]) == (str(tiny), None, 5)
+    assert tree["train"]["lr"] == load_config("quickstart").train.lr
+
+
+def test_a_configuration_is_never_begun_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    said = f"-o: {path} exists already; name another file, or remove it first"
+    assert refusal("init", "quickstart", "-o", path) == said
+    assert path.read_text() == "mine"
+
+
 # --- the dry run ---
 
 
@@ -354,6 +467,26 @@ def test_a_terminal_sees_the_tokens_in_the_colours_of_their_roles(no_weights: Pa
     assert all(left != right for (left, _), (right, _) in itertools.pairwise(tokens))
 
 
+def test_another_model_brings_nothing_of_the_presets_own(tiny: Path, tmp_path: Path) -> None:
+    command: list[str | Path] = ["run", "zephyr-7b-sft", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl"]
+    answer = call(*command, "--out", tmp_path / "out", "--dry-run")
+    assert (answer.code, answer.err) == (0, "")
+    shown = yaml.safe_load(answer.out.partition("\nExample ")[0])
+    assert shown["model"]["id"] == str(tiny)
+    assert [shown["model"][name] for name in ("revision", "package", "license", "gated", "architecture")] == [None] * 5
+    assert shown["train"]["lr"] == 1e-5, "the rest is the preset's"
+
+
+def test_a_presets_template_with_another_model_is_noted(tiny: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML + "{# own #}")
+    command: list[str | Path] = ["run", "--model", tiny, "--data", HOUSE_STYLE / "train.jsonl", "--dry-run"]
+    note = f"note: chat.template: {template} takes the place of the tokenizer's own template\n"
+    out = call(*command, "--out", tmp_path / "out", "--set", f"chat.template={template}").out
+    assert note in out
+    assert "takes the place" not in call(*command, "--out", tmp_path / "out").out
+
+
 def test_markup_in_data_is_inert(tiny: Path, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"[red]{n}[/red] [/] [link=x]?", "completion": f"[bold]{n} :smile: [/nothing]"} for n in range(12)
@@ -430,6 +563,34 @@ def test_progress_without_a_terminal_is_plain_lines(played: Played) -> None:
         ("iteration 2/2", "train"): "80/80",
         ("iteration 2/2", "evaluate"): "8/8",
     }
+
+
+def test_status_of_a_finished_run(played: Played) -> None:
+    answer = call("status", played.out)
+    assert (answer.code, answer.err) == (0, "")
+    run = RunDir(played.out)
+    assert answer.out.splitlines()[:4] == [
+        f"{played.out}: finished, 2 iterations",
+        f"adapter: {run.iteration(1).adapter}",
+        f"table: {run.summary}",
+        "iteration 2/2 · evaluate  " + "━" * 158 + "  8/8 rows  100%",
+    ]
+    evaluation = Evaluation(**read_json(run.iteration(1).evaluation))
+    assert f"NLL {evaluation.nll:.3f}" in answer.out
+    assert re.search(r"^  prompt      What is \[red\]\d+\[/red\]\?$", answer.out, re.MULTILINE)
+    assert re.search(r"^  completion  ", answer.out, re.MULTILINE)
+
+
+def test_status_imports_nothing_heavy(played: Played) -> None:
+    script = (
+        "import sys; from qspin.cli import main\n"
+        f"sys.argv = ['qspin', 'status', {str(played.out)!r}]\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "finished" in done.stdout
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_the_output_ends_with_the_table_and_the_completions(played: Played) -> None:
@@ -585,6 +746,28 @@ def test_the_same_rows_under_another_name_are_welcome(played: Played, tmp_path: 
     assert " · " not in answer.out
 
 
+def test_the_same_template_in_another_file_is_welcome(played: Played, tmp_path: Path) -> None:
+    """A preset's lies where qspin is installed, and that may move."""
+    moved = tmp_path / "moved.jinja"
+    moved.write_text(CHATML)
+    answer = played.again("--set", f"chat.template={moved}", out=played.copy(tmp_path / "run"))
+    assert (answer.code, answer.err) == (0, "")
+    assert " · " not in answer.out
+
+
+def test_another_template_is_refused(played: Played, tmp_path: Path) -> None:
+    before = contents(played.out)
+    other = tmp_path / "other.jinja"
+    other.write_text(CHATML + "{# another #}")
+    answer = played.again("--set", f"chat.template={other}")
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: chat.template: its content is not what {played.out} began with; choose another --out, "
+        "or bring it back\n"
+    )
+    assert contents(played.out) == before
+
+
 def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) -> None:
     out = played.copy(tmp_path / "run")
     before = contents(out)
@@ -608,6 +791,60 @@ def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
     assert answer.code == 1
     assert answer.err.startswith(f"error: {out / 'run.json'}: damaged or unreadable (")
     assert answer.err.count("\n") == 1
+
+
+# --- for a program ---
+
+
+def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_path: Path) -> None:
+    answer = played.again("--json", out=tmp_path / "run")
+    assert answer.code == 0
+    lines = [json.loads(line) for line in answer.out.splitlines()]
+    phases = [(line["iteration"], line["phase"], line["total"]) for line in lines if line["event"] == "phase"]
+    assert phases == [
+        (None, "evaluate", 8),
+        (0, "generate", 20),
+        (0, "score", 20),
+        (0, "train", 40),
+        (0, "evaluate", 8),
+        (1, "generate", 20),
+        (1, "score", 40),
+        (1, "train", 80),
+        (1, "evaluate", 8),
+    ]
+    run = RunDir(tmp_path / "run")
+    told = [line["figures"] for line in lines if line["event"] == "progress" and "step" in line["figures"]]
+    assert told == [step for iteration in (0, 1) for step in read_jsonl(run.iteration(iteration).metrics)]
+    evaluations = [line["figures"] for line in lines if "nll" in line.get("figures", {})]
+    folders = [run.base, run.iteration(0), run.iteration(1)]
+    assert evaluations == [Evaluation(**read_json(folder.evaluation)).figures(".*") for folder in folders]
+    samples = [line for line in lines if line["event"] == "sample"]
+    assert len(samples) == 2, "one of each generation"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    rows = {f"row-{number}": row["prompt"] for number, row in enumerate(read_jsonl(played.data), start=1)}
+    for iteration, line in enumerate(samples):
+        answers = {rows[pair["record_id"]]: pair for pair in read_jsonl(run.iteration(iteration).generated(0))}
+        ids = answers[line["prompt"]]["generated_ids"]
+        assert line["completion"] == tokenizer.decode(ids, skip_special_tokens=True)
+    assert lines[0]["event"] == "note"
+    assert {line["event"] for line in lines} == {"note", "phase", "progress", "sample", "end"}
+    del lines[-1]["time"]
+    assert lines[-1] == {"event": "end", "adapter": str(run.iteration(1).adapter), "table": str(run.summary)}
+    # the table is for people
+    assert "On held-out rows" in answer.err
+
+
+def test_an_error_is_not_a_line_of_json(played: Played) -> None:
+    answer = played.again("--json", "--beta", "0.5")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {played.out} is a run with other settings; ")
+    assert [json.loads(line)["event"] for line in answer.out.splitlines()] == ["note"]
+
+
+def test_figures_go_to_tensorboard(played: Played, tmp_path: Path) -> None:
+    answer = played.again("--track", "tensorboard", out=tmp_path / "run")
+    assert (answer.code, answer.err) == (0, "")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
 
 # --- where it is shown ---

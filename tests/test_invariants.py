@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Silent
 
 from qspin import spin
 from qspin.config import RunConfig, load_config
@@ -32,14 +33,6 @@ from qspin.training import Task, train
 
 CAP = 10
 ROWS = 20
-
-
-class Silent:
-    """A progress that nobody watches."""
-
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
-    def advance(self, units: float, **figures: float) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

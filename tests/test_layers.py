@@ -10,21 +10,23 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
-    {"files", "sources"},
+    {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
-    {"attention", "lora", "base", "merge", "ollama"},
-    {"fused", "gguf_file"},
+    {"attention", "lora", "base", "meter", "merge", "ollama"},
+    {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
-    {"training", "evaluate", "prepare", "budget"},
+    {"optimisation", "evaluate", "prepare", "budget"},
+    {"training", "warm_start"},
     {"report", "record"},
-    {"spin", "view", "export"},
+    {"spin", "view", "track", "card", "export"},
+    {"doctor", "push"},
     {"cli"},
 ]
 HEAVY = {
     "transformers": {"base", "model", "export"},
     "peft": {"model"},
-    "bitsandbytes": {"lora", "training", "merge"},
+    "bitsandbytes": {"lora", "optimisation", "doctor", "merge"},
     "gguf": {"gguf_file"},
 }
 

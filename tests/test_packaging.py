@@ -25,6 +25,8 @@ from pathlib import Path
 from qspin.config import load_config, preset_names
 data = load_config("quickstart").data
 assert Path(data.source).is_file() and Path(data.heldout_source).is_file()
+templates = {load_config(name).chat.template for name in preset_names()} - {None}
+assert templates and all(Path(template).is_file() for template in templates)
 print(Path(qspin.__file__).parent)
 print(*preset_names())
 """
@@ -60,7 +62,8 @@ def test_the_wheel_holds_the_package_and_its_presets_and_no_more(wheel: Path) ->
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qspin").glob("*.py")}
     assert names == {*modules, "qspin/py.typed", *(f"qspin/{name}" for name in SHIPPED)}
-    assert {"qspin/presets/quickstart.yaml", "qspin/presets/house-style/train.jsonl"} <= names
+    data = {"quickstart.yaml", "house-style/train.jsonl", "sizes/7b.yaml", "templates/plain.jinja"}
+    assert {f"qspin/presets/{name}" for name in data} <= names
 
 
 def test_the_wheel_says_what_it_needs(wheel: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 ROWS = 24
 PHASES = {  # phase → what shows that it is under way
+    "warm start": "warm-start/snapshots/step-000002",
     "generate": "iteration-1/generated/shard-00001.jsonl",
     "score": "iteration-1/scores/shard-00001.jsonl",
     "train": "iteration-1/snapshots/step-000004",
@@ -35,6 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(model: Path, data: Path, out: Path) -> list[str]:
     settings = {
         "iterations": 2,
+        "sft.epochs": 1,
         "model.dtype": "bfloat16",
         "generation.max_new_tokens": 12,
         "generation.width": 3,
@@ -68,11 +70,11 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 def final_bytes(out: Path) -> dict[str, bytes]:
     return {
         name: (out / name).read_bytes()
-        for iteration in (0, 1)
+        for folder in ("warm-start", "iteration-0", "iteration-1")
         for name in (
-            f"iteration-{iteration}/adapter/adapter_model.safetensors",
-            f"iteration-{iteration}/adapter/adapter_config.json",
-            f"iteration-{iteration}/metrics.jsonl",
+            f"{folder}/adapter/adapter_model.safetensors",
+            f"{folder}/adapter/adapter_config.json",
+            f"{folder}/metrics.jsonl",
         )
     }
 

