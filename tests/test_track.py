@@ -89,8 +89,10 @@ def tensorboard(run_dir: RunDir) -> Scalars:
 
 def wandb(run_dir: RunDir) -> Scalars:
     """From the last file that wandb kept offline: a LevelDB log, 7 bytes in, of protobuf records."""
+    from wandb import teardown
     from wandb.proto.wandb_internal_pb2 import Record
 
+    teardown()  # its process writes on for a moment
     content = max(run_dir.path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
     found: Scalars = {}
     at, record = 7, b""
