@@ -108,12 +108,13 @@ def export(
 
     from qspin import export as exporting
     from qspin.files import read_json
+    from qspin.report import chosen_iteration
     from qspin.run_dir import RunDir
 
     _quiet_libraries()
     console = Console()
     run_dir = RunDir(folder.resolve())
-    index = exporting.chosen_iteration(run_dir, iteration)
+    index = chosen_iteration(run_dir, iteration)
     written = exporting.export(
         run_dir,
         to=to,

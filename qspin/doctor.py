@@ -31,6 +31,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from rich.text import Text
 
+from qspin.files import existing
+
 if TYPE_CHECKING:
     import torch
 
@@ -454,7 +456,7 @@ def hub() -> Finding:
 
 
 def _room(name: str, folder: Path, before: str, needed: int, level: Level, advice: str) -> Finding:
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed:
         return Finding(name, level, f"{before}{_gib(free)} free, less than {_gib(needed)}", advice)
     return Finding(name, "ok", f"{before}{_gib(free)} free")
@@ -463,16 +465,10 @@ def _room(name: str, folder: Path, before: str, needed: int, level: Level, advic
 def _refusal(folder: Path) -> str | None:
     """Why nothing can be written in a folder, or where it is to be made; found by writing, for rights are not all."""
     try:
-        with tempfile.TemporaryFile(dir=_existing(folder)):
+        with tempfile.TemporaryFile(dir=existing(folder)):
             return None
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that there is."""
-    # Path.exists raises where a folder above can't be searched
-    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))  # noqa: PTH110
 
 
 def _size(folder: Path) -> int:

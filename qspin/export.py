@@ -26,8 +26,7 @@ from torch import Tensor
 from qspin.base import Base, load_model_config, load_tokenizer, stop_tokens
 from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.evaluate import Evaluation
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, commit_folder, read_json, write_json, write_text
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, commit_folder, existing, read_json, write_json, write_text
 from qspin.generation import Request, generate
 from qspin.gguf_file import KINDS, Vocabulary, check_quantizer, check_supported, file_size, quantize_file, write_gguf
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
@@ -38,6 +37,7 @@ from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
 from qspin.record import template_date
 from qspin.records import Example, Message, Pair
+from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 CHECK = "merge-check.json"
@@ -99,24 +99,6 @@ def export(
     return out
 
 
-def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
-    """`last`, `best` (lowest held-out NLL) or a number → a finished iteration."""
-    done: list[int] = []
-    while run_dir.iteration(len(done)).done:
-        done.append(len(done))
-    if not done:
-        raise QspinError(f"{run_dir.path} holds no finished iteration; name the folder of a run")
-    if wanted == "last":
-        return done[-1]
-    if wanted == "best":
-        return min(done, key=lambda index: Evaluation(**read_json(run_dir.iteration(index).evaluation)).nll)
-    if wanted not in map(str, done):
-        raise QspinError(
-            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
-        )
-    return int(wanted)
-
-
 def drifted(check: dict[str, Any]) -> bool:
     """Whether the exported model is another than the trained one, by the figures of merge-check.json."""
     return bool(abs(check["nll_difference"]) > MOST_NLL or 1 - check["top1_agreement"] > MOST_ELSEWHERE)
@@ -143,21 +125,17 @@ def _check_options(to: str, onto: str, dtype: str | None) -> None:
 def _check_place(out: Path) -> None:
     if out.exists():
         raise QspinError(f"--out: {out} is there already; name a new folder")
-    parent = _existing(out)
+    parent = existing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise QspinError(f"--out: {out} can't be made: no permission to write in {parent}")
 
 
 def _check_room(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if need > free:
         raise QspinError(
             f"--out: {need / 1e9:.1f} GB are needed in {folder.parent}, {free / 1e9:.1f} GB are free; name another disk"
         )
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def _config(run_dir: RunDir) -> RunConfig:

@@ -23,6 +23,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"  # in PEFT's format
 ADAPTER_CONFIG = "adapter_config.json"
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    # Path.exists raises where a folder above can't be searched
+    return next(part for part in (path, *path.absolute().parents) if os.path.exists(part))  # noqa: PTH110
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -95,13 +95,13 @@ class _Rows(NamedTuple):
 def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
-    data = _load(config, source, settings.limit)
+    data = load_rows(config, source, settings.limit)
     notes = [f"{source}: {len(data.records)} good rows of {data.rows}, format {data.format}"]
     other = None
     if settings.heldout_source is None:
         train_records, heldout_records = split_heldout(data.records, settings.heldout_rows, config.seed)
     else:
-        other = _load(config, settings.heldout_source, settings.heldout_rows)
+        other = load_rows(config, settings.heldout_source, settings.heldout_rows)
         train_records = data.records
         heldout_records, overlap = remove_overlap(other.records, train_records)
         if overlap:
@@ -133,7 +133,12 @@ def _asked(records: Sequence[Record], examples: Sequence[Example]) -> tuple[str,
     return tuple(turns[example.record_id] for example in examples)
 
 
-def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
+def load_rows(config: RunConfig, source: str, limit: int | None) -> Dataset:
+    """The first rows of a source, read as the configuration says.
+
+    Raises:
+        QspinError: it can't be read, or too many of its rows are malformed.
+    """
     data = config.data
     dataset = load_records(
         source,

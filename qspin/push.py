@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import count, takewhile
 from pathlib import Path
 from reprlib import repr as _short
 from typing import Any, Literal
@@ -42,9 +41,7 @@ from qspin.card import (
     recorded_config,
 )
 from qspin.config import RunConfig, dump_config
-from qspin.data import load_records
 from qspin.errors import QspinError
-from qspin.evaluate import Evaluation
 from qspin.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -55,9 +52,10 @@ from qspin.files import (
     write_json,
     write_text,
 )
-from qspin.prepare import prepare
+from qspin.prepare import load_rows, prepare
 from qspin.record import template_date
 from qspin.records import Pair, Record
+from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 Content = Literal["adapter", "merged", "dataset"]
@@ -107,7 +105,7 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str,
             f"REPO: {_short(repo)} is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' or '.'"
         )
     config, record = recorded_config(run_dir), read_json(run_dir.record)
-    index = _finished(run_dir, iteration)
+    index = chosen_iteration(run_dir, iteration)
     folder = _folder(run_dir, f"{content}-{index}")
     if content == "dataset":
         files, card = _pairs(run_dir, repo, folder, config, record, index)
@@ -159,21 +157,6 @@ def send(upload: Upload, *, private: bool) -> str:
     except (OSError, httpx.HTTPError, RuntimeError, ValueError) as error:
         raise QspinError(f"{upload.repo}: {_explain(error)}") from None
     return str(url)
-
-
-def _finished(run_dir: RunDir, wanted: str) -> int:
-    done = list(takewhile(lambda index: run_dir.iteration(index).done, count()))
-    if not done:
-        raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
-    if wanted == "last":
-        return done[-1]
-    if wanted == "best":
-        return min(done, key=lambda index: Evaluation(**read_json(run_dir.iteration(index).evaluation)).nll)
-    if wanted not in map(str, done):
-        raise QspinError(
-            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
-        )
-    return int(wanted)
 
 
 # --- files: each writes them, and says which they are ---
@@ -233,7 +216,8 @@ def _pairs(
     if prepared.fingerprint != record["data"]["fingerprint"]:
         raise QspinError(f"{config.data.source}: the rows are not those that {run_dir.path} was made from")
     text = prepared.renderer.completion_text
-    records = _records(config)
+    assert config.data.source is not None  # prepare has read it
+    records = {record.id: record for record in load_rows(config, config.data.source, config.data.limit).records}
     files, kept, identical = [], [], []
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for iteration in range(last + 1):
@@ -250,21 +234,6 @@ def _pairs(
         if iteration == 0:  # which had pairs to learn from, else there would be no other
             shown = Example(*(rows[0][side][-1]["content"] for side in ("prompt", "real", "generated")))
     return files, dataset_card(run_dir, repo, pairs=kept, identical=identical, example=shown)
-
-
-def _records(config: RunConfig) -> dict[str, Record]:
-    data = config.data
-    assert data.source is not None  # prepare has read it
-    dataset = load_records(
-        data.source,
-        split=data.split,
-        config=data.config,
-        format=data.format,
-        columns=data.columns,
-        turns=data.turns,
-        limit=data.limit,
-    )
-    return {record.id: record for record in dataset.records}
 
 
 def _generated(run_dir: RunDir, iteration: int) -> list[Pair]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qspin.config import RunConfig
+from qspin.errors import QspinError
 from qspin.evaluate import Evaluation, nll_change
 from qspin.files import read_json, read_jsonl
 from qspin.run_dir import IterationDir, RunDir
@@ -71,6 +72,28 @@ def _row(name: str, folder: IterationDir, player: Evaluation, base: Evaluation, 
     if config.evaluation.style is not None:
         cells.insert(4, f"{player.style_share(config.evaluation.style):.0%}")
     return cells
+
+
+def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
+    """`last`, `best` (lowest held-out NLL) or a number → a finished iteration.
+
+    Raises:
+        QspinError: there is none, or it is not finished.
+    """
+    done: list[int] = []
+    while run_dir.iteration(len(done)).done:
+        done.append(len(done))
+    if not done:
+        raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
+    if wanted == "last":
+        return done[-1]
+    if wanted == "best":
+        return min(done, key=lambda index: Evaluation(**read_json(run_dir.iteration(index).evaluation)).nll)
+    if wanted not in map(str, done):
+        raise QspinError(
+            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
+        )
+    return int(wanted)
 
 
 def summary(run_dir: RunDir, config: RunConfig) -> str:

@@ -33,7 +33,7 @@ import filelock
 import psutil
 
 from qspin.errors import QspinError
-from qspin.files import read_json, remove_temporaries, write_json
+from qspin.files import existing, read_json, remove_temporaries, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class RunDir:
             raise QspinError(f"--out: {self.path} is a file; name a folder")
         if self.path.is_dir() and any(self.path.iterdir()) and not self.record.is_file() and not self._lock.is_file():
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
-        parent = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        parent = existing(self.path)
         if not os.access(parent, os.W_OK):
             raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
 

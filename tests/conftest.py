@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.model import SlotModel
+from qspin.records import Message, Record
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
 torch.set_num_threads(1)
@@ -30,6 +31,16 @@ HOUSE_STYLE = ROOT / "presets" / "house-style"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MULTI_TURN = Record(
+    "multi",
+    (
+        Message("system", "Be brief."),
+        Message("user", "Who are you?"),
+        Message("assistant", "A parrot."),
+        Message("user", "Since when?"),
+    ),
+    "Since I hatched.",
 )
 VOCABULARY = 512
 
@@ -137,3 +148,13 @@ class Silent:
     def advance(self, units: float, **figures: float) -> None: ...
     def sampled(self, prompt: str, completion: str) -> None: ...
     def note(self, text: str) -> None: ...
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MULTI_TURN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -113,18 +114,6 @@ def must(result: Example | Reject) -> Example:
 def token(tokenizer: Any, text: str) -> int:
     (only,) = tokenizer.encode(text, add_special_tokens=False)
     return int(only)
-
-
-MULTI_TURN = Record(
-    "multi",
-    (
-        Message("system", "Be brief."),
-        Message("user", "Who are you?"),
-        Message("assistant", "A parrot."),
-        Message("user", "Since when?"),
-    ),
-    "Since I hatched.",
-)
 
 
 # The embedded model

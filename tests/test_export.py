@@ -27,13 +27,14 @@ from qspin.base import find_base
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.evaluate import Evaluation
-from qspin.export import CHECK, chosen_iteration, drifted, export
+from qspin.export import CHECK, drifted, export
 from qspin.files import check_folder, read_json, write_json
 from qspin.generation import Request, generate
 from qspin.model import SlotModel, load_adapter
 from qspin.prepare import Prepared, prepare
 from qspin.record import template_date
 from qspin.records import Message
+from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 KEYS = {
@@ -267,7 +268,7 @@ def test_what_a_gguf_cannot_hold_is_told_before_any_weights_are_loaded(
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     answer = call("export", tmp_path, "--to", "adapter")
     assert (answer.code, answer.out) == (1, "")
-    assert answer.err == f"error: {tmp_path} holds no finished iteration; name the folder of a run\n"
+    assert answer.err == f"error: {tmp_path} has no finished iteration; name the folder of a run\n"
 
 
 def test_other_4_bit_weights_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import Clock
 
 from qspin.config import load_config
 from qspin.files import write_json
@@ -13,16 +14,6 @@ from qspin.run_dir import IterationDir, RunDir
 
 MEMORY = (3 << 30, 24 << 30)
 ROWS, HELDOUT = 100, 20
-
-
-class Clock:
-    """Time that passes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def work(run: RunDir | None = None, **settings: object) -> list[Work]:

@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ARCHITECTURES, ROOT
+from conftest import ARCHITECTURES, MULTI_TURN, ROOT
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -110,16 +110,6 @@ def count_parameters(architecture: Architecture) -> int:
 
 
 ONE_TURN = Record("one", (Message("user", "Who are you?"),), "A parrot.")
-MULTI_TURN = Record(
-    "multi",
-    (
-        Message("system", "Be brief."),
-        Message("user", "Who are you?"),
-        Message("assistant", "A parrot."),
-        Message("user", "Since when?"),
-    ),
-    "Since I hatched.",
-)
 PLAIN = (
     "<s>Be brief.\n\nUser: Who are you?\n\nAssistant: A parrot.</s>\n\nUser: Since when?\n\nAssistant:",
     " Since I hatched.</s>",

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from conftest import Clock
 
 from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
@@ -42,14 +43,6 @@ with run_dir.lock():
     print("ready", flush=True)
     time.sleep(60)
 """
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Clock
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -40,14 +40,6 @@ COMPLETION = (
     "The hollow body of an acoustic guitar makes the sound of its strings louder.\n"
     "Try it: Twang a rubber band in your hand, then over an open box."
 )
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
