@@ -78,8 +78,10 @@ def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
     """`last`, `best` (lowest held-out NLL) or a number → a finished iteration.
 
     Raises:
-        QspinError: there is none, or it is not finished.
+        QspinError: the folder is not one of a run, or there is no such iteration.
     """
+    if not run_dir.record.is_file():
+        raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
     done: list[int] = []
     while run_dir.iteration(len(done)).done:
         done.append(len(done))

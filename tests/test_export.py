@@ -268,7 +268,7 @@ def test_what_a_gguf_cannot_hold_is_told_before_any_weights_are_loaded(
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     answer = call("export", tmp_path, "--to", "adapter")
     assert (answer.code, answer.out) == (1, "")
-    assert answer.err == f"error: {tmp_path} has no finished iteration; name the folder of a run\n"
+    assert answer.err == f"error: {tmp_path}: not the folder of a run, it has no run.json\n"
 
 
 def test_other_4_bit_weights_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -> None:
