@@ -11,6 +11,7 @@ LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
     {"files", "sources", "presets"},
+    {"formats"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
