@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 from qspin.formats import FORMATS, INVISIBLE, Format, pair
 from qspin.records import Message, Record, Reject
 from qspin.sources import READERS, BadRow, Object, Row, file_rows, hub_rows, short
@@ -74,9 +74,10 @@ def load_records(
     """
     try:
         path = Path(source).expanduser()
-    except RuntimeError as error:
-        raise QspinError(f"{source}: {error}; write the path without ~") from None
-    if path.suffix.lower() in READERS or path.exists():
+        exists = path.exists()
+    except (RuntimeError, OSError) as error:  # no such person's ~, a name too long, a folder that may not be read
+        raise QspinError(f"{one_line(source)}: {one_line(error)}; check the path") from None
+    if exists or path.suffix.lower() in READERS:
         rows = file_rows(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         rows = hub_rows(source, split, config)
