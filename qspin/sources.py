@@ -128,7 +128,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             yield number, BadRow("long-line", f"has {LONGEST} bytes or more")
         elif line.strip(" \t\r\n"):
             try:
-                yield number, _as_row(_parse_json(line))
+                yield number, _as_row(_parse_json(line.rstrip("\r\n")))
             except BadRow as error:
                 yield number, error
 
@@ -141,8 +141,11 @@ def _parse_json(text: str) -> Any:
     """With a BadRow in place of each object that Python would let pass though it has a key twice, or a NaN."""
     try:
         return json.loads(text, object_pairs_hook=_strict_object, parse_constant=_not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("broken-json", f"is broken JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise BadRow("broken-json", f"is broken JSON: {error.msg} at {line}column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python takes; nested too deep
+        raise BadRow("broken-json", f"is broken JSON: {one_line(error)}") from None
 
 
 def _strict_object(pairs: list[tuple[str, Any]]) -> Object | BadRow:
