@@ -5,10 +5,12 @@ JSON and CSV are read with the standard library, so that every row is judged on 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
@@ -123,6 +125,8 @@ def _json_rows(path: Path) -> Iterator[Row]:
         else:
             yield from ((number, _as_row(value)) for number, value in enumerate(values, 1))
             return
+    if path.suffix.lower() == ".json":
+        _check_not_one_object(path)
     for number, line in _lines(path, LONGEST):
         if line is None:
             yield number, BadRow("long-line", f"has {LONGEST} bytes or more")
@@ -131,6 +135,17 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 yield number, _as_row(_parse_json(line.rstrip("\r\n")))
             except BadRow as error:
                 yield number, error
+
+
+def _check_not_one_object(path: Path) -> None:
+    """Rows under a key, as a program writes them that indents; else every line of them would be called broken."""
+    if next((line for _, line in _lines(path) if line and line.strip()), "").strip() == "{":
+        with contextlib.suppress(BadRow):
+            value = _parse_json("".join(line or "" for _, line in _lines(path)))
+            keys = ", ".join(map(short, islice(value, 20))) if isinstance(value, dict) else ""
+            raise QspinError(
+                f"{path}: is one object ({keys}), not one a line or an array of them; write its rows alone"
+            )
 
 
 def _as_row(value: object) -> Object | BadRow:
@@ -143,7 +158,7 @@ def _parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_strict_object, parse_constant=_not_a_number)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text else ""
-        raise BadRow("broken-json", f"is broken JSON: {error.msg} at {line}column {error.colno}") from None
+        raise BadRow("broken-json", f"is broken JSON: {error.msg}: {line}column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of more digits than Python takes; nested too deep
         raise BadRow("broken-json", f"is broken JSON: {one_line(error)}") from None
 

@@ -309,6 +309,20 @@ def test_a_control_token_in_a_text_is_plain_text(
     assert len(structure(tuple(naive))) > len(structure(example.prompt_ids))
 
 
+@pytest.mark.parametrize("scheme", ["first", "never", "always"])
+@pytest.mark.parametrize("text", ["</s>", "a</s>b", "So </s> is <s>."])
+def test_sentencepiece_takes_a_control_token_as_plain_text_or_leaves_the_row_out(scheme: str, text: str) -> None:
+    """A tokenizer that puts a blank after every control token would put one into the text: "< /s>"."""
+    tokenizer = sentencepiece(scheme)
+    result = build(tokenizer, template=MISTRAL).example(row(f"Why {text}?", text), 1)
+    if scheme == "always":
+        assert isinstance(result, Reject) and result.code == "control-token"
+        return
+    tokens = tokenizer.convert_ids_to_tokens([*must(result).prompt_ids, *must(result).real_ids])
+    assert tokens.count("<s>") == tokens.count("</s>") == 1
+    assert "".join(tokens).replace("▁", " ") == f"<s>[INST] Why {text}? [/INST] {text}</s>"
+
+
 def test_a_control_token_that_cannot_be_plain_text_rejects_the_row() -> None:
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.add_special_tokens({"additional_special_tokens": ["◆"]})
@@ -465,14 +479,21 @@ def test_qwen3_needs_its_switch_in_prompt_and_conversation_alike() -> None:
     assert tokenizer.decode(example.real_ids) == "So.<|im_end|>"
 
 
-def test_mistral_with_sentencepiece_keeps_its_space_in_the_completion() -> None:
+def sentencepiece(scheme: str) -> Any:
     backend = Tokenizer(models.BPE(byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
     words = ["[INST] Why is that so? [/INST] Because it is."] * 2
-    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=80, special_tokens=["<s>", "</s>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<s>", "</s>"], initial_alphabet=list("</>.?[] abcdefghijklmnopqrstuvwxyz")
+    )
+    backend.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_mistral_with_sentencepiece_keeps_its_space_in_the_completion() -> None:
+    tokenizer = sentencepiece("first")
     renderer = build(tokenizer, template=MISTRAL)
     example = must(renderer.example(row("Why is it?", "Because so."), 1))
     pieces = renderer.pieces(example)

@@ -219,7 +219,7 @@ def test_a_file_of_bad_rows_is_called_that_and_not_too_short(tiny: Path, tmp_pat
     path.write_text(BAD_ROWS)
     said = (
         f"{path}: 1 of 2 rows are malformed, more than data.max_malformed_share = 0.05 allows: 1 broken-json (line 2 "
-        "is broken JSON: Expecting value at column 12); mend them, or raise it"
+        "is broken JSON: Expecting value: column 12); mend them, or raise it"
     )
     assert refusal("run", "--model", tiny, "--data", path, "--out", out, "--dry-run") == said
     assert not out.exists()

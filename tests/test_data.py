@@ -575,7 +575,7 @@ def test_an_array_that_is_not_the_whole_file(tmp_path: Path) -> None:
     array = write_jsonl(tmp_path, f"[{row}]\n{row}\n", name="rows.json")
     with pytest.raises(QspinError) as caught:
         load(array)
-    cause = "is broken JSON: Extra data at line 2, column 1"
+    cause = "is broken JSON: Extra data: line 2, column 1"
     assert str(caught.value) == f"{array}: {cause}; write it anew, or mend it there"
 
 
@@ -604,7 +604,7 @@ FATAL_FILES = [
     ("e.csv", b"", "holds no rows; check that it was written to its end"),
     ("e.csv", b"prompt,completion\n", "holds no rows; check that it was written to its end"),
     ("e.jsonl", b"{\n[]\n", "none of its 2 rows is good: "
-     "1 broken-json (line 1 is broken JSON: Expecting property name enclosed in double quotes at column 2), "
+     "1 broken-json (line 1 is broken JSON: Expecting property name enclosed in double quotes: column 2), "
      "1 not-an-object (line 2 is [], not an object); mend them"),
     ("e.jsonl", b'{"prompt": "Hi", "completion": "a"}\n{"prompt": "H\xe4"}\n',
      "line 2, byte offset 49: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
@@ -620,8 +620,10 @@ FATAL_FILES = [
      "line 2, byte offset 14: not UTF-8 (invalid start byte); save the file as UTF-8"),
     ("e.csv", b"prompt,completion\n\xe9t\xe9,x\n",
      "line 2, byte offset 18: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
-    ("e.json", b'[{"prompt": "Hi"', "is broken JSON: Expecting ',' delimiter at column 17; "
+    ("e.json", b'[{"prompt": "Hi"', "is broken JSON: Expecting ',' delimiter: column 17; "
      "write it anew, or mend it there"),
+    ("e.json", b'{\n "data": [\n  {"prompt": "Hi"}\n ],\n "n": 1\n}\n',
+     "is one object ('data', 'n'), not one a line or an array of them; write its rows alone"),
     ("e.csv", b'prompt,completion\na,b\na,"b\nc,d\n',
      "line 3: broken CSV, which hides where later rows begin (unexpected end of data); mend its quotes"),
     ("e.csv", b'prompt,completion\na,"b"c\n',
