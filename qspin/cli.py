@@ -82,6 +82,42 @@ def run(
         _play(prepared, out)
 
 
+@app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ],
+    *,
+    data: Annotated[str | None, typer.Option(help="rows whose real lengths to plan for")] = None,
+    vram: Annotated[float | None, typer.Option(min=1, help="GiB of a card that is not here; else this machine")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="how many rows, where not all of the data or none")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting, as for run")
+    ] = None,
+) -> None:
+    """Say what a run would take: memory by phase, time and disk, and what to change where it doesn't fit."""
+    from rich.console import Console
+
+    from qspin import machine
+    from qspin import plan as planner
+    from qspin.config import load_config, parse_override
+
+    overrides: dict[str, Any] = {
+        key: value for key, value in {"data.source": data, "data.limit": rows}.items() if value is not None
+    }
+    overrides |= dict(parse_override(text) for text in settings or [])
+    config = load_config(source, overrides)
+    planner.shape_of(config)  # before anything that takes time
+    if data is None:
+        lengths = planner.assumed_rows(config.data.limit or planner.ASSUMED_ROWS)
+    else:
+        _quiet_libraries()
+        lengths = planner.rows_of_data(config)
+    where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
+    found = planner.make_plan(config, where, lengths)
+    Console().print(planner.render(found, None if found.fits else planner.nearest_change(found)), soft_wrap=False)
+
+
 def _play(prepared: Prepared, out: Path) -> None:
     from rich.console import Console
 

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from qspin import budget, memory, spin, training
-from qspin.budget import MOST_ROWS, SHARE, rows_at_once, smaller, token_budget
+from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
+from qspin.footprint import MOST_ROWS, SHARE, Footprint
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, plan_batches
@@ -67,7 +68,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         monkeypatch.setattr(budget, "MOST_TOKENS", {"cpu": MOST})
         monkeypatch.setattr(budget, "_need", need)
-        monkeypatch.setattr(budget, "free_bytes", lambda _device: free / SHARE)
+        # beside the room for activations, that for the optimiser's state
+        monkeypatch.setattr(Footprint, "optimizer", lambda _self, _name: 7e9)
+        monkeypatch.setattr(budget, "free_bytes", lambda _device: (free + 7e9) / SHARE)
         return tried
 
     return make
@@ -89,6 +92,16 @@ def test_the_longest_micro_batch_fits(
     tried = machine(free=1000 * free_tokens)
     assert token_budget(tiny_model(), PAIRS, plan_for, 0) == found
     assert tried[-1] == longest(plan_for(found)) <= free_tokens
+
+
+def test_a_prediction_that_is_far_off_is_set_right_by_the_small_try(
+    tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Footprint.activations
+    tried = machine(free=1e9)
+    monkeypatch.setattr(Footprint, "activations", lambda self, batch: 1e6 * right(self, batch))
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == MOST
+    assert len(tried) == 1
 
 
 def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
@@ -140,12 +153,11 @@ def test_a_refused_tensor_is_out_of_memory_and_nothing_else_is() -> None:
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_rows_at_once_by_keys_values_and_logits(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()  # 3 layers, 2 key heads of 16, fp32; 512 tokens
-    assert model.decoding_bytes(100) == 2 * 3 * 2 * 16 * 100 * 4 + 16 * 512
+def test_rows_at_once_by_what_a_row_takes(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
     assert rows_at_once(model, 100) == MOST_ROWS["cpu"]
-    free = model.unpacked_bytes + 2 / SHARE * 5.5 * model.decoding_bytes(100)
-    monkeypatch.setattr(budget, "free_bytes", lambda _device: free)
+    room = model.unpacked_bytes + model.footprint.prefill(100) + 5.5 * model.footprint.row(100)
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: room / SHARE)
     assert rows_at_once(model, 100) == 5
     monkeypatch.setattr(budget, "free_bytes", lambda _device: 0)
     assert rows_at_once(model, 100) == 1

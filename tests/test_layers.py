@@ -10,14 +10,14 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
-    {"files", "sources"},
+    {"files", "sources", "footprint"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base"},
     {"fused"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
-    {"training", "evaluate", "prepare", "budget"},
-    {"report", "record"},
+    {"training", "evaluate", "prepare", "budget", "machine"},
+    {"report", "record", "plan"},
     {"spin", "view"},
     {"cli"},
 ]

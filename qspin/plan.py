@@ -1,0 +1,601 @@
+"""What a run would take: memory by phase, the settings that fit, time, disk, and where it doesn't fit, what would.
+
+    plan = make_plan(config, card(12, config.model), assumed_rows(1000))
+    change = None if plan.fits else nearest_change(plan)
+
+footprint.py has the formulas; here they are added up as `budget.py` and `spin.py` go about it: the model is loaded,
+SHARE of what it leaves is filled with tokens and rows, halved until they fit. Free of torch where the machine and the
+rows' lengths are given.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from qspin.config import Architecture, DataConfig, RunConfig, load_config, preset_names
+from qspin.errors import QspinError
+from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint, read_shape
+from qspin.machine import GIB, Machine
+
+ASSUMED_ROWS = 1000
+ASSUMED_PROMPT, ASSUMED_COMPLETION = 128, 256  # tokens of a row, where no data are given
+CHARACTERS = 4  # a token, in English, where there is no tokenizer to ask
+# Shares of a machine's rates that whole phases reach. The CPU's: docs/fitting.md; the GPU's are assumed.
+EFFICIENCY = {"cpu": 0.55, "cuda": 0.4}
+PAIR_BYTES = 6.5  # a token in a file of pairs
+EVALUATION_SHARD = 64  # held-out rows answered at once
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of the training rows."""
+
+    lengths: tuple[tuple[int, int], ...]  # prompt, real completion
+    prefix: int  # tokens that all prompts begin with
+    source: str  # a sentence
+    assumed: bool = False  # typical lengths: the longest row is then what the settings allow
+
+    def under(self, data: DataConfig) -> Rows:
+        """Those that the settings leave, as `Renderer.example` does."""
+        longest, prompt = data.max_completion_tokens, data.max_prompt_tokens
+        if self.assumed or data.long_completions == "cut":
+            capped = (
+                (min(asked, prompt) if self.assumed else asked, min(real, longest)) for asked, real in self.lengths
+            )
+        else:
+            capped = (pair for pair in self.lengths if pair[1] <= longest)
+        return replace(self, lengths=tuple(pair for pair in capped if pair[0] <= prompt))
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The memory that one phase takes at most, piece by piece, in bytes."""
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(size for _, size in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """The time of one phase: in the first iteration, in the last, and over the run."""
+
+    phase: str
+    first: float
+    last: float
+    run: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a configuration would take on a machine."""
+
+    config: RunConfig
+    machine: Machine
+    rows: Rows
+    shape: Architecture
+    tokens: int  # a micro-batch
+    longest: int  # tokens of the longest pair, which may be more
+    width: int
+    phases: tuple[Phase, ...]
+    times: tuple[Seconds, ...]
+    disk: tuple[tuple[str, int], ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.largest.total <= self.machine.memory
+
+    @property
+    def largest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def seconds(self) -> float:
+        return sum(time.run for time in self.times)
+
+
+def make_plan(config: RunConfig, machine: Machine, rows: Rows) -> Plan:
+    """Add up a run's memory, time and disk, with the largest micro-batch and width that fit.
+
+    Raises:
+        QspinError: the model's shape is not known, or the settings leave no rows.
+    """
+    load = _Load(config, machine, rows.under(config.data))
+    return Plan(
+        config=config,
+        machine=machine,
+        rows=load.rows,
+        shape=load.footprint.shape,
+        tokens=load.tokens,
+        longest=load.rows.prefix + sum(load.longest_groups[0]),
+        width=load.width,
+        phases=load.phases,
+        times=tuple(load.times()),
+        disk=tuple(load.disk()),
+    )
+
+
+def shape_of(config: RunConfig) -> Architecture:
+    """The model's shape, from the configuration or from a local folder's config.json.
+
+    Raises:
+        QspinError: neither is there.
+    """
+    if config.model.architecture is not None:
+        return config.model.architecture
+    file = Path(config.model.id).expanduser() / "config.json"
+    if not config.model.id or not file.is_file():
+        raise QspinError(
+            f"model.architecture is not set, and model.id ({config.model.id!r}) is no local folder with a config.json: "
+            "name a preset or such a folder, or set model.architecture.layers, .hidden and so on"
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QspinError(f"{file}: damaged or unreadable ({error})") from None
+    return read_shape(settings, str(file))
+
+
+# --- rows
+
+
+def assumed_rows(count: int) -> Rows:
+    """Rows of typical lengths, for plans without data."""
+    source = (
+        f"no data given: {count} rows assumed, of {ASSUMED_PROMPT} tokens of prompt and {ASSUMED_COMPLETION} of "
+        "completion; memory is planned for the longest that the settings allow"
+    )
+    return Rows(((ASSUMED_PROMPT, ASSUMED_COMPLETION),) * count, 0, source, assumed=True)
+
+
+def rows_of_data(config: RunConfig) -> Rows:
+    """The lengths of a configuration's rows: in tokens where the base's tokenizer is at hand, else by characters.
+
+    Raises:
+        QspinError: the data can't be read.
+    """
+    from qspin.base import find_base, load_tokenizer
+    from qspin.packing import common_prefix
+    from qspin.prepare import prepare
+
+    try:
+        load_tokenizer(find_base(config.model))
+    except QspinError:
+        return _rows_by_characters(config)
+    prepared = prepare(config, datetime.date.today())
+    return Rows(
+        lengths=tuple((len(example.prompt_ids), len(example.real_ids)) for example in prepared.train),
+        prefix=common_prefix([example.prompt_ids for example in prepared.train]),
+        source=f"{config.data.source}: {len(prepared.train)} rows, in the model's own tokens",
+    )
+
+
+def _rows_by_characters(config: RunConfig) -> Rows:
+    from qspin.data import load_records
+
+    data = config.data
+    assert data.source is not None
+    dataset = load_records(
+        data.source,
+        split=data.split,
+        config=data.config,
+        format=data.format,
+        columns=data.columns,
+        turns=data.turns,
+        limit=data.limit,
+    )
+
+    def tokens(text: str) -> int:
+        return math.ceil(len(text) / CHARACTERS) + 5  # with the marks that a template puts around a turn
+
+    lengths = ((sum(tokens(m.content) for m in r.prompt), tokens(r.completion)) for r in dataset.records)
+    return Rows(
+        lengths=tuple(lengths),
+        prefix=0,
+        source=f"{data.source}: {len(dataset.records)} rows, a token taken for {CHARACTERS} characters since the "
+        "model's tokenizer is not here",
+    )
+
+
+# --- what would fit
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that make a run fit, and the plan with them."""
+
+    settings: dict[str, Any]
+    preset: str | None  # another preset, where no settings do
+    plan: Plan
+
+
+def nearest_change(plan: Plan) -> Change | None:
+    """Settings that make it fit: added up in order, those first that change no result, and then the ones left out
+    again that were not needed; else the largest model of a preset that fits as it is. None if nothing does."""
+
+    def fits(settings: dict[str, Any]) -> bool:
+        config = with_settings(plan.config, settings)
+        rows = plan.rows.under(config.data)
+        return bool(rows.lengths) and _Load(config, plan.machine, rows).fits
+
+    taken: list[dict[str, Any]] = []
+    for step in _steps(plan.config, plan.machine):
+        taken = [other for other in taken if not other.keys() <= step.keys()] + [step]
+        if fits(_together(taken)):
+            for other in tuple(taken):
+                fewer = [kept for kept in taken if kept is not other]
+                taken = fewer if fits(_together(fewer)) else taken
+            config = with_settings(plan.config, _together(taken))
+            return Change(_together(taken), None, make_plan(config, plan.machine, plan.rows))
+    return _smaller_model(plan)
+
+
+def _together(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: value for step in steps for key, value in step.items()}
+
+
+def _steps(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
+    """Changes to try, each on top of those before it."""
+    if config.train.tokens_per_micro_batch != "auto":
+        yield {"train.tokens_per_micro_batch": "auto"}
+    if config.generation.width != "auto":
+        yield {"generation.width": "auto"}
+    if not config.train.gradient_checkpointing:
+        yield {"train.gradient_checkpointing": True}
+    if machine.device == "cuda" and config.train.optimizer == "adamw":
+        yield {"train.optimizer": "paged_adamw_8bit"}
+    real, generated = config.data.max_completion_tokens, config.generation.max_new_tokens
+    for length in (1024, 768, 512, 384, 256, 192, 128):
+        shorter = {
+            key: length
+            for key, asked in (("data.max_completion_tokens", real), ("generation.max_new_tokens", generated))
+            if length < asked
+        }
+        if shorter:
+            yield shorter
+    for rank in (64, 32, 16, 8):
+        if rank < config.lora.rank:
+            yield {"lora.rank": rank}
+
+
+def _smaller_model(plan: Plan) -> Change | None:
+    presets = [(name, load_config(name)) for name in preset_names()]
+    for name, config in sorted(presets, key=lambda preset: -shape_of(preset[1]).parameters):
+        if shape_of(config).parameters < plan.shape.parameters:
+            smaller = make_plan(config, plan.machine, plan.rows)
+            if smaller.fits:
+                return Change({}, name, smaller)
+    return None
+
+
+def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """The configuration with some settings of its parts changed."""
+    for key, value in settings.items():
+        part, name = key.split(".")
+        changed = getattr(config, part).model_copy(update={name: value})
+        config = config.model_copy(update={part: changed})
+    return config
+
+
+# --- adding up
+
+
+class _Load:
+    """One configuration on one machine."""
+
+    def __init__(self, config: RunConfig, machine: Machine, rows: Rows) -> None:
+        if not rows.lengths:
+            raise QspinError(
+                f"no row has at most {config.data.max_prompt_tokens} tokens of prompt and "
+                f"{config.data.max_completion_tokens} of completion: data.max_prompt_tokens, data.max_completion_tokens"
+            )
+        self.config = config
+        self.machine = machine
+        self.rows = rows
+        targets = config.lora.targets
+        self.footprint = Footprint(
+            shape=shape_of(config),
+            rank=config.lora.rank,
+            targets=None if isinstance(targets, str) else frozenset(targets),
+            device=machine.device,
+            itemsize=machine.itemsize,
+            checkpointing=config.train.gradient_checkpointing,
+        )
+        self.loaded = (
+            ("4-bit weights and their constants", self.footprint.quantised(config.model.double_quant)),
+            (f"{8 * machine.itemsize}-bit embeddings, head, norms", self.footprint.unquantised()),
+            ("adapter", self.footprint.adapter()),
+            ("CUDA context" if machine.device == "cuda" else "Python and libraries", machine.libraries),
+        )
+        self.free = max(0, machine.memory - sum(size for _, size in self.loaded))
+        self.groups = [(prompt - rows.prefix, real, self.new_tokens) for prompt, real in rows.lengths]
+        self.longest_groups = self._longest_groups()
+        self.tokens = self._tokens()
+        self.width = self._width()
+        self.phases = self._phases(self._batch(self.tokens))
+
+    @property
+    def fits(self) -> bool:
+        return max(phase.total for phase in self.phases) <= self.machine.memory
+
+    @property
+    def new_tokens(self) -> int:
+        """Of a generated completion: planned as if all ran to the cap."""
+        return self.config.generation.max_new_tokens
+
+    def _longest_groups(self) -> list[tuple[int, int, int]]:
+        """An effective batch of the longest pairs."""
+        data, size = self.config.data, self.config.train.batch_size
+        if self.rows.assumed:
+            return [(data.max_prompt_tokens, data.max_completion_tokens, self.new_tokens)] * size
+        return sorted(self.groups, key=sum, reverse=True)[:size]
+
+    def _batch(self, budget: int) -> Batch:
+        """The fullest micro-batch of a budget: the longest pairs that fit, or the longest alone."""
+        members, room = [self.longest_groups[0]], budget - sum(self.longest_groups[0])
+        for group in self.longest_groups[1:]:
+            if sum(group) <= room:
+                members.append(group)
+                room -= sum(group)
+        return Batch.of(members, self.rows.prefix)
+
+    def _tokens(self) -> int:
+        """A micro-batch, as `budget.token_budget` finds it."""
+        asked = self.config.train.tokens_per_micro_batch
+        if isinstance(asked, int):
+            return asked
+        room = SHARE * self.free - self.footprint.optimizer(self.config.train.optimizer) - self.footprint.gradients()
+        budget, longest = MOST_TOKENS[self.machine.device], sum(self.longest_groups[0])
+
+        def takes(batch: Batch) -> int:
+            return self.footprint.activations(batch) + self.footprint.holes(batch)
+
+        while budget > longest and takes(self._batch(budget)) > room:
+            budget //= 2
+        return budget
+
+    def unpacked(self) -> int:
+        """As `SlotModel.unpacked_bytes`: the base in the compute type, if it takes at most half of what is free."""
+        size = self.footprint.unpacked()
+        return size if size <= self.free / 2 else 0
+
+    def places(self) -> int:
+        """Of the longest completion with its prompt."""
+        data = self.config.data
+        prompt = data.max_prompt_tokens if self.rows.assumed else max(prompt for prompt, _ in self.rows.lengths)
+        return prompt + self.new_tokens
+
+    def _width(self) -> int:
+        """Completions side by side, as `budget.rows_at_once` finds it."""
+        asked = self.config.generation.width
+        if isinstance(asked, int):
+            return asked
+        return max(1, self.footprint.rows_that_fit(SHARE * self.free - self.unpacked(), self.places()))
+
+    def _phases(self, batch: Batch) -> tuple[Phase, ...]:
+        optimizer = self.config.train.optimizer
+        side_by_side = min(self.width, self.config.generation.shard_rows, len(self.rows.lengths))
+        margin = (f"margin, {1 - SHARE:.0%} of what the model leaves", int((1 - SHARE) * self.free))
+        unpacked = [("base unpacked", self.unpacked())] if self.unpacked() else []
+        holes = [("holes in the heap", self.footprint.holes(batch))] if self.machine.device == "cpu" else []
+        return (
+            Phase(
+                "generate",
+                (
+                    *self.loaded,
+                    *unpacked,
+                    ("keys, values and logits of rows", side_by_side * self.footprint.row(self.places())),
+                    ("a pass without gradients", self.footprint.prefill(self.places())),
+                    margin,
+                ),
+            ),
+            Phase("score", (*self.loaded, ("a pass without gradients", self.footprint.forward(batch)), margin)),
+            Phase(
+                "train",
+                (
+                    *self.loaded,
+                    ("gradients", self.footprint.gradients()),
+                    (f"optimiser ({optimizer})", self.footprint.optimizer(optimizer)),
+                    ("activations kept", self.footprint.kept(batch)),
+                    ("a layer's backward pass, or the head", self.footprint.working(batch)),
+                    *holes,
+                    margin,
+                ),
+            ),
+        )
+
+    # --- time and disk
+
+    def times(self) -> Iterator[Seconds]:
+        config, rows = self.config, len(self.rows.lengths)
+        rate = EFFICIENCY[self.machine.device] * self.machine.flops
+        everything = Batch.of(self.groups, self.rows.prefix)
+        real = Batch.of([(prompt, real, 0) for prompt, real, _ in self.groups], self.rows.prefix)
+        held_out = config.data.heldout_rows
+        pairs = [min(past, config.train.mix_previous) + 1 for past in range(config.iterations)]  # times the rows
+
+        def phase(name: str, seconds: Callable[[int], float]) -> Seconds:
+            each = [seconds(times) for times in pairs]
+            return Seconds(name, each[0], each[-1], sum(each))
+
+        score, train = self.footprint.forward_work(everything) / rate, self.footprint.training_work(everything) / rate
+        evaluate = self._generation_seconds(held_out, EVALUATION_SHARD) + (
+            self.footprint.forward_work(real) / rate * held_out / rows
+        )
+        if config.sft.epochs:
+            warm_up = config.sft.epochs * self.footprint.training_work(real) / rate
+            yield Seconds("warm start", warm_up, 0.0, warm_up)
+        generate = self._generation_seconds(rows, config.generation.shard_rows)
+        yield phase("generate", lambda _: generate)
+        yield phase("score", lambda times: times * score)
+        yield phase("train", lambda times: times * config.train.epochs * train)
+        yield Seconds("evaluate", evaluate, evaluate, (config.iterations + 1) * evaluate)
+
+    def _generation_seconds(self, rows: int, shard: int) -> float:
+        """Decoding steps, each of which computes and moves bytes, and the prompts before them."""
+        footprint, machine = self.footprint, self.machine
+        steps = (rows // shard * math.ceil(shard / self.width) + math.ceil(rows % shard / self.width)) * self.new_tokens
+        at_once = max(1, round(rows * self.new_tokens / steps))
+        mean_prompt = sum(prompt for prompt, _ in self.rows.lengths) / len(self.rows.lengths)
+        moved = footprint.step_bytes(at_once, round(mean_prompt + self.new_tokens / 2), unpacked=self.unpacked() > 0)
+        a_step = footprint.step_work(at_once) / machine.flops + moved / machine.bandwidth
+        prompts = Batch.of([(prompt, 0, 0) for prompt, _, _ in self.groups], self.rows.prefix)
+        first = footprint.forward_work(prompts) * rows / len(self.rows.lengths) / machine.flops
+        return (steps * a_step + first) / EFFICIENCY[machine.device]
+
+    def disk(self) -> Iterator[tuple[str, int]]:
+        footprint, config = self.footprint, self.config
+        if not Path(config.model.id).expanduser().is_dir():
+            yield "the base's 16-bit weights, in the cache", 2 * footprint.shape.parameters
+        yield f"{config.iterations} adapters", 4 * footprint.adapter_weights * config.iterations
+        pairs = int(PAIR_BYTES * sum(map(sum, self.groups)) * config.iterations)
+        yield "pairs of all iterations", pairs
+        snapshot = 4 * footprint.adapter_weights + footprint.optimizer(config.train.optimizer)
+        yield "snapshots while training, two at most", 2 * snapshot
+
+
+# --- what the terminal shows
+
+
+def render(plan: Plan, change: Change | None) -> Group:
+    """A plan for the terminal, in 80 columns."""
+    rates = "rates measured here" if plan.machine.measured else f"the published rates of an {plan.machine.name}"
+    assumed = Table.grid(padding=(0, 1))
+    for line in _assumptions(plan):
+        assumed.add_row("-", Text(line))
+    return Group(
+        Text(plan.config.model.id or plan.shape.family, style="bold"),
+        Text(f"{plan.shape.parameters / 1e9:.2g} billion parameters, on {_where(plan.machine)}"),
+        Text(_verdict(plan, change), style="green" if plan.fits else "red"),
+        *_section("Memory, GiB", _memory_table(plan)),
+        *_section("Settings", _settings_table(plan)),
+        *_section(f"Time, estimated from {rates}", _time_table(plan)),
+        *_section("Disk, GB", _disk_table(plan)),
+        *_section("Assumed", assumed),
+    )
+
+
+def _section(title: str, table: Table) -> tuple[Text, Table]:
+    return Text(f"\n{title}", style="bold"), table
+
+
+def _where(machine: Machine) -> str:
+    size = f"{machine.memory / GIB:.3g} GiB"
+    if machine.device == "cpu":
+        return f"{machine.name} with {size} of free memory"
+    return f"this {machine.name} with {size} free" if machine.measured else f"a card of {size}"
+
+
+def _verdict(plan: Plan, change: Change | None) -> str:
+    largest = plan.largest
+    need = f"{largest.total / GIB:.1f} of {plan.machine.memory / GIB:.3g} GiB"
+    if plan.fits:
+        return f"Fits: no phase takes more than {need}, margin included."
+    said = f"Does not fit: {largest.name} takes {need}. "
+    if plan.rows.assumed:
+        said += "Rows shorter than the settings allow may fit: give --data. "
+    if change is None:
+        return f"{said}No smaller preset fits either."
+    then = f"with {change.plan.largest.total / GIB:.1f} GiB"
+    if change.preset is not None:
+        return f"{said}The largest preset of a smaller model that fits, {then}: {change.preset}"
+    rows, left = len(plan.rows.lengths), len(change.plan.rows.lengths)
+    fewer = f" and {left} of {rows} rows" if left < rows else ""
+    settings = "".join(f"\n  --set {key}={_yaml(value)}" for key, value in change.settings.items())
+    return f"{said}The nearest change that fits, {then}{fewer}:{settings}"
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _table(*headings: str) -> Table:
+    """Names on the left, figures on the right; without a heading no line for it."""
+    table = Table(box=box.SIMPLE_HEAD if any(headings) else None, show_header=any(headings), pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = _table("", *(phase.name for phase in plan.phases))
+    names = list(dict.fromkeys(name for phase in plan.phases for name, _ in phase.parts))
+    names.append(names.pop(next(i for i, name in enumerate(names) if name.startswith("margin"))))
+    sizes = [dict(phase.parts) for phase in plan.phases]
+    for name in names:
+        table.add_row(name, *(f"{phase[name] / GIB:.2f}" if name in phase else "" for phase in sizes))
+    table.add_section()
+    table.add_row("in all", *(f"{phase.total / GIB:.2f}" for phase in plan.phases))
+    return table
+
+
+def _settings_table(plan: Plan) -> Table:
+    config = plan.config
+    table = _table("", "", "")
+    table.columns[2].justify = "left"
+    tokens, width = config.train.tokens_per_micro_batch, config.generation.width
+    longest = f"the longest pair, {plan.longest}, goes alone" if plan.longest > plan.tokens else ""
+    auto = "auto" if tokens == "auto" else ""
+    table.add_row("train.tokens_per_micro_batch", str(plan.tokens), "; ".join(filter(None, (auto, longest))))
+    table.add_row("generation.width", str(plan.width), "auto" if width == "auto" else "")
+    checkpointing = config.train.gradient_checkpointing
+    table.add_row("train.gradient_checkpointing", _yaml(checkpointing), _without_checkpointing(plan))
+    table.add_row("train.optimizer", config.train.optimizer, "")
+    table.add_row("lora.rank", str(config.lora.rank), "")
+    return table
+
+
+def _without_checkpointing(plan: Plan) -> str:
+    """What leaving it out would spare, where it fits too."""
+    if not plan.config.train.gradient_checkpointing or not plan.fits:
+        return ""
+    without = make_plan(with_settings(plan.config, {"train.gradient_checkpointing": False}), plan.machine, plan.rows)
+    return f"fits without, {_duration(plan.seconds - without.seconds)} less" if without.fits else ""
+
+
+def _time_table(plan: Plan) -> Table:
+    table = _table("", "first iteration", "last", f"all {plan.config.iterations}")
+    for time in plan.times:
+        table.add_row(time.phase, *(_duration(seconds) for seconds in (time.first, time.last, time.run)))
+    table.add_section()
+    table.add_row("in all", "", "", _duration(plan.seconds))
+    return table
+
+
+def _disk_table(plan: Plan) -> Table:
+    table = _table("", "")
+    for name, size in plan.disk:
+        table.add_row(name, f"{size / 1e9:.2f}")
+    return table
+
+
+def _assumptions(plan: Plan) -> Iterator[str]:
+    machine = plan.machine
+    yield plan.rows.source
+    yield f"generated completions run to generation.max_new_tokens ({plan.config.generation.max_new_tokens})"
+    share, flops = f"{EFFICIENCY[machine.device]:.0%}", f"{machine.flops / 1e12:.3g} TFLOP/s"
+    basis = "measured" if machine.measured else "published"
+    yield f"phases reach {share} of {flops} and {machine.bandwidth / 1e9:.0f} GB/s, which are {basis}"
+    if machine.device == "cuda":
+        yield "nothing here was measured on a GPU; what CUDA itself takes differs by driver"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s" if seconds else ""
