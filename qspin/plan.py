@@ -31,8 +31,10 @@ from qspin.machine import GIB, Machine
 ASSUMED_ROWS = 1000
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 128, 256  # tokens of a row, where no data are given
 CHARACTERS = 4  # a token, in English, where there is no tokenizer to ask
-# Shares of a machine's rates that whole phases reach. The CPU's: docs/fitting.md; the GPU's are assumed.
-EFFICIENCY = {"cpu": 0.55, "cuda": 0.4}
+# Shares of a machine's rates that passes over whole rows and decoding steps reach. The CPU's are those of
+# docs/fitting.md, the GPU's are assumed.
+PASSES = {"cpu": 0.55, "cuda": 0.4}
+DECODING = {"cpu": 0.4, "cuda": 0.4}
 PAIR_BYTES = 6.5  # a token in a file of pairs
 EVALUATION_SHARD = 64  # held-out rows answered at once
 
@@ -422,7 +424,7 @@ class _Load:
 
     def times(self) -> Iterator[Seconds]:
         config, rows = self.config, len(self.rows.lengths)
-        rate = EFFICIENCY[self.machine.device] * self.machine.flops
+        rate = PASSES[self.machine.device] * self.machine.flops
         everything = Batch.of(self.groups, self.rows.prefix)
         real = Batch.of([(prompt, real, 0) for prompt, real, _ in self.groups], self.rows.prefix)
         held_out = config.data.heldout_rows
@@ -455,7 +457,7 @@ class _Load:
         a_step = footprint.step_work(at_once) / machine.flops + moved / machine.bandwidth
         prompts = Batch.of([(prompt, 0, 0) for prompt, _, _ in self.groups], self.rows.prefix)
         first = footprint.forward_work(prompts) * rows / len(self.rows.lengths) / machine.flops
-        return (steps * a_step + first) / EFFICIENCY[machine.device]
+        return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device]
 
     def disk(self) -> Iterator[tuple[str, int]]:
         footprint, config = self.footprint, self.config
@@ -587,9 +589,10 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     machine = plan.machine
     yield plan.rows.source
     yield f"generated completions run to generation.max_new_tokens ({plan.config.generation.max_new_tokens})"
-    share, flops = f"{EFFICIENCY[machine.device]:.0%}", f"{machine.flops / 1e12:.3g} TFLOP/s"
+    rates = f"{machine.flops / 1e12:.3g} TFLOP/s and {machine.bandwidth / 1e9:.0f} GB/s"
     basis = "measured" if machine.measured else "published"
-    yield f"phases reach {share} of {flops} and {machine.bandwidth / 1e9:.0f} GB/s, which are {basis}"
+    shares = f"{PASSES[machine.device]:.0%} in scoring and training, {DECODING[machine.device]:.0%} in decoding"
+    yield f"of {rates}, which are {basis}, a run reaches {shares}"
     if machine.device == "cuda":
         yield "nothing here was measured on a GPU; what CUDA itself takes differs by driver"
 
