@@ -88,6 +88,43 @@ def run(
 
 
 @app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ],
+    *,
+    data: Annotated[str | None, typer.Option(help="rows whose real lengths to plan for")] = None,
+    vram: Annotated[float | None, typer.Option(min=1, help="GiB of a card that is not here; else this machine")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="how many rows, where not all of the data or none")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting, as for run")
+    ] = None,
+) -> None:
+    """Say what a run would take: memory by phase, time and disk, and what to change where it doesn't fit."""
+    from rich.console import Console
+
+    from qspin import machine, plan_rows
+    from qspin import plan as planner
+    from qspin.config import load_config, parse_override
+    from qspin.plan_view import render
+
+    overrides: dict[str, Any] = {
+        key: value for key, value in {"data.source": data, "data.limit": rows}.items() if value is not None
+    }
+    overrides |= dict(parse_override(text) for text in settings or [])
+    config = load_config(source, overrides)
+    planner.shape_of(config)  # before anything that takes time
+    if data is None:
+        lengths = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
+    else:
+        _quiet_libraries()
+        lengths = plan_rows.rows_of_data(config)
+    where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
+    found = planner.make_plan(config, where, lengths)
+    Console().print(render(found, None if found.fits else planner.nearest_change(found)))
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
     *,

@@ -32,6 +32,7 @@ from qspin.base import Base, unreachable
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qspin.footprint import Footprint, read_shape
 from qspin.fused import fuse_gated_mlp, fuse_norm
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
@@ -137,14 +138,18 @@ class SlotModel:
                 layers.pack()
             self._unpacked_head = None
 
-    def decoding_bytes(self, places: int) -> int:
-        """What a sequence of so many tokens takes while it is decoded: keys, values, and logits with copies of them."""
-        config = self._causal_lm.config.get_text_config()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        cache = 2 * config.num_hidden_layers * kv_heads * size * places * self.dtype.itemsize
-        return int(cache) + 4 * 4 * self.vocabulary
+    @property
+    def footprint(self) -> Footprint:
+        """What work with it takes, piece by piece."""
+        lora = self.peft_model.peft_config[SLOT]
+        return Footprint(
+            shape=read_shape(self._causal_lm.config.get_text_config().to_dict(), self.base.name),
+            rank=lora.r,
+            targets=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
+            device="cpu" if self.device.type == "cpu" else "cuda",
+            itemsize=self.dtype.itemsize,
+            checkpointing=self._causal_lm.is_gradient_checkpointing,
+        )
 
     @property
     def vocabulary(self) -> int:

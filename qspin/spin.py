@@ -284,7 +284,9 @@ class Game:
             asked = train.tokens_per_micro_batch
             if self.budget is None:
                 self.model.use_gradient_checkpointing(train.gradient_checkpointing)
-                self.budget = asked if isinstance(asked, int) else token_budget(self.model, pairs, plan, prefix)
+                self.budget = (
+                    asked if isinstance(asked, int) else token_budget(self.model, pairs, plan, prefix, train.optimizer)
+                )
             return plan(self.budget)
 
         found: Plan = _kept(folder.training_plan, make)

@@ -10,17 +10,17 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress", "memory"},
-    {"files", "sources", "presets"},
+    {"files", "sources", "presets", "footprint"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
     {"optimisation", "evaluate", "prepare", "budget"},
-    {"training", "warm_start"},
-    {"report", "record"},
-    {"spin", "view", "track", "card", "export"},
-    {"doctor", "push"},
+    {"training", "warm_start", "machine"},
+    {"report", "record", "plan_rows"},
+    {"spin", "view", "track", "card", "export", "plan"},
+    {"doctor", "push", "plan_view"},
     {"cli"},
 ]
 HEAVY = {
