@@ -37,7 +37,10 @@ GROWTH = 64  # positions that a cache grows by
 BLOCK, NESTED_BLOCK = 64, 256  # NF4 weights that share a constant, and such constants that share one of their own
 # sampling with a nucleus, bytes a logit: logits, weights, their share, sorted, order (8), sums twice, and a mask
 SAMPLING = 33
-HOLES = 0.6  # of the activations kept
+# on a CPU, tensors of so many bytes and more are mapped by themselves (`memory.keep_freed_memory`); in the heap each
+# layer's W would leave a hole of its size, gigabytes in all for a 7B model
+MAPPED = 32 << 20
+HOLES = 0.6  # what the heap of smaller ones holds between them, of the activations kept
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
 
 
@@ -183,12 +186,13 @@ class Footprint:
     def holes(self, batch: Batch) -> int:
         """What the heap holds between tensors on a CPU: an estimate of what was seen (docs/fitting.md).
 
-        glibc's aligned blocks rarely go back into a hole of their own size, so each layer's W leaves one, and so do
-        activations.
+        glibc's aligned blocks rarely go back into a hole of their own size, so each layer's W leaves one unless it is
+        mapped, and so do activations.
         """
         if self.device != "cpu":
             return 0
-        matrices = self.itemsize * self.shape.layers * self._stacked * self._widths.width * self._widths.inner
+        matrix = self.itemsize * self._stacked * self._widths.width * self._widths.inner
+        matrices = self.shape.layers * matrix if matrix < MAPPED else 0
         return matrices + int(HOLES * self.kept(batch))
 
     def _kept_by_layer(self, batch: Batch) -> int:

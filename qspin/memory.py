@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from qspin.footprint import MAPPED
+
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_THRESHOLD = 1 << 30
 
 
 class OutOfMemory(Exception):
@@ -36,12 +37,13 @@ def keep_freed_memory() -> None:
     """Let malloc use freed blocks again instead of giving them back to the system.
 
     By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which a CPU run
-    does thousands of times a step. Elsewhere than on glibc this does nothing.
+    does thousands of times a step. The largest stay mapped: beside the products that they are for this costs little,
+    and they would leave large holes in the heap. Elsewhere than on glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, MAPPED)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def free_bytes(device: torch.device) -> int:

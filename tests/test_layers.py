@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"records", "config", "loss", "sampling", "progress", "memory"},
+    {"records", "config", "loss", "sampling", "progress"},
     {"files", "sources", "presets", "footprint"},
-    {"data", "chat", "run_dir"},
+    {"data", "chat", "run_dir", "memory"},
     {"attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
