@@ -7,6 +7,10 @@
 `build` renders a conversation of known texts and looks at what the template writes around them. From then on a full
 conversation must be, character for character, the prompt's text (which ends in the generation prompt), the answer and
 the same tail; whatever is not is left out, with its reason. A completion ends in the tail's end-of-turn token.
+
+What a row's text says of control tokens is text. Before it is rendered, each name in it is broken in two by a mark
+that no text holds. Where the mark stands, the end-of-turn token is encoded, at which every tokenizer parts a text,
+and then taken out again.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ from typing import Any, Literal, Protocol
 
 import jinja2
 
-from qspin.errors import QspinError
+from qspin.config import presets_dir
+from qspin.errors import QspinError, one_line
 from qspin.records import Example, Message, Record, Reject
 
 PieceKind = Literal["prompt", "completion", "end-of-turn"]
@@ -52,7 +57,7 @@ class Renderer:
     _tail: str  # what the template writes after the last answer ...
     _tail_kept: int  # ... and how many characters of it belong to the completion
     _control: Mapping[str, int]  # tokens that structure a conversation
-    _forbidden: re.Pattern[str]  # in messages: their text, encoded as the real thing; halves of surrogate pairs
+    _name: re.Pattern[str]  # the first character of one's text
     _system_fits: bool
 
     @staticmethod
@@ -74,10 +79,7 @@ class Renderer:
         Raises:
             QspinError: there is no template; its generation prompt does not lead up to the answer; no token ends one.
         """
-        own = tokenizer.chat_template
-        source = template or (own.get("default") if isinstance(own, dict) else own)
-        if not source:
-            raise QspinError(f"the tokenizer has no chat template (a base model?): {_OWN_TEMPLATE}")
+        source = template or _own_template(tokenizer)
         chat = _Template(tokenizer, source, template_kwargs, date)
         conversation, tail = _probe_answer(chat)
         control = _control_tokens(tokenizer, written=conversation)
@@ -95,7 +97,8 @@ class Renderer:
             _tail=tail,
             _tail_kept=tail_kept,
             _control=control,
-            _forbidden=re.compile("[\ud800-\udfff]|" + "|".join(map(re.escape, control))),
+            # each is sought at every place, as two that overlap are both to be broken
+            _name=re.compile(f"(?={'|'.join(map(re.escape, control))})(.)", re.DOTALL),
             _system_fits=not refusal,
         )
         probed = renderer.example(Record("", (_QUESTION,), _ANSWER.content), line=0)
@@ -119,11 +122,18 @@ class Renderer:
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens that generation starts from; a QspinError says why there are none."""
-        return self._encode(self.prompt_text(messages))
+        return self._encode(self._text(self._marked(messages), generation_prompt=True))
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """What `prompt_ids` are the tokens of."""
-        return self._text(messages, generation_prompt=True)
+        return self._text(self._marked(messages), generation_prompt=True).replace(_MARK, "")
+
+    def control_token_in(self, record: Record) -> str | None:
+        """The first control token that a record's text holds; its text, as tokens are never in records."""
+        for text in (*(message.content for message in record.prompt), record.completion):
+            if found := self._name.search(text):
+                return max((name for name in self._control if text.startswith(name, found.start())), key=len)
+        return None
 
     def example(self, record: Record, line: int) -> Example | Reject:
         """The record as tokens, or why it is left out."""
@@ -149,15 +159,16 @@ class Renderer:
     def _example(self, record: Record) -> Example:
         if not record.completion.strip():
             raise _UnfitError("empty-completion", "the completion is empty")
-        prompt_text = self._text(record.prompt, generation_prompt=True)
+        *prompt, completion = self._marked([*record.prompt, Message("assistant", record.completion)])
+        prompt_text = self._text(prompt, generation_prompt=True)
         prompt_ids = self._encode(prompt_text)
         if (size := len(prompt_ids)) > (limit := self.max_prompt_tokens):
             raise _UnfitError("long-prompt", f"the prompt has {size} tokens; data.max_prompt_tokens is {limit}")
 
-        full_text = self._text((*record.prompt, Message("assistant", record.completion)), generation_prompt=False)
+        full_text = self._text([*prompt, completion], generation_prompt=False)
         answer = full_text[len(prompt_text) : len(full_text) - len(self._tail)]  # many templates trim it
-        if full_text != prompt_text + answer + self._tail or answer.strip() != record.completion.strip():
-            seen = _parting(prompt_text + record.completion + self._tail, full_text)
+        if full_text != prompt_text + answer + self._tail or answer.strip() != completion.content.strip():
+            seen = _parting(prompt_text + completion.content + self._tail, full_text)
             raise _UnfitError("template", f"the chat template changes this answer, or what stands around it: {seen}")
 
         # end-of-turn is matched as a whole: cutting the text right after it changes no token before the cut
@@ -167,23 +178,58 @@ class Renderer:
             raise _UnfitError("boundary", "a token spans the border between prompt and completion; none sampled could")
         if not set(real_ids[:-1]).isdisjoint(self._control.values()):  # SmolLM2 writes <|endoftext|> for bytes it lacks
             raise _UnfitError("unknown-character", "the tokenizer has no token for a character of the completion")
+        if len(real_ids) == 1:
+            raise _UnfitError("empty-completion", "the tokenizer makes no token of the completion")
         if (size := len(real_ids)) > (limit := self.max_completion_tokens) and self.long_completions == "drop":
             raise _UnfitError("long-completion", f"it has {size} tokens; data.max_completion_tokens is {limit}")
         return Example(record.id, prompt_ids, real_ids[:limit])
 
-    def _text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages with a mark in every name of a control token."""
         for message in messages:
-            if found := self._forbidden.search(message.content):
-                code = "control-token" if found.group() in self._control else "encoding"
-                raise _UnfitError(code, f"the {message.role} text contains {found.group()!r}, which is not plain text")
+            if found := _NO_TEXT.search(message.content):
+                reason = f"the {message.role} text contains {found.group()!r}, which is not plain text"
+                raise _UnfitError("encoding", reason)
+        marked = [replace(message, content=self._name.sub(rf"\1{_MARK}", message.content)) for message in messages]
+        for message in marked:
+            if found := self._name.search(message.content):  # a name of one character
+                raise _UnfitError("control-token", f"the {message.role} text contains {found[1]!r}, a control token")
+        return marked
+
+    def _text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+        text = self._rendered(messages, generation_prompt)
+        if _MARK in text:
+            plain = [replace(message, content=message.content.replace(_MARK, "")) for message in messages]
+            if self._rendered(plain, generation_prompt) != text.replace(_MARK, ""):
+                raise _UnfitError("control-token", "the chat template heeds the control tokens that a text contains")
+        return text
+
+    def _rendered(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         shown = messages if self._system_fits else _system_into_user(messages)
         return self._template.text(shown, generation_prompt=generation_prompt)
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        if _MARK not in text:
+            return self._ids(text)
+        (wedge,) = (name for name, token in self._control.items() if token == self.end_of_turn)
+        ids = self._ids(text.replace(_MARK, wedge))
+        found = re.findall(f"{_MARK}|{re.escape(wedge)}", text)
+        places = [at for at, token in enumerate(ids) if token == self.end_of_turn]
+        if len(places) == len(found):
+            wedges = {at for at, what in zip(places, found, strict=True) if what == _MARK}
+            ids = tuple(token for at, token in enumerate(ids) if at not in wedges)
+            if self._decode(ids) == self._decode(self._ids(text.replace(_MARK, ""))):
+                return ids
+        raise _UnfitError("control-token", "a text contains a control token, which can't be encoded as plain text")
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         # the template writes BOS where the model wants one; the tokenizer would write it a second time
         ids = self._template.tokenizer.encode(text, add_special_tokens=False)
         if (largest := max(ids, default=0)) >= self.vocab_size:
-            raise QspinError(f"model.id: the tokenizer writes token {largest}, but {self.vocab_size} have an embedding")
+            raise QspinError(
+                f"model.id: the tokenizer writes token {largest}, but {self.vocab_size} have an embedding; "
+                "take the tokenizer that was saved with this model"
+            )
         return tuple(ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -227,18 +273,35 @@ class _Template:
                 **self.kwargs,
             )
         # besides Jinja's own errors: Python's, of the template's expressions and of a switch of the wrong kind
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise _UnfitError("template", f"the chat template fails: {error}") from None
+        except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
+            raise _UnfitError("template", f"the chat template fails: {one_line(error)}") from None
 
     def probe(self) -> tuple[str, str]:
         """The generation prompt of a plain question, and the conversation with an answer to it."""
         return self.text([_QUESTION], generation_prompt=True), self.text([_QUESTION, _ANSWER], generation_prompt=False)
 
 
+_MARK = "\ufdd0"  # by Unicode's definition no character: nobody's text holds it
+_NO_TEXT = re.compile(f"[\ud800-\udfff{_MARK}]")
+_OF_EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 _SYSTEM = Message("system", "qspin probes the system text")
 _QUESTION = Message("user", "qspin probes a question")
 _ANSWER = Message("assistant", "qspin probes an answer")
 _OWN_TEMPLATE = "set chat.template to a Jinja file that suits this model"
+
+
+def _own_template(tokenizer: Tokenizer) -> str:
+    own = tokenizer.chat_template
+    source = own.get("default") if isinstance(own, dict) else own
+    if source:
+        return source
+    named = f" called default, but {', '.join(sorted(own))}" if isinstance(own, dict) and own else ""
+    folder = presets_dir() / "templates"
+    shipped = ", ".join(sorted(path.name for path in folder.glob("*.jinja")))
+    raise QspinError(
+        f"the tokenizer has no chat template{named} (a base model?): take the model's instruct version, or "
+        f"{_OWN_TEMPLATE}; {folder} has {shipped}, and plain.jinja is for base models"
+    )
 
 
 def _probe_answer(chat: _Template) -> tuple[str, str]:

@@ -43,6 +43,7 @@ def run(
     lr: Annotated[str | None, typer.Option(help="peak learning rate: a number, or one an iteration")] = None,
     seed: Annotated[int | None, typer.Option(help="of sampling, order and initial weights")] = None,
     format: Annotated[str | None, typer.Option(help="shape of the rows, if it is not to be found out")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="stop if any row of the data would be left out")] = False,
     init_adapter: Annotated[str | None, typer.Option(help="PEFT adapter folder to start from")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any other setting, as train.epochs=3")
@@ -62,14 +63,13 @@ def run(
         "train.lr": _numbers(lr),
         "seed": seed,
         "data.format": format,
+        "data.strict": strict or None,
         "model.init_adapter": init_adapter,
     }
     overrides = {key: value for key, value in options.items() if value is not None}
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
 
-    from qspin.prepare import prepare
-    from qspin.record import template_date
     from qspin.run_dir import RunDir
 
     if dry_run and as_json:
@@ -80,7 +80,7 @@ def run(
         from qspin.track import check
 
         check(tracker)
-    prepared = prepare(config, template_date(RunDir(out)))
+    prepared = _prepare(config, RunDir(out), keep_rejects=not dry_run)
     if dry_run:
         _show_plan(prepared)
     else:
@@ -237,6 +237,22 @@ def doctor() -> None:
     raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
 
 
+def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool) -> Prepared:
+    """Rows that a run stops at are listed where one that goes on lists those it leaves out."""
+    from qspin.data import LeftOut
+    from qspin.prepare import prepare, write_rejects
+    from qspin.record import template_date
+
+    try:
+        return prepare(config, template_date(run_dir))
+    except LeftOut as error:
+        if not keep_rejects or run_dir.record.is_file():
+            raise
+        with run_dir.lock():
+            write_rejects(run_dir.rejects, error.rejects)
+        raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
+
+
 def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
     from rich.console import Console
 
@@ -311,6 +327,7 @@ def _show_plan(prepared: Prepared) -> None:
     from rich.console import Console
 
     from qspin.config import dump_config
+    from qspin.data import most_common
     from qspin.view import example_text
 
     console = Console()
@@ -321,10 +338,10 @@ def _show_plan(prepared: Prepared) -> None:
     console.print()
     for note in prepared.notes:
         console.print(f"note: {note}", markup=False)
-    console.print(
-        f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {len(prepared.rejects)} left out",
-        markup=False,
-    )
+    left_out = f"{len(prepared.rejects)} left out"
+    if prepared.rejects:
+        left_out += f": {most_common([reject for _, reject in prepared.rejects])}"
+    console.print(f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}", markup=False)
     for line in _steps(prepared.config, len(prepared.train)):
         console.print(line, markup=False)
 

@@ -121,6 +121,7 @@ class DataConfig(_Part):
         "drop", description="cut keeps the first tokens, without an end-of-turn token"
     )
     max_malformed_share: float = Field(0.05, ge=0, le=1, description="the run stops above this share of bad rows")
+    strict: Annotated[bool, _FREE] = Field(False, description="the run stops if any row would be left out")
 
 
 class GenerationConfig(_Part):

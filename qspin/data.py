@@ -1,8 +1,8 @@
 """Any supervised file or hub data set → Records, row by row, with a Reject for each row that is left out.
 
     dataset = load_records("mine.jsonl", format="auto", limit=1000)
-    check_malformed_share(dataset, 0.05)
-    train, heldout = split_heldout(dataset.records, rows=64, seed=0)
+    check_rejects("mine.jsonl", dataset, strict=False, max_malformed_share=0.05)
+    train, heldout = split_heldout("mine.jsonl", dataset.records, rows=64, seed=0)
 
 A row is good or it is rejected; nothing in it is guessed at or repaired. The completion is the last assistant turn
 (or the first, by choice), earlier turns are the prompt, later ones are left out, and an empty system turn means none.
@@ -17,28 +17,21 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from reprlib import repr as _short
 from typing import Literal, NamedTuple
 
-from qspin.errors import QspinError
-from qspin.records import Message, Record, Reject, Role
-from qspin.sources import READERS, BadRow, Object, Row, file_rows, hub_rows
+from qspin.errors import QspinError, one_line
+from qspin.formats import FORMATS, INVISIBLE, Format, pair
+from qspin.records import Message, Record, Reject
+from qspin.sources import READERS, BadRow, Object, Row, file_rows, hub_rows, short
 
 _LOOK_AHEAD = 20_000  # rows among which the format is sought, by looking at …
 _SAMPLE = 1_000  # … so many, evenly spread
 
-# NUL, or half of a surrogate pair: no tokenizer and no UTF-8 file takes it
-_BAD_CHARACTER = re.compile("[\0\ud800-\udfff]")
-
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_ASSISTANTS: dict[str, Role] = dict.fromkeys(("gpt", "chatgpt", "model", "bot"), "assistant")
-_SHAREGPT_ROLES: dict[str, Role] = {**_ROLES, "human": "user", **_ASSISTANTS}
-
-
+_IDS = ("id", "prompt_id")
 _Columns = Mapping[Literal["prompt", "completion", "system"], str]
 
 
@@ -51,6 +44,15 @@ class Dataset:
     format: str
     fingerprint: str  # SHA-256 of the records: the same under another name or file format
     rows: int  # that were judged: good ones and rejects
+    notes: tuple[str, ...] = ()  # what is odd about good rows, for the user
+
+
+class LeftOut(QspinError):
+    """Too many rows can't be used; which, each with its source, is worth keeping."""
+
+    def __init__(self, message: str, source: str, rejects: Sequence[Reject]) -> None:
+        super().__init__(message)
+        self.rejects = [(source, reject) for reject in rejects]
 
 
 def load_records(
@@ -70,40 +72,67 @@ def load_records(
     Raises:
         QspinError: the source cannot be read, no format fits it, or no row is good.
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() in READERS or path.exists():
+    try:
+        path = Path(source).expanduser()
+        exists = path.exists()
+    except (RuntimeError, OSError) as error:  # no such person's ~, a name too long, a folder that may not be read
+        raise QspinError(f"{one_line(source)}: {one_line(error)}; check the path") from None
+    if exists or path.suffix.lower() in READERS:
         rows = file_rows(path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         rows = hub_rows(source, split, config)
     else:
-        raise QspinError(f"{source}: no such file, and not a hub id (owner/name)")
+        raise QspinError(f"{source}: no such file, and not a hub id (owner/name); check the path")
     head = list(islice(rows, _LOOK_AHEAD))
     if not head:
-        raise QspinError(f"{source}: holds no rows")
+        raise QspinError(f"{source}: holds no rows; check that it was written to its end")
     shape = _choose_format(source, head, format, columns)
-    records, rejects = _judge(chain(head, rows), shape, turns, limit)
+    records, rejects, repeated_ids = _judge(chain(head, rows), shape, turns, limit)
     if not records:
-        raise QspinError(f"{source}: none of its {len(rejects)} rows is good:\n{_most_common(rejects)}")
+        message = f"{source}: none of its {len(rejects)} rows is good: {most_common(rejects)}; mend them"
+        raise LeftOut(message, source, rejects)
     fingerprint = hashlib.sha256()
     for record in records:
         fingerprint.update(
             f"{json.dumps(record.id)}{_canonical(record.prompt)}{json.dumps(record.completion)}\n".encode()
         )
     total = len(records) + len(rejects)
-    return Dataset(tuple(records), tuple(rejects), shape.name, fingerprint.hexdigest(), total)
+    notes = (*_on_ids(source, repeated_ids), *_on_invisible(source, records))
+    return Dataset(tuple(records), tuple(rejects), shape.name, fingerprint.hexdigest(), total, notes)
 
 
-def check_malformed_share(dataset: Dataset, limit: float) -> None:
-    """Raise if more than this share of the rows is malformed, which duplicates and over-long rows are not."""
-    bad = [reject for reject in dataset.rejects if reject.malformed]
-    if bad and len(bad) / dataset.rows > limit:
-        allowed = f"data.max_malformed_share = {limit:g}"
-        raise QspinError(
-            f"{len(bad)} of {dataset.rows} rows are malformed, more than {allowed} allows:\n{_most_common(bad)}"
+def check_rejects(source: str, dataset: Dataset, *, strict: bool, max_malformed_share: float) -> None:
+    """Raise if any row was left out, where that is not allowed, or else if more than a share of them is malformed.
+
+    Duplicates and over-long rows are not malformed.
+    """
+    rejects = dataset.rejects
+    if strict and rejects:
+        first = min(rejects, key=lambda reject: reject.line)
+        message = (
+            f"{source}: {len(rejects)} of {dataset.rows} rows can't be used, and --strict (data.strict) allows none: "
+            f"the first is line {first.line}, {first.code}: {first.reason}; mend them, or go on without"
         )
+        raise LeftOut(message, source, rejects)
+    bad = [reject for reject in rejects if reject.malformed]
+    if bad and len(bad) / dataset.rows > max_malformed_share:
+        message = (
+            f"{source}: {len(bad)} of {dataset.rows} rows are malformed, more than data.max_malformed_share = "
+            f"{max_malformed_share:g} allows: {most_common(bad)}; mend them, or raise it"
+        )
+        raise LeftOut(message, source, rejects)
 
 
-def split_heldout(records: Sequence[Record], rows: int, seed: int) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+def most_common(rejects: Sequence[Reject]) -> str:
+    """The three commonest reasons, each with an example."""
+    examples = {reject.code: reject for reject in reversed(rejects)}
+    counts = Counter(reject.code for reject in rejects).most_common(3)
+    return ", ".join(f"{count} {code} (line {examples[code].line} {examples[code].reason})" for code, count in counts)
+
+
+def split_heldout(
+    source: str, records: Sequence[Record], rows: int, seed: int
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """(train, held-out): so many records held out as nearly as whole prompts allow, and never more than a fifth.
 
     All records of a prompt fall on the same side. Prompts are held out in the order of a hash of (seed, prompt), so
@@ -122,37 +151,37 @@ def split_heldout(records: Sequence[Record], rows: int, seed: int) -> tuple[tupl
     heldout = tuple(record for record in records if record.prompt in chosen)
     if len(heldout) < 2:
         raise QspinError(
-            f"{len(records)} good rows with {len(sizes)} different prompts are too few to hold out two or more by "
-            f"prompt and at most a fifth; add rows, or give data.heldout_source"
+            f"{source}: {len(records)} good rows with {len(sizes)} different prompts are too few to hold out two or "
+            f"more by prompt and at most a fifth; add rows, or give data.heldout_source"
         )
     return tuple(record for record in records if record.prompt not in chosen), heldout
 
 
-def remove_overlap(heldout: Sequence[Record], train: Sequence[Record]) -> tuple[tuple[Record, ...], int]:
-    """The held-out records whose prompt is not trained on, and how many were dropped."""
-    trained = {record.prompt for record in train}
+def remove_overlap(heldout: Sequence[Record], train: Sequence[Record]) -> tuple[tuple[Record, ...], list[Reject]]:
+    """The held-out records whose prompt is not trained on, and the others."""
+    trained = {record.prompt: record.line for record in train}
     rest = tuple(record for record in heldout if record.prompt not in trained)
-    return rest, len(heldout) - len(rest)
+    overlap = [
+        Reject(record.line, "trained-on", f"has the prompt of training line {line}", malformed=False)
+        for record in heldout
+        if (line := trained.get(record.prompt)) is not None
+    ]
+    return rest, overlap
 
 
 # --- judging rows ---
 
 
-class _Format(NamedTuple):
-    name: str
-    keys: tuple[str, ...]  # that every row of this format has
-    turns: Callable[[Object], list[Message]]
+class _Judged(NamedTuple):
+    records: list[Record]
+    rejects: list[Reject]
+    repeated_ids: list[tuple[int, str]]  # with the line of the later row
 
 
-def _judge(
-    rows: Iterable[Row], shape: _Format, which: Literal["last", "first"], limit: int | None
-) -> tuple[list[Record], list[Reject]]:
-    records: list[Record] = []
-    rejects: list[Reject] = []
+def _judge(rows: Iterable[Row], shape: Format, which: Literal["last", "first"], limit: int | None) -> _Judged:
+    records, rejects, repeated_ids = judged = _Judged([], [], [])
     lines: dict[tuple[tuple[Message, ...], str], int] = {}
-    ids = {""}
-    # an id of our own shape may belong to a row that is yet to come
-    unusable = re.compile(f"row-|.*{_BAD_CHARACTER.pattern}", re.DOTALL)
+    ids: set[str] = set()
     for ordinal, (line, row) in enumerate(rows, 1):
         try:
             if isinstance(row, BadRow):
@@ -165,20 +194,49 @@ def _judge(
         if first != line:
             rejects.append(Reject(line, "duplicate", f"says the same as line {first}", malformed=False))
             continue
-        own = (str(row[key]) for key in ("id", "prompt_id") if type(row.get(key)) in {str, int})
-        free = (id for id in own if id not in ids and not unusable.match(id))
-        records.append(Record(next(free, f"row-{ordinal}"), prompt, completion, line))
+        own = [id for id in (str(row[key]) for key in _IDS if type(row.get(key)) in {str, int}) if _is_a_name(id)]
+        if own and ids.issuperset(own):
+            repeated_ids.append((line, own[0]))
+        records.append(Record(next((id for id in own if id not in ids), f"row-{ordinal}"), prompt, completion, line))
         ids.add(records[-1].id)
         if len(records) == limit:
             break
-    return records, rejects
+    return judged
 
 
-def _conversation(row: Object, shape: _Format, which: Literal["last", "first"]) -> tuple[tuple[Message, ...], str]:
+def _is_a_name(id: str) -> bool:
+    """Whether an id can be shown and kept; one of our own shape may belong to a row that is yet to come."""
+    return 0 < len(id) <= 200 and id.isprintable() and not id.startswith("row-")
+
+
+def _on_ids(source: str, repeated: Sequence[tuple[int, str]]) -> Iterator[str]:
+    if repeated:
+        line, id = repeated[0]
+        yield (
+            f"{source}: {len(repeated)} rows have the id of an earlier row and say something else (first: line {line}, "
+            f"{id!r}); they are kept, and called after their place"
+        )
+
+
+def _on_invisible(source: str, records: Sequence[Record]) -> Iterator[str]:
+    odd = [(record.line, found[0]) for record in records if (found := INVISIBLE.search(_all_text(record)))]
+    if odd:
+        line, character = odd[0]
+        yield (
+            f"{source}: {len(odd)} rows hold zero-width characters or ones that turn the text's direction (first: line "
+            f"{line}, U+{ord(character):04X}); they are kept as they are"
+        )
+
+
+def _all_text(record: Record) -> str:
+    return "\n".join((*(turn.content for turn in record.prompt), record.completion))
+
+
+def _conversation(row: Object, shape: Format, which: Literal["last", "first"]) -> tuple[tuple[Message, ...], str]:
     """Prompt and completion of a row, if it is a conversation that a template can render and a model can learn."""
     for key in shape.keys:
         if key not in row:
-            raise BadRow("missing-column", f"has no {key!r}")
+            raise BadRow("missing-column", f"has no {short(key)}")
     turns = [turn for turn in shape.turns(row) if turn.content or turn.role != "system"]
     if which == "first":
         answers = (number for number, turn in enumerate(turns, 1) if turn.role == "assistant")
@@ -203,40 +261,28 @@ def _conversation(row: Object, shape: _Format, which: Literal["last", "first"]) 
     return tuple(turns[:-1]), turns[-1].content
 
 
-def _most_common(rejects: Sequence[Reject]) -> str:
-    """The three commonest reasons, a line each with an example."""
-    examples = {reject.code: reject for reject in reversed(rejects)}
-    counts = Counter(reject.code for reject in rejects).most_common(3)
-    return "\n".join(
-        f"  {count} {code}, as line {examples[code].line}: {examples[code].reason}" for code, count in counts
-    )
-
-
 def _canonical(prompt: tuple[Message, ...]) -> str:
     return json.dumps([[turn.role, turn.content] for turn in prompt])
 
 
-# --- formats: one row → its turns ---
-
-
-def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Columns) -> _Format:
-    """What most rows of a sample fit; of equal ones, what most have the columns of; then the first of `_FORMATS`."""
+def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Columns) -> Format:
+    """What most rows of a sample fit; of equal ones, what most have the columns of; then the first of `FORMATS`."""
     if columns or format == "columns":
         if format not in {"auto", "columns"} or not {"prompt", "completion"} <= columns.keys():
             raise QspinError("data.columns names a prompt and a completion column, with data.format auto or columns")
-        candidates = [_pair("columns", columns["prompt"], columns["completion"], columns.get("system"))]
+        candidates = [pair("columns", columns["prompt"], columns["completion"], columns.get("system"))]
     else:
-        candidates = [shape for shape in _FORMATS if format in {"auto", shape.name}]
+        candidates = [shape for shape in FORMATS if format in {"auto", shape.name}]
     sample = head[:: -(-len(head) // _SAMPLE)]
 
-    def misfits(shape: _Format) -> tuple[int, int]:
-        codes = Counter(reject.code for reject in _judge(sample, shape, "last", None)[1] if reject.malformed)
+    def misfits(shape: Format) -> tuple[int, int]:
+        codes = Counter(reject.code for reject in _judge(sample, shape, "last", None).rejects if reject.malformed)
         return codes.total(), codes["missing-column"]
 
     best = min(candidates, key=misfits)  # of equal ones, the first
     objects = [row for _, row in sample if isinstance(row, dict)]
     if objects and misfits(best)[1] == len(objects):
-        found = ", ".join(repr(key) for key in islice(dict.fromkeys(chain.from_iterable(objects)), 20))
+        found = ", ".join(short(key) for key in islice(dict.fromkeys(chain.from_iterable(objects)), 20))
         wanted = "a known format" if len(candidates) > 1 else f"format {best.name}"
         needed = "; ".join(f"{shape.name} ({', '.join(shape.keys)})" for shape in candidates)
         raise QspinError(
@@ -245,86 +291,3 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
             f"--set data.columns.prompt=NAME --set data.columns.completion=NAME"
         )
     return best
-
-
-def _pair(name: str, prompt: str, completion: str, system: str | None = None) -> _Format:
-    """A column of prompts and one of completions: texts, or lists of turns as TRL has them."""
-
-    def turns(row: Object) -> list[Message]:
-        answer = _text_or_turns(row[completion], completion, "assistant")
-        if [turn.role for turn in answer] != ["assistant"]:
-            raise BadRow("not-one-answer", f"{completion} is not one assistant turn")
-        frame = row.get(system) if system else None
-        before = [] if frame is None else [Message("system", _text(frame, str(system)))]
-        return [*before, *_text_or_turns(row[prompt], prompt, "user"), *answer]
-
-    return _Format(name, (prompt, completion), turns)
-
-
-def _text_or_turns(value: object, column: str, role: Role) -> list[Message]:
-    return _turns(value, column) if isinstance(value, list) else [Message(role, _text(value, column))]
-
-
-def _alpaca(row: Object) -> list[Message]:
-    instruction = _text(row["instruction"], "instruction")
-    extra = "" if row.get("input") is None else _text(row["input"], "input")
-    # an input does not stand in for an instruction that is missing
-    prompt = f"{instruction}\n\n{extra}" if instruction and extra else instruction
-    return [Message("user", prompt), Message("assistant", _text(row["output"], "output"))]
-
-
-def _messages(row: Object) -> list[Message]:
-    return _turns(row["messages"], "messages")
-
-
-def _sharegpt(row: Object) -> list[Message]:
-    return _turns(row["conversations"], "conversations", "from", "value", _SHAREGPT_ROLES)
-
-
-def _turns(
-    value: object, column: str, speaker: str = "role", words: str = "content", roles: Mapping[str, Role] = _ROLES
-) -> list[Message]:
-    if not isinstance(value, list):
-        raise BadRow("not-a-list", f"{column} is {_short(value)}, not a list of turns")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        place = f"{column}, turn {number}"
-        if not isinstance(turn, dict):
-            raise BadRow("not-a-turn", f"{place} is {_short(turn)}, not an object with {speaker!r} and {words!r}")
-        role = turn.get(speaker)
-        if role is None:
-            raise BadRow("missing-role", f"{place} has no {speaker!r}")
-        if not isinstance(role, str) or role not in roles:
-            raise BadRow("unknown-role", f"{place} has {speaker!r} {_short(role)}, not one of {', '.join(roles)}")
-        turns.append(Message(roles[role], _text(_joined(turn.get(words), place), f"{place}, {words!r}")))
-    return turns
-
-
-def _joined(content: object, place: str) -> object:
-    """A list of text parts as one text; anything else as it is."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadRow("not-text", f"{place} has a part that is not text: {_short(part)}")
-    return "".join(part["text"] for part in content)
-
-
-def _text(value: object, place: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("not-text", f"{place} is {_short(value)}, not text")
-    bad = _BAD_CHARACTER.search(value)
-    if bad:
-        raise BadRow("bad-character", f"{place} has the character {bad[0]!r}, which is not text")
-    return value.strip()
-
-
-_FORMATS = (
-    _Format("messages", ("messages",), _messages),
-    _Format("sharegpt", ("conversations",), _sharegpt),
-    _Format("alpaca", ("instruction", "output"), _alpaca),
-    _pair("prompt-completion", "prompt", "completion"),
-    _pair("prompt-response", "prompt", "response"),
-    _pair("instruction-response", "instruction", "response"),
-    _pair("question-answer", "question", "answer"),
-)

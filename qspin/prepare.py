@@ -11,9 +11,9 @@ from typing import NamedTuple
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
 from qspin.chat import Renderer, Tokenizer
 from qspin.config import RunConfig
-from qspin.data import Dataset, check_malformed_share, load_records, remove_overlap, split_heldout
+from qspin.data import Dataset, check_rejects, load_records, remove_overlap, split_heldout
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_WEIGHTS, sha256_of
+from qspin.files import ADAPTER_WEIGHTS, sha256_of, write_jsonl
 from qspin.records import Example, Record, Reject
 
 
@@ -96,24 +96,25 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
     data = load_rows(config, source, settings.limit)
-    notes = [f"{source}: {len(data.records)} good rows of {data.rows}, format {data.format}"]
-    other = None
+    notes = [f"{source}: {len(data.records)} good rows of {data.rows}, format {data.format}", *data.notes]
+    notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
-        train_records, heldout_records = split_heldout(data.records, settings.heldout_rows, config.seed)
-    else:
-        other = load_rows(config, settings.heldout_source, settings.heldout_rows)
-        train_records = data.records
-        heldout_records, overlap = remove_overlap(other.records, train_records)
-        if overlap:
-            notes.append(f"{settings.heldout_source}: {overlap} rows left out, their prompts are trained on")
-    train, train_rejects = _render(renderer, train_records)
-    heldout, heldout_rejects = _render(renderer, heldout_records)
-    if other is None or settings.heldout_source is None:
+        train_records, heldout_records = split_heldout(source, data.records, settings.heldout_rows, config.seed)
+        train, train_rejects = _render(renderer, train_records)
+        heldout, heldout_rejects = _render(renderer, heldout_records)
         rejects = _all_rejects(config, source, data, [*train_rejects, *heldout_rejects])
         fingerprint = data.fingerprint
     else:
+        other = load_rows(config, settings.heldout_source, settings.heldout_rows)
+        notes += [*other.notes, *_on_control_tokens(settings.heldout_source, renderer, other.records)]
+        train_records = data.records
+        heldout_records, overlap = remove_overlap(other.records, train_records)
+        if overlap:
+            notes.append(f"{settings.heldout_source}: {len(overlap)} rows left out, their prompts are trained on")
+        train, train_rejects = _render(renderer, train_records)
+        heldout, heldout_rejects = _render(renderer, heldout_records)
         rejects = _all_rejects(config, source, data, train_rejects)
-        rejects += _all_rejects(config, settings.heldout_source, other, heldout_rejects)
+        rejects += _all_rejects(config, settings.heldout_source, other, [*overlap, *heldout_rejects])
         fingerprint = f"{data.fingerprint}+{other.fingerprint}"
     return _Rows(
         train=tuple(train),
@@ -150,17 +151,40 @@ def load_rows(config: RunConfig, source: str, limit: int | None) -> Dataset:
         limit=limit,
     )
     # before anything is made of the good rows: a file of bad ones should be called that, not too short
-    check_malformed_share(dataset, data.max_malformed_share)
+    check_rejects(source, dataset, strict=data.strict, max_malformed_share=data.max_malformed_share)
     return dataset
+
+
+def write_rejects(path: Path, rejects: Sequence[tuple[str, Reject]]) -> None:
+    """A line for each row that was left out, with its source."""
+    write_jsonl(path, ({"source": source, **reject.to_json()} for source, reject in rejects))
 
 
 def _all_rejects(
     config: RunConfig, source: str, dataset: Dataset, rendering: Sequence[Reject]
 ) -> list[tuple[str, Reject]]:
-    """The rows of a source that reading or rendering left out; raises if too many of them are malformed."""
-    rejects = (*dataset.rejects, *rendering)
-    check_malformed_share(replace(dataset, rejects=rejects), config.data.max_malformed_share)
-    return [(source, reject) for reject in sorted(rejects, key=lambda reject: reject.line)]
+    """The rows of a source that reading or rendering left out; raises if they are too many."""
+    rejects = tuple(sorted((*dataset.rejects, *rendering), key=lambda reject: reject.line))
+    data = config.data
+    check_rejects(
+        source,
+        replace(dataset, rejects=rejects),
+        strict=data.strict,
+        max_malformed_share=data.max_malformed_share,
+    )
+    return [(source, reject) for reject in rejects]
+
+
+def _on_control_tokens(source: str, renderer: Renderer, records: Sequence[Record]) -> list[str]:
+    """A text about chat templates is one; a text that was rendered before is a mistake that a person should see."""
+    found = [(record.line, name) for record in records if (name := renderer.control_token_in(record))]
+    if not found:
+        return []
+    line, name = found[0]
+    return [
+        f"{source}: {len(found)} rows hold the text of a control token (first: line {line}, {name!r}); "
+        "it is encoded as plain text"
+    ]
 
 
 def _template(config: RunConfig) -> str | None:
@@ -200,10 +224,15 @@ def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example
 
 
 def _check_enough(config: RunConfig, rows: _Rows) -> None:
-    for name, found in (("training", rows.train), ("held-out", rows.heldout)):
+    heldout_source = config.data.heldout_source or config.data.source
+    for source, name, found in (
+        (config.data.source, "training", rows.train),
+        (heldout_source, "held-out", rows.heldout),
+    ):
         if len(found) < 2:
-            last = f"; the last row left out: {rows.rejects[-1][1].reason}" if rows.rejects else ""
-            raise QspinError(f"{config.data.source}: {len(found)} {name} rows are left of the good ones{last}")
+            reasons = [reject for place, reject in rows.rejects if place == source]
+            last = f"the last row left out, line {reasons[-1].line}: {reasons[-1].reason}; " if reasons else ""
+            raise QspinError(f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}add rows")
 
 
 def _check_context(config: RunConfig, examples: Sequence[Example], context: int) -> None:

@@ -5,15 +5,19 @@ JSON and CSV are read with the standard library, so that every row is judged on 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from reprlib import repr as _short
+from reprlib import Repr
 from typing import Any
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
+
+LONGEST = 2**24  # bytes of a line of JSON, characters of a record of CSV: a row is no library
 
 
 class BadRow(Exception):
@@ -24,15 +28,26 @@ class BadRow(Exception):
         self.code, self.reason = code, reason
 
 
+_repr = Repr()
+_repr.maxlevel = 3  # six levels of six, as is its custom, make a reason of megabytes
+
+
+def short(value: object) -> str:
+    """A value as Python writes it, abridged, for a message."""
+    return one_line(_repr.repr(value))
+
+
 Object = dict[str, Any]
 Row = tuple[int, Object | BadRow]  # with its line; with its number where rows have no lines
 
 
 def file_rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
-        raise QspinError(f"{path}: {'is not a file; name one in it' if path.exists() else 'no such file'}")
+        found = "is not a file; name one in it" if path.exists() else "no such file; check the path"
+        raise QspinError(f"{path}: {found}")
     if path.suffix.lower() not in READERS:
-        raise QspinError(f"{path}: {path.suffix or 'no extension'} is not one of {', '.join(READERS)}")
+        known = ", ".join(READERS)
+        raise QspinError(f"{path}: {path.suffix or 'no extension'} is not one of {known}; convert or rename the file")
     return READERS[path.suffix.lower()](path)
 
 
@@ -49,65 +64,110 @@ def hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row]:
             api.dataset_info(repo, timeout=10, expand=["sha"])
         yield from enumerate(datasets.load_dataset(repo, config, split=split), 1)
     except Refused as error:
+        if "scripts are no longer supported" in str(error):
+            raise QspinError(
+                f"{repo}: is a hub data set with a loader script, and programs of strangers are not run; choose one "
+                f"that is stored as files, or download its files and name one of them ({one_line(error)})"
+            ) from None
         raise QspinError(
-            f"{repo}: no such file, and split {split!r} of that hub data set cannot be loaded ({_one_line(error)}); "
+            f"{repo}: no such file, and split {split!r} of that hub data set cannot be loaded ({one_line(error)}); "
             f"check its name, data.split, data.config and the connection; HF_HUB_OFFLINE=1 uses a cached copy"
         ) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, longest: int = -1) -> Iterator[tuple[int, str | None]]:
+    """Each line with its number; None for a line of more bytes than `longest`, which is skipped."""
     number, offset = 1, 0
     try:
         with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8")
-                yield number, text.removeprefix("\ufeff") if offset == 0 else text
-                offset += len(raw)
+            for number, raw in enumerate(iter(lambda: file.readline(longest), b""), 1):
+                if offset == 0 and b"\0" in raw[:2]:
+                    reason = "it has a NUL, as UTF-16 and UTF-32 have"
+                    raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), 1, reason)
+                if len(raw) == longest and not raw.endswith(b"\n"):
+                    while (more := file.readline(longest)) and not more.endswith(b"\n"):
+                        pass
+                    yield number, None
+                else:
+                    text = raw.decode("utf-8")
+                    yield number, text.removeprefix("\ufeff") if offset == 0 else text
+                offset = file.tell()
     except UnicodeDecodeError as error:
         where = f"line {number}, byte offset {offset + error.start}"
         raise QspinError(f"{path}: {where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except OSError as error:
-        raise QspinError(f"{path}: cannot be read ({error.strerror})") from None
+        raise _unreadable(path, error) from None
+
+
+def _begins_with_a_bracket(path: Path) -> bool:
+    """Whether the first character is one, white space aside, however long its line is."""
+    try:
+        with path.open("rb") as file:
+            blocks = (block.lstrip(b"\xef\xbb\xbf \t\r\n") for block in iter(lambda: file.read(2**16), b""))
+            return next(filter(None, blocks), b"").startswith(b"[")
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> QspinError:
+    return QspinError(f"{path}: cannot be read ({error.strerror}); check its permissions and the disk")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """An object a line, or one array of objects, in .jsonl and .json alike."""
-    first = next((line.lstrip() for _, line in _lines(path) if line.strip()), "")
-    if first.startswith("["):
+    if _begins_with_a_bracket(path):
         try:
-            values = _parse_json("".join(line for _, line in _lines(path)))
+            values = _parse_json("".join(line or "" for _, line in _lines(path)))
         except BadRow as error:
             if path.suffix.lower() == ".json":
-                raise QspinError(f"{path}: {error.reason}") from None
+                raise QspinError(f"{path}: {error.reason}; write it anew, or mend it there") from None
             # else the first line begins with a bracket, and is judged like any other
         else:
             yield from ((number, _as_row(value)) for number, value in enumerate(values, 1))
             return
-    for number, line in _lines(path):
-        if line.strip(" \t\r\n"):
+    if path.suffix.lower() == ".json":
+        _check_not_one_object(path)
+    for number, line in _lines(path, LONGEST):
+        if line is None:
+            yield number, BadRow("long-line", f"has {LONGEST} bytes or more")
+        elif line.strip(" \t\r\n"):
             try:
-                yield number, _as_row(_parse_json(line))
+                yield number, _as_row(_parse_json(line.rstrip("\r\n")))
             except BadRow as error:
                 yield number, error
 
 
+def _check_not_one_object(path: Path) -> None:
+    """Rows under a key, as a program writes them that indents; else every line of them would be called broken."""
+    if next((line for _, line in _lines(path) if line and line.strip()), "").strip() == "{":
+        with contextlib.suppress(BadRow):
+            value = _parse_json("".join(line or "" for _, line in _lines(path)))
+            keys = ", ".join(map(short, islice(value, 20))) if isinstance(value, dict) else ""
+            raise QspinError(
+                f"{path}: is one object ({keys}), not one a line or an array of them; write its rows alone"
+            )
+
+
 def _as_row(value: object) -> Object | BadRow:
-    return value if isinstance(value, dict | BadRow) else BadRow("not-an-object", f"is {_short(value)}, not an object")
+    return value if isinstance(value, dict | BadRow) else BadRow("not-an-object", f"is {short(value)}, not an object")
 
 
 def _parse_json(text: str) -> Any:
     """With a BadRow in place of each object that Python would let pass though it has a key twice, or a NaN."""
     try:
         return json.loads(text, object_pairs_hook=_strict_object, parse_constant=_not_a_number)
-    except (ValueError, RecursionError) as error:
-        raise BadRow("broken-json", f"is broken JSON: {error}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise BadRow("broken-json", f"is broken JSON: {error.msg}: {line}column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of more digits than Python takes; nested too deep
+        raise BadRow("broken-json", f"is broken JSON: {one_line(error)}") from None
 
 
 def _strict_object(pairs: list[tuple[str, Any]]) -> Object | BadRow:
     value = dict(pairs)
     if len(value) < len(pairs):
         key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        return BadRow("repeated-key", f"has the key {key!r} more than once in an object")
+        return BadRow("repeated-key", f"has the key {short(key)} more than once in an object")
     return _flaw(list(value.values())) or value
 
 
@@ -124,7 +184,7 @@ def _not_a_number(name: str) -> BadRow:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long completion
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line or "" for _, line in _lines(path)), strict=True)
     header: list[str] = []
     start = 1
     try:
@@ -132,13 +192,17 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             if fields and not header:
                 header = fields
                 _check_distinct(path, [name for name in header if name])
+            elif sum(map(len, fields)) > LONGEST:
+                yield start, BadRow("long-line", f"has more than {LONGEST} characters")
             elif fields and len(fields) == len(header):
                 yield start, dict(zip(header, fields, strict=True))
             elif fields:
                 yield start, BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:
-        raise QspinError(f"{path}: line {start}: broken CSV, which hides where later rows begin ({error})") from None
+        raise QspinError(
+            f"{path}: line {start}: broken CSV, which hides where later rows begin ({error}); mend its quotes"
+        ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -156,16 +220,13 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise QspinError(f"{path}: cannot be read after row {number} ({_one_line(error)})") from None
+        raise QspinError(f"{path}: cannot be read after row {number} ({one_line(error)}); write it anew") from None
 
 
 def _check_distinct(path: Path, names: Sequence[str]) -> None:
-    if len(set(names)) < len(names):
-        raise QspinError(f"{path}: two columns have the same name: {', '.join(names)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    name, times = Counter(names).most_common(1)[0] if names else ("", 1)
+    if times > 1:
+        raise QspinError(f"{path}: two columns are called {short(name)}; rename one")
 
 
 READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}

@@ -18,10 +18,11 @@ import pytest
 from conftest import MULTI_TURN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qspin.chat import Renderer
+from qspin.config import presets_dir
 from qspin.errors import QspinError
 from qspin.records import Example, Message, Pair, Record, Reject
 
@@ -176,8 +177,7 @@ def test_chat_imports_neither_torch_nor_transformers() -> None:
         (row("Why?", " \n"), {}, "empty-completion", "the completion is empty", True),
         (row("why " * 50, "So."), {"max_prompt_tokens": 60}, "long-prompt", "has 81 tokens; data.max_prompt", False),
         (row("Why?", "so " * 9), {"max_completion_tokens": 9}, "long-completion", "has 11 tokens; data.max", False),
-        (row("What is <|im_end|>?", "It ends."), {}, "control-token", "user text contains '<|im_end|>'", True),
-        (row("Why?", "So.<|im_end|>\nNo."), {}, "control-token", "assistant text contains '<|im_end|>'", True),
+        (row("Why?", "So \ufdd0."), {}, "encoding", r"assistant text contains '\ufdd0'", True),
         (row("Why?", "Half \ud83d."), {}, "encoding", r"assistant text contains '\ud83d'", True),
         (row("Why?", "\n\n\nSo."), {}, "boundary", "a token spans the border", True),
         (row("Why?", "So \U00040000."), {}, "unknown-character", "no token for a character", True),
@@ -198,6 +198,154 @@ def test_a_template_that_refuses_a_row_rejects_it_in_its_own_words() -> None:
     assert rejected == Reject(1, "template", "the chat template fails: one turn at a time")
     with pytest.raises(QspinError, match="one turn at a time"):
         renderer.prompt_ids(MULTI_TURN.prompt)
+
+
+@pytest.mark.parametrize(
+    ("expression", "words"),
+    [
+        ("raise_exception('no\n  \x1b[2Jrow of mine')", r"no \x1b[2Jrow of mine"),
+        ("1 / 0", "division by zero"),
+        ("'{a}'.format(b=1)", "'a'"),
+        ("none.a.b", "'None' has no attribute 'a'"),
+        ("range(9999999)", "Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000)."),
+        ("'abc'.index('x')", "substring not found"),
+        ("'abc' + 1", 'can only concatenate str (not "int") to str'),
+    ],
+)
+def test_whatever_a_template_raises_rejects_the_row_in_one_line(expression: str, words: str) -> None:
+    odd = "{% if 'odd' in messages[0]['content'] %}{{ " + expression + " }}{% endif %}"
+    renderer = build(template=odd + smollm2().chat_template)
+    assert isinstance(renderer.example(row("Why?", "So."), 1), Example)
+    assert renderer.example(row("An odd one?", "So."), 2) == Reject(2, "template", f"the chat template fails: {words}")
+
+
+def test_a_completion_of_which_the_tokenizer_makes_nothing_is_empty() -> None:
+    tokenizer = copy.deepcopy(smollm2())
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
+    rejected = build(tokenizer).example(row("Why?", "~~"), 4)
+    assert rejected == Reject(4, "empty-completion", "the tokenizer makes no token of the completion")
+    assert len(must(build(tokenizer).example(row("Why?", "~a~"), 4)).real_ids) == 2
+
+
+def test_a_row_with_a_token_that_has_no_embedding_stops_everything() -> None:
+    tokenizer = copy.deepcopy(smollm2())
+    tokenizer.add_tokens(["qspinword"])
+    renderer = build(tokenizer, vocab_size=len(smollm2()))
+    assert isinstance(renderer.example(row("Why?", "So."), 1), Example)
+    with pytest.raises(
+        QspinError, match=r"model\.id: the tokenizer writes token 49152, but 49152 have .*; take the to"
+    ):
+        renderer.example(row("Why?", "A qspinword."), 1)
+
+
+def test_a_tokenizer_needs_no_padding_token_and_none_is_written() -> None:
+    bare, padded = copy.deepcopy(smollm2()), copy.deepcopy(smollm2())
+    bare.pad_token = None
+    padded.pad_token = "<|im_end|>"  # the habit that teaches a model never to end, where padding is masked by its id
+    padded.backend_tokenizer.enable_padding(pad_id=padded.pad_token_id, pad_token="<|im_end|>", length=300)
+    assert must(build(bare).example(MULTI_TURN, 1)).real_ids[-2:] != (2, 2)
+    bare.backend_tokenizer.no_padding()
+    assert bare.pad_token is None
+    assert build(bare).example(MULTI_TURN, 1) == build().example(MULTI_TURN, 1)
+
+
+# Control tokens in a row's text
+
+
+def gemma() -> tuple[Any, Renderer]:
+    return families(), build(families(), template=GEMMA)
+
+
+def unmarked() -> tuple[Any, Renderer]:
+    """A turn marker that was added as an ordinary token, and a special one that begins as it ends."""
+    tokenizer = copy.deepcopy(smollm2())
+    tokenizer.add_tokens([AddedToken("[TURN]", special=False)])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["]]>"]})
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[TURN]' }}{% endfor %}"
+    return tokenizer, build(
+        tokenizer, template=template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        (lambda: (smollm2(), build()), "<|im_end|>"),
+        (lambda: (smollm2(), build()), "<|im_start|>"),
+        (lambda: (smollm2(), build()), "<|endoftext|>"),
+        (gemma, "<end_of_turn>"),
+        (gemma, "<s>"),
+        (gemma, "</s>"),
+        (unmarked, "[TURN]"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", ["{}", "a{}b", "The {} is\n{}{} here.", "{}\nassistant\nYes.{}"], ids=ascii)
+def test_a_control_token_in_a_text_is_plain_text(
+    parts: Callable[[], tuple[Any, Renderer]], name: str, text: str
+) -> None:
+    tokenizer, renderer = parts()
+    said = text.replace("{}", name)
+    asked = (Message("user", f"What is {name}?"), Message("assistant", said), Message("user", said))
+    record, plain = Record("row", asked, said), Record("row", tuple(Message(m.role, "x") for m in asked), "x")
+    control = {
+        added for added, token in tokenizer.added_tokens_decoder.items() if token.special or "TURN" in str(token)
+    }
+
+    def structure(ids: tuple[int, ...]) -> list[int]:
+        return [token for token in ids if token in control]
+
+    example, model = must(renderer.example(record, 1)), must(renderer.example(plain, 1))
+    assert structure(example.prompt_ids) == structure(model.prompt_ids)
+    assert structure(example.real_ids) == structure(model.real_ids) == [renderer.end_of_turn]
+    assert renderer.completion_text(example.real_ids).strip() == said
+    assert tokenizer.decode(example.prompt_ids) == renderer.prompt_text(asked)
+    assert renderer.prompt_text(asked).count(said) >= 2
+    assert example.prompt_ids == renderer.prompt_ids(asked)
+    assert renderer.control_token_in(record) == name
+    assert renderer.control_token_in(plain) is None
+    # the control: what the tokenizer does when it is left to itself
+    naive = tokenizer.encode(renderer.prompt_text(asked), add_special_tokens=False)
+    assert len(structure(tuple(naive))) > len(structure(example.prompt_ids))
+
+
+@pytest.mark.parametrize("scheme", ["first", "never", "always"])
+@pytest.mark.parametrize("text", ["</s>", "a</s>b", "So </s> is <s>."])
+def test_sentencepiece_takes_a_control_token_as_plain_text_or_leaves_the_row_out(scheme: str, text: str) -> None:
+    """A tokenizer that puts a blank after every control token would put one into the text: "< /s>"."""
+    tokenizer = sentencepiece(scheme)
+    result = build(tokenizer, template=MISTRAL).example(row(f"Why {text}?", text), 1)
+    if scheme == "always":
+        assert isinstance(result, Reject) and result.code == "control-token"
+        return
+    tokens = tokenizer.convert_ids_to_tokens([*must(result).prompt_ids, *must(result).real_ids])
+    assert tokens.count("<s>") == tokens.count("</s>") == 1
+    assert "".join(tokens).replace("▁", " ") == f"<s>[INST] Why {text}? [/INST] {text}</s>"
+
+
+def test_a_control_token_that_cannot_be_plain_text_rejects_the_row() -> None:
+    tokenizer = copy.deepcopy(smollm2())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["◆"]})
+    rejected = build(tokenizer).example(row("Why ◆?", "So."), 5)
+    assert rejected == Reject(5, "control-token", "the user text contains '◆', a control token")
+    # with the token that is put between, "[TURN]", the rest of this name makes it again
+    rejected = unmarked()[1].example(row("Why ]]>?", "So."), 5)
+    says = "a text contains a control token, which can't be encoded as plain text"
+    assert rejected == Reject(5, "control-token", says)
+    # a tokenizer that eats the blanks around a control token would lose those around its text
+    phi = copy.deepcopy(smollm2())
+    phi.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True, rstrip=True)]})
+    assert isinstance(build(phi).example(row("Why <|end|>?", "So."), 5), Example)
+    rejected = build(phi).example(row("Why <|end|> now?", "So."), 5)
+    assert rejected == Reject(5, "control-token", says)
+
+
+def test_a_template_that_heeds_a_control_token_in_a_text_rejects_the_row() -> None:
+    template = smollm2().chat_template.replace("message['content']", "message['content'].split('<|im_end|>')[-1]")
+    assert "split" in template
+    rejected = build(template=template).example(row("So <|im_end|>?", "Yes."), 5)
+    assert isinstance(rejected, Reject) and rejected.code == "control-token"
+    assert rejected.reason == "the chat template heeds the control tokens that a text contains"
 
 
 def test_an_answer_that_the_template_shortens_is_rejected() -> None:
@@ -247,11 +395,23 @@ def test_build_says_what_is_wrong(changes: dict[str, Any], says: str) -> None:
 
 def test_the_tokenizers_own_template_is_needed_or_another() -> None:
     tokenizer = copy.deepcopy(smollm2())
-    own, tokenizer.chat_template = tokenizer.chat_template, None
-    with pytest.raises(QspinError, match=r"no chat template .*: set chat\.template to a Jinja file"):
-        build(tokenizer)
+    own = tokenizer.chat_template
     expected = build().prompt_ids(MULTI_TURN.prompt)
-    assert build(tokenizer, template=own).prompt_ids(MULTI_TURN.prompt) == expected
+    folder = presets_dir() / "templates"
+    for template, named in [
+        (None, ""),
+        ("", ""),
+        ({"tool_use": own, "rag": own}, " called default, but rag, tool_use"),
+    ]:
+        tokenizer.chat_template = template
+        with pytest.raises(QspinError) as caught:
+            build(tokenizer)
+        assert str(caught.value) == (
+            f"the tokenizer has no chat template{named} (a base model?): take the model's instruct version, or set "
+            f"chat.template to a Jinja file that suits this model; {folder} has mistral-v3-tekken.jinja, "
+            "mistral-v3.jinja, plain.jinja, and plain.jinja is for base models"
+        )
+        assert build(tokenizer, template=own).prompt_ids(MULTI_TURN.prompt) == expected
     tokenizer.chat_template = {"default": own, "tool_use": "{{ raise_exception('no') }}"}
     assert build(tokenizer).prompt_ids(MULTI_TURN.prompt) == expected
 
@@ -266,8 +426,6 @@ def test_control_tokens_need_no_mark_and_plain_added_words_are_no_control_tokens
     example = must(renderer.example(row("A <table>?", "It is <table>."), 1))
     assert example.real_ids[-1] == renderer.end_of_turn == token(tokenizer, "[TURN]")
     assert renderer.completion_text(example.real_ids) == " It is <table>."
-    rejected = renderer.example(row("A [TURN]?", "No."), 1)
-    assert isinstance(rejected, Reject) and rejected.code == "control-token"
 
 
 # Families
@@ -321,14 +479,21 @@ def test_qwen3_needs_its_switch_in_prompt_and_conversation_alike() -> None:
     assert tokenizer.decode(example.real_ids) == "So.<|im_end|>"
 
 
-def test_mistral_with_sentencepiece_keeps_its_space_in_the_completion() -> None:
+def sentencepiece(scheme: str) -> Any:
     backend = Tokenizer(models.BPE(byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=True)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.decoder = decoders.Sequence([backend.decoder, decoders.Strip(" ", 1, 0)])
     words = ["[INST] Why is that so? [/INST] Because it is."] * 2
-    backend.train_from_iterator(words, trainers.BpeTrainer(vocab_size=80, special_tokens=["<s>", "</s>"]))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=120, special_tokens=["<s>", "</s>"], initial_alphabet=list("</>.?[] abcdefghijklmnopqrstuvwxyz")
+    )
+    backend.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_mistral_with_sentencepiece_keeps_its_space_in_the_completion() -> None:
+    tokenizer = sentencepiece("first")
     renderer = build(tokenizer, template=MISTRAL)
     example = must(renderer.example(row("Why is it?", "Because so."), 1))
     pieces = renderer.pieces(example)

@@ -143,6 +143,7 @@ def test_help_names_every_option_that_people_reach_for() -> None:
         "lr",
         "seed",
         "format",
+        "strict",
         "set",
         "dry-run",
         "json",
@@ -206,17 +207,47 @@ def test_no_model() -> None:
 
 
 def test_a_missing_data_file(tiny: Path) -> None:
-    assert refusal("run", "--model", tiny, "--data", "none.jsonl", "--out", "x") == "none.jsonl: no such file"
+    said = "none.jsonl: no such file; check the path"
+    assert refusal("run", "--model", tiny, "--data", "none.jsonl", "--out", "x") == said
+
+
+BAD_ROWS = '{"prompt": "a", "completion": "b"}\n{"prompt": broken\n'
 
 
 def test_a_file_of_bad_rows_is_called_that_and_not_too_short(tiny: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": broken\n')
-    answer = call("run", "--model", tiny, "--data", path, "--out", tmp_path / "run")
-    assert (answer.code, answer.err.splitlines()[0]) == (
-        1, "error: 1 of 2 rows are malformed, more than data.max_malformed_share = 0.05 allows:"
-    )  # fmt: skip
-    assert not (tmp_path / "run").exists()
+    path, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    path.write_text(BAD_ROWS)
+    said = (
+        f"{path}: 1 of 2 rows are malformed, more than data.max_malformed_share = 0.05 allows: 1 broken-json (line 2 "
+        "is broken JSON: Expecting value: column 12); mend them, or raise it"
+    )
+    assert refusal("run", "--model", tiny, "--data", path, "--out", out, "--dry-run") == said
+    assert not out.exists()
+    kept = RunDir(out).rejects
+    assert refusal("run", "--model", tiny, "--data", path, "--out", out) == f"{said}; all that were left out: {kept}"
+    assert [(row["source"], row["line"], row["code"]) for row in read_jsonl(kept)] == [(str(path), 2, "broken-json")]
+    assert refusal("run", "--model", tiny, "--data", path, "--out", out).startswith(said), (
+        "the folder can be used again"
+    )
+
+
+def test_strict_names_how_many_rows_the_first_and_where_to_look(tiny: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows = [{"prompt": f"What is {n % 50}?", "completion": f"It is {n % 50}."} for n in range(52)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["run", "--model", tiny, "--data", path, "--out", out]
+    dry = call(*arguments, "--dry-run")
+    assert (dry.code, dry.err) == (0, "")
+    assert "40 training rows, 10 held out, 2 left out: 2 duplicate (line 51 says the same as line 1)\n" in dry.out
+    for option in (["--strict"], ["--set", "data.strict=true"]):
+        answer = call(*arguments, *option, columns=60)
+        assert (answer.code, answer.out) == (1, "")
+        assert answer.err == (
+            f"error: {path}: 2 of 52 rows can't be used, and --strict (data.strict) allows none: the first is line 51, "
+            "duplicate: says the same as line 1; mend them, or go on without; all that were left out: "
+            f"{out / 'rejects.jsonl'}\n"
+        )
+        assert [row["line"] for row in read_jsonl(out / "rejects.jsonl")] == [51, 52]
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
@@ -278,10 +309,8 @@ def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
     command = process("run", "--model", tiny, "--data", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
     out, err = command.communicate()
     assert (command.returncode, out) == (1, "")
-    first, *rest = err.splitlines()
-    assert first.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good:")
-    assert len(rest) == 1
-    assert "broken-json" in rest[0]
+    (line,) = err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good: 1 broken-json (line 1 is ")
 
 
 def test_a_status_of_no_run(tmp_path: Path) -> None:

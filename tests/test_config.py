@@ -410,6 +410,7 @@ FREE: dict[str, Any] = {
     "chat.template": "elsewhere.jinja",
     "data.source": "elsewhere.jsonl",
     "data.heldout_source": "elsewhere.jsonl",
+    "data.strict": True,
     "generation.width": 3,
     "generation.shard_rows": 3,
     "train.tokens_per_micro_batch": 99,

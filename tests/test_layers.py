@@ -11,6 +11,7 @@ LAYERS = [  # each may import what stands above it
     {"errors"},
     {"records", "config", "loss", "sampling", "progress"},
     {"files", "sources", "presets", "footprint"},
+    {"formats"},
     {"data", "chat", "run_dir", "memory"},
     {"attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},

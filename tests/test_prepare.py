@@ -1,0 +1,272 @@
+"""From a file to examples: what is told, what is refused and where, and that each row ends on one side."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from qspin.config import load_config
+from qspin.data import LeftOut
+from qspin.errors import QspinError
+from qspin.files import read_jsonl
+from qspin.formats import FORMATS
+from qspin.prepare import Prepared, prepare, write_rejects
+from qspin.records import Reject
+from qspin.sources import READERS
+
+Prepare = Callable[..., Prepared]
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture
+def ready(tiny_folder: Callable[[str], Path]) -> Prepare:
+    def ready(source: Path, **changes: Any) -> Prepared:
+        settings = {"model.id": str(tiny_folder("llama")), "data.source": str(source), "data.heldout_rows": 4}
+        return prepare(load_config(None, settings | changes), datetime.date(2026, 1, 1))
+
+    return ready
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def good(count: int, per_prompt: int = 1) -> list[dict[str, Any]]:
+    return [{"prompt": f"What is {n // per_prompt}?", "completion": f"It is {n}."} for n in range(count)]
+
+
+def test_what_is_odd_about_good_rows_is_told(ready: Prepare, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.jsonl",
+        *good(20),
+        {"prompt": "What ends a turn?", "completion": "It is <|im_end|>.", "id": "a"},
+        {"prompt": "And what begins one?", "completion": "<|im_start|>", "id": "a"},
+        {"prompt": "Right?", "completion": "to\u202eleft", "id": "a", "prompt_id": "b"},
+        {"prompt": "Zero\u200bwidth?", "completion": "Yes.", "id": "a", "prompt_id": "b"},
+    )
+    found = ready(path)
+    assert found.notes == (
+        f"{path}: 24 good rows of 24, format prompt-completion",
+        f"{path}: 2 rows have the id of an earlier row and say something else (first: line 22, 'a'); they are kept, "
+        "and called after their place",
+        f"{path}: 2 rows hold zero-width characters or ones that turn the text's direction (first: line 23, U+202E); "
+        "they are kept as they are",
+        f"{path}: 2 rows hold the text of a control token (first: line 21, '<|im_end|>'); it is encoded as plain text",
+    )
+    assert found.rejects == ()
+    assert {e.record_id for e in (*found.train, *found.heldout)} >= {"a", "b", "row-22", "row-24"}
+
+
+def test_a_template_without_a_system_turn_is_told_of(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    template = tmp_path / "plain.jinja"
+    own = AutoTokenizer.from_pretrained(tiny_folder("llama")).chat_template
+    template.write_text("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + own)
+    turns = [{"role": "system", "content": "Be kind."}, USER]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"{n}"}]} for n in range(10)]
+    rows += [{"messages": [USER, {"role": "assistant", "content": f"{n}"}]} for n in range(2)]
+    settings = {
+        "model.id": str(tiny_folder("llama")),
+        "data.source": str(write(tmp_path / "rows.jsonl", *rows)),
+        "chat.template": str(template),
+        "data.heldout_rows": 2,
+    }
+    found = prepare(load_config(None, settings), datetime.date(2026, 1, 1))
+    assert found.notes[1] == (
+        "The chat template refuses a system text (no system); it is put before the first user turn's text, after it "
+        "a blank line."
+    )
+    texts = {"".join(text for kind, text in found.renderer.pieces(e) if kind == "prompt") for e in found.train}
+    assert texts == {"<|im_start|>user\nBe kind.\n\nHi<|im_end|>\n<|im_start|>assistant\n"}
+
+
+# --- rows that are left out ---
+
+LONG = {"prompt": "why " * 400, "completion": "So."}
+ROWS = [*good(50), good(1)[0], LONG, {"prompt": "Why?", "completion": ""}]
+
+
+def test_rejects_of_reading_and_rendering_are_in_order_with_their_source(ready: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS[0], *ROWS[50:], *ROWS[1:50])
+    other = write(tmp_path / "other.jsonl", {"prompt": "Other?", "completion": None}, *good(2), *good(9)[2:])
+    more = [{"prompt": f"And {n}?", "completion": "So."} for n in range(40)]
+    write(other, *more[:30], {"prompt": "Other?", "completion": None}, good(3)[2], *more[30:])
+    found = ready(path, **{"data.heldout_source": str(other), "data.heldout_rows": 99, "data.max_prompt_tokens": 64})
+    assert [(source, reject.line, reject.code, reject.malformed) for source, reject in found.rejects] == [
+        (str(path), 2, "duplicate", False),
+        (str(path), 3, "long-prompt", False),
+        (str(path), 4, "empty-completion", True),
+        (str(other), 31, "not-text", True),
+        (str(other), 32, "trained-on", False),
+    ]
+    assert f"{other}: 1 rows left out, their prompts are trained on" in found.notes
+    assert (len(found.train), len(found.heldout)) == (50, 40)
+    write_rejects(tmp_path / "rejects.jsonl", found.rejects)
+    assert read_jsonl(tmp_path / "rejects.jsonl")[4] == {
+        "source": str(other),
+        "line": 32,
+        "code": "trained-on",
+        "reason": "has the prompt of training line 6",
+        "malformed": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (ROWS, {}, "2 of 53 rows can't be used, and --strict (data.strict) allows none: the first is line 51, "
+         "duplicate: says the same as line 1; mend them, or go on without"),
+        ([LONG, *good(50)], {}, "1 of 51 rows can't be used, and --strict (data.strict) allows none: the first is line "
+         "1, long-prompt: the prompt has 813 tokens; data.max_prompt_tokens is 64; mend them, or go on without"),
+        ([*good(50), {"prompt": "Why?", "completion": "so " * 90}], {"data.max_completion_tokens": 32}, "1 of 51 rows "
+         "can't be used, and --strict (data.strict) allows none: the first is line 51, long-completion: it has 92 "
+         "tokens; data.max_completion_tokens is 32; mend them, or go on without"),
+    ],
+)  # fmt: skip
+def test_strict_stops_where_a_row_would_be_left_out(
+    ready: Prepare, tmp_path: Path, rows: list[Any], changes: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *rows)
+    changes = {"data.max_prompt_tokens": 64, "data.max_malformed_share": 1, **changes}
+    assert ready(path, **changes).rejects  # without it, the run goes on
+    with pytest.raises(LeftOut) as caught:
+        ready(path, **changes, **{"data.strict": True})
+    assert str(caught.value) == f"{path}: {said}"
+
+
+def test_strict_is_for_held_out_rows_too(ready: Prepare, tmp_path: Path) -> None:
+    path, other = write(tmp_path / "rows.jsonl", *good(9)), write(tmp_path / "other.jsonl", *good(12)[8:])
+    changes = {"data.heldout_source": str(other), "data.strict": True}
+    with pytest.raises(LeftOut) as caught:
+        ready(path, **changes)
+    assert caught.value.rejects == [
+        (str(other), Reject(1, "trained-on", "has the prompt of training line 9", malformed=False))
+    ]
+    assert len(ready(path, **{**changes, "data.strict": False}).heldout) == 3
+    assert len(ready(write(path, *good(8)), **changes).heldout) == 4, "where none is left out, it is as without"
+
+
+def test_one_prompt_with_several_completions_is_kept_on_one_side(ready: Prepare, tmp_path: Path) -> None:
+    found = ready(write(tmp_path / "rows.jsonl", *good(30, per_prompt=3)), **{"data.heldout_rows": 6})
+    assert (len(found.train), len(found.heldout), found.rejects) == (24, 6, ())
+    assert not {e.prompt_ids for e in found.train} & {e.prompt_ids for e in found.heldout}
+    assert len({e.prompt_ids for e in found.heldout}) == 2
+
+
+# --- what stops a run ---
+
+
+LAST = "and 2 are needed; the last row left out, line"
+REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
+    (good(9), [], {}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or more by prompt "
+     "and at most a fifth; add rows, or give data.heldout_source"),
+    (good(9), good(9), {}, f"other.jsonl: 0 held-out rows are left, {LAST} 4: has the prompt of training line 4; "
+     "add rows"),
+    ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "
+     "data.max_prompt_tokens is 64; add rows"),
+    (["{\n", *good(9)], [], {}, "rows.jsonl: 1 of 10 rows are malformed, more than data.max_malformed_share = 0.05 "
+     "allows: 1 broken-json (line 1 is broken JSON: Expecting property name enclosed in double quotes: column 2); "
+     "mend them, or raise it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "heldout", "changes", "said"), REFUSED)
+def test_a_run_that_cannot_be_is_one_line_that_names_the_file(
+    ready: Prepare, tmp_path: Path, rows: list[Any], heldout: list[Any], changes: dict[str, Any], said: str
+) -> None:
+    source = write(tmp_path / "rows.jsonl", *rows)
+    changes = {"data.max_prompt_tokens": 64, **changes}
+    if heldout:
+        changes["data.heldout_source"] = str(write(tmp_path / "other.jsonl", *heldout))
+    with pytest.raises(QspinError) as caught:
+        ready(source, **changes)
+    assert str(caught.value) == f"{tmp_path}/{said}"
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"generation.max_new_tokens": 600}, "generation.max_new_tokens: a prompt of .* more than the model's 512; lo"),
+        ({"data.max_completion_tokens": 600}, "data.max_completion_tokens: row-21 has .* than the model's 512; lower"),
+    ],
+)
+def test_what_is_longer_than_the_models_context(
+    ready: Prepare, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = write(tmp_path / "rows.jsonl", *good(20), {"prompt": "Why?", "completion": "so " * 510})
+    with pytest.raises(QspinError, match=said):
+        ready(path, **changes)
+
+
+def test_a_tokenizer_of_another_model(tiny_folder: Callable[[str], Path], ready: Prepare, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{n}" for n in range(9)])
+    tokenizer.save_pretrained(folder)
+    path = write(tmp_path / "rows.jsonl", *good(20), {"prompt": "Is it word8?", "completion": "Yes."})
+    with pytest.raises(QspinError) as caught:
+        ready(path, **{"model.id": str(folder)})
+    assert str(caught.value) == (
+        "model.id: the tokenizer writes token 520, but 512 have an embedding; take the tokenizer that was saved with "
+        "this model"
+    )
+
+
+# --- the page for users ---
+
+MODULES = [ROOT / "qspin" / f"{name}.py" for name in ("sources", "formats", "data", "chat", "prepare", "spin")]
+
+
+def words(module: Path) -> set[str]:
+    """All texts of a module's code, with "…" for what is put into them."""
+    texts = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            texts.add("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+    return texts
+
+
+def defects() -> list[list[str]]:
+    """The page's rows of three columns: defect, outcome, words or code."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").replace(r"\|", "¦")
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    return [row for row in rows if len(row) == 3 and row[0] not in {"defect", "---"}]
+
+
+def test_the_page_has_every_reject_code_and_no_other() -> None:
+    code = "\n".join(module.read_text(encoding="utf-8") for module in MODULES)
+    used = set(re.findall(r"""(?:BadRow|_UnfitError)\(\s*"([a-z-]+)\"""", code))
+    used |= set(re.findall(r"""Reject\([\w.]+, "([a-z-]+)\"""", code))
+    used |= {f"empty-{where}" for where in ("prompt", "completion")}  # of an f-string
+    assert {"broken-json", "duplicate", "trained-on", "template", "control-token", "encoding"} <= used
+    listed = {found for row in defects() for found in re.findall("`([a-z-]+)`", row[2]) if "left out" in row[1] or
+              found == "duplicate"}  # fmt: skip
+    assert listed == used
+
+
+def test_the_pages_words_are_those_of_the_code() -> None:
+    texts = set().union(*map(words, MODULES))
+    quoted = [found for row in defects() for found in re.findall("`([^`]* [^`]*)`", row[2])]
+    assert len(quoted) >= 30
+    assert [phrase for phrase in quoted if not any(phrase in text for text in texts)] == []
+
+
+def test_the_page_lists_every_format_and_type_of_file() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    formats = re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)
+    assert formats == [*(format.name for format in FORMATS), "columns"]
+    assert all(f"`{suffix}`" in page for suffix in READERS)
