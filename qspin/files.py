@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error:
         raise QspinError(f"{path}: damaged or unreadable ({error}); delete it and run again") from None
+
+
+def kept_json(path: Path, make: Callable[[], Any]) -> Any:
+    """A value that is made once, before the work, and read back ever after."""
+    if not path.is_file():
+        write_json(path, make())
+    return read_json(path)
 
 
 @contextlib.contextmanager

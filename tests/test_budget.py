@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qspin import budget, memory, spin, training
+from qspin import answering, budget, memory, spin, training
 from qspin.budget import MOST_ROWS, SHARE, rows_at_once, smaller, token_budget
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -211,7 +211,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spin.run(prepared, tmp_path / "enough", Notes())
-    real = spin.generate
+    real = answering.generate
     widths = []
 
     def generate(*args: Any, width: int, **rest: Any) -> Any:
@@ -220,7 +220,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
             raise torch.OutOfMemoryError
         return real(*args, width=width, **rest)
 
-    monkeypatch.setattr(spin, "generate", generate)
+    monkeypatch.setattr(answering, "generate", generate)
     progress = Notes()
     spin.run(prepared, tmp_path / "little", progress)
     assert widths == [8, 4, 2]
@@ -238,7 +238,7 @@ def test_memory_that_never_suffices_is_one_line(
     def refuse(*_: Any, **__: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(spin, "generate", refuse)
+    monkeypatch.setattr(answering, "generate", refuse)
     with pytest.raises(QspinError, match=r"^out of memory \(.*\); close other programs, set generation\.width lower"):
         spin.run(prepared, tmp_path / "none", Notes())
 

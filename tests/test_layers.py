@@ -19,6 +19,8 @@ LAYERS = [  # each may import what stands above it
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start"},
     {"report", "record"},
+    {"game"},
+    {"answering", "learning", "measuring"},
     {"spin", "view", "track", "card", "export"},
     {"doctor", "push"},
     {"cli"},
