@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
+from qspin.errors import QspinError
 from qspin.files import kept_json, write_json, write_jsonl
 from qspin.game import Game
 from qspin.generation import Completion, Request, generate
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
 from qspin.records import Pair
 from qspin.sampling import noise_key
+from qspin.stopping import check_stop
 
 SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads faster
 
@@ -20,7 +23,7 @@ def answer(game: Game, iteration: int) -> None:
     """One completion of each training prompt, sampled from iteration t's opponent."""
     folder, rows = game.dir.iteration(iteration), len(game.prepared.train)
     size = game.config.generation.shard_rows
-    plan = kept_json(
+    plan: dict[str, Any] = kept_json(
         folder.generation_plan,
         lambda: {
             "width": game.width,
@@ -36,15 +39,20 @@ def answer(game: Game, iteration: int) -> None:
     if missing:
         game.model.set_adapter(game.opponent(iteration))
         begin()
+    failures = 0
     while missing:
         index, shard = missing[0]
         started = time.monotonic()
         try:
             with refusals_told():
                 pairs = _pairs(game, iteration, shard, plan["width"])
-        except OutOfMemory:
-            if plan["width"] == 1:
-                raise
+        except OutOfMemory as error:
+            failures += 1
+            if failures == ATTEMPTS or plan["width"] == 1:
+                raise QspinError(
+                    f"generate: out of memory {failures} times in a row, with {plan['width']} completions side by side "
+                    f"in the end ({error}); close other programs, or set generation.width lower"
+                ) from None
             plan["width"] //= 2
             write_json(folder.generation_plan, plan)
             game.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
@@ -53,6 +61,7 @@ def answer(game: Game, iteration: int) -> None:
         write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         folder.add_seconds("generate", time.monotonic() - started)
         missing.pop(0)
+        failures = 0
 
 
 def _pairs(game: Game, iteration: int, rows: Sequence[int], width: int) -> list[Pair]:
@@ -63,6 +72,7 @@ def _pairs(game: Game, iteration: int, rows: Sequence[int], width: int) -> list[
 
     def on_step(new: int, done: float) -> None:
         nonlocal tokens
+        check_stop()
         tokens += new
         game.progress.advance(done, **{"tokens/s": tokens / (time.monotonic() - started)})
 

@@ -14,6 +14,7 @@ from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
+from qspin.room import check_room
 from qspin.run_dir import RunDir
 
 
@@ -34,13 +35,14 @@ class Game:
         """Load the model for a folder that is ours.
 
         Raises:
-            QspinError: the folder is of another run; the base or the optimiser can't be used.
+            QspinError: the folder is of another run; the base or the optimiser can't be used; the disk has no room.
         """
         config = prepared.config
         torch.set_num_threads(open_run(prepared, run_dir))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = SlotModel.load(prepared.base, config.model, config.lora, seed=config.seed, device=device)
         verify_base(run_dir, model)
+        check_room(prepared, run_dir, sum(parameter.nbytes for parameter in model.parameters.values()))
         # an optimiser that this device lacks should be heard of now, not after hours of generating
         make_optimizer(config.train, list(model.parameters.values()), device)
         width = _width(prepared, run_dir, model)

@@ -6,16 +6,16 @@ memory in the same way.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from qspin.budget import smaller, token_budget
+from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.files import commit_folder, kept_json, read_json, read_jsonl, write_jsonl
+from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_jsonl
 from qspin.game import Game
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
 from qspin.model import Adapter
 from qspin.optimisation import Metrics, step_order, steps_kept
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
@@ -23,8 +23,14 @@ from qspin.record import verify_base
 from qspin.records import Pair, Score
 from qspin.run_dir import IterationDir
 from qspin.scoring import score_pairs
+from qspin.stopping import check_stop, stops_held
 from qspin.training import Task, train
 from qspin.warm_start import train_supervised
+
+
+def trained_on(config: RunConfig, iteration: int) -> range:
+    """The iterations whose pairs iteration t learns from: its own, and `train.mix_previous` before it."""
+    return range(max(0, iteration - config.train.mix_previous), iteration + 1)
 
 
 def learn(game: Game, iteration: int) -> None:
@@ -67,16 +73,15 @@ def warm_start(game: Game) -> None:
 
     _fit(game, folder, rows, work, start=game.start)
     game.budget = None  # found for rows half as long as those to come
-    shutil.rmtree(folder.snapshots, ignore_errors=True)
 
 
 def _pairs(game: Game, iteration: int) -> list[Pair]:
-    """What iteration t trains on: its own pairs and those of `train.mix_previous` iterations before it.
+    """What iteration t trains on.
 
     A completion equal to the real one teaches nothing (its gradient is zero) and is left out.
     """
     found: list[Pair] = []
-    for past in range(max(0, iteration - game.config.train.mix_previous), iteration + 1):
+    for past in trained_on(game.config, iteration):
         folder = game.dir.iteration(past)
         for shard in range(len(read_json(folder.generation_plan)["shards"])):
             found += [Pair.from_json(row) for row in read_jsonl(folder.generated(shard))]
@@ -97,24 +102,34 @@ def _pairs(game: Game, iteration: int) -> list[Pair]:
 def _fit(
     game: Game, folder: IterationDir, pairs: Sequence[Pair], work: Callable[[Plan, int], None], *, start: Adapter
 ) -> None:
-    """Do what commits an adapter, by a plan; in smaller micro-batches, from the start, if memory does not hold one.
+    """Do what commits an adapter, by a plan; in smaller micro-batches if memory does not hold one.
 
     Args:
         work: what to do, given the plan and how many tokens all prompts begin with.
         start: who is put into the slot.
     """
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    failures, reached = 0, steps_kept(folder.snapshots)
     while not folder.adapter.is_dir():
         game.model.set_adapter(start)
         plan = _plan(game, folder, pairs, prefix)
         try:
             with refusals_told():
                 work(plan, prefix)
-        except OutOfMemory:
+        except OutOfMemory as error:
+            failures = 1 if steps_kept(folder.snapshots) > reached else failures + 1
+            reached = steps_kept(folder.snapshots)
+            if failures == ATTEMPTS:
+                raise QspinError(
+                    f"{folder.path.name}: out of memory {failures} times in a row, with {game.budget} tokens at once "
+                    f"in the end ({error}); close other programs, set train.gradient_checkpointing=true, or take a "
+                    "smaller model"
+                ) from None
             game.budget = smaller(pairs, plan, prefix)
-            shutil.rmtree(folder.scores(0).parent, ignore_errors=True)  # before the plan that they belong to
-            folder.training_plan.unlink()
+            remove(folder.scores(0).parent)  # before the plan that they belong to
+            remove(folder.training_plan)
             game.progress.note(f"memory does not hold so many tokens; on with {game.budget} at once")
+    remove(folder.snapshots)
 
 
 def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> Plan:
@@ -124,15 +139,15 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
     def plan(budget: int) -> Plan:
         return plan_batches(lengths, batch_size=config.batch_size, token_budget=budget, seed=game.config.seed)
 
-    def make() -> Plan:
+    def make() -> dict[str, Plan]:
         asked = config.tokens_per_micro_batch
         if game.budget is None:
             game.model.use_gradient_checkpointing(config.gradient_checkpointing)
             game.budget = asked if isinstance(asked, int) else token_budget(game.model, pairs, plan, prefix)
-        return plan(game.budget)
+        return {"batches": plan(game.budget)}
 
-    found: Plan = kept_json(folder.training_plan, make)
-    return found
+    batches: Plan = kept_json(folder.training_plan, make)["batches"]
+    return batches
 
 
 def _score(game: Game, folder: IterationDir, task: Task) -> Task:
@@ -140,6 +155,7 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
     game.progress.phase("score", iteration=task.iteration, total=len(task.pairs), done=0, unit="pairs")
     scores: list[Score] = []
     for index, micro_batches in enumerate(task.plan):
+        check_stop()
         path = folder.scores(index)
         if path.is_file():
             shard = [Score(**row) for row in read_jsonl(path)]
@@ -178,6 +194,8 @@ def _optimise(
 
     metrics = work(on_step)
     verify_base(game.dir, game.model)
-    write_jsonl(folder.metrics, metrics)
-    with commit_folder(folder.adapter) as temporary:
-        game.model.save_adapter(temporary)
+    need = sum(parameter.nbytes for parameter in game.model.parameters.values())
+    with stops_held():
+        write_jsonl(folder.metrics, metrics)
+        with commit_folder(folder.adapter, need=need) as temporary:
+            game.model.save_adapter(temporary)

@@ -9,13 +9,13 @@ the last of them and ends in the same bytes.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from qspin.answering import answer
+from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.game import Game
-from qspin.learning import learn, warm_start
+from qspin.learning import learn, trained_on, warm_start
 from qspin.measuring import measure
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.prepare import Prepared
@@ -29,6 +29,8 @@ def run(prepared: Prepared, out: Path, progress: Progress) -> None:
     run_dir = RunDir(out)
     try:
         with run_dir.lock(), refusals_told():
+            for note in take_away_damaged(run_dir):
+                progress.note(note)
             play(Game.open(prepared, run_dir, progress))
     except OutOfMemory as error:
         raise QspinError(
@@ -44,10 +46,8 @@ def play(game: Game) -> None:
         measure(game, game.dir.warm_start, None)
     for iteration in range(game.config.iterations):
         folder = game.dir.iteration(iteration)
-        if folder.done:
-            continue
         if not folder.adapter.is_dir():
-            answer(game, iteration)  # generate: one completion per prompt, sampled from the opponent
+            for earlier in trained_on(game.config, iteration):  # all but the last are there, unless damaged since
+                answer(game, earlier)  # generate: one completion per prompt, sampled from the opponent
             learn(game, iteration)  # score both under the opponent, train against it, commit the next opponent
-        shutil.rmtree(folder.snapshots, ignore_errors=True)
         measure(game, folder, iteration)  # evaluate on held-out rows

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"records", "config", "loss", "sampling", "progress", "memory"},
+    {"records", "config", "loss", "sampling", "progress", "memory", "stopping"},
     {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
     {"attention", "lora", "base", "meter", "merge", "ollama"},
@@ -18,7 +18,7 @@ LAYERS = [  # each may import what stands above it
     {"generation", "scoring"},
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start"},
-    {"report", "record"},
+    {"report", "record", "damage", "room"},
     {"game"},
     {"answering", "learning", "measuring"},
     {"spin", "view", "track", "card", "export"},
