@@ -193,9 +193,9 @@ def _optimise(
         started = time.monotonic()
 
     metrics = work(on_step)
-    verify_base(game.dir, game.model)
     need = sum(parameter.nbytes for parameter in game.model.parameters.values())
-    with stops_held():
+    with stops_held():  # there may be no snapshot of the last steps
+        verify_base(game.dir, game.model)
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter, need=need) as temporary:
             game.model.save_adapter(temporary)

@@ -66,35 +66,34 @@ def optimise(
     optimizer = make_optimizer(config, parameters, model.device)
     order = step_order(len(plan), epochs, seed)
     metrics = _restore(model, optimizer, snapshots)
-    saved_at = time.monotonic()
-    for step in range(len(metrics), len(order)):
-        rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = plan[order[step]]
-        between_steps = True
-        try:
+    saved_at, between_steps = time.monotonic(), True
+    try:
+        for step in range(len(metrics), len(order)):
             check_stop()
+            batch = plan[order[step]]
+            rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             with refusals_told():
                 figures = objective(batch, step)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
                 if not math.isfinite(norm):
                     raise _not_finite([record_ids[index] for micro_batch in batch for index in micro_batch])
-                between_steps = False
                 with stops_held():
+                    between_steps = False
                     optimizer.step()
                     metrics.append({"step": step, "epoch": step // len(plan), "lr": rate, **figures, "grad_norm": norm})
                     between_steps = True
-        except (OutOfMemory, KeyboardInterrupt, SystemExit):
             optimizer.zero_grad()
-            if between_steps and len(metrics) > steps_kept(snapshots):
+            on_step(metrics[-1], sum(len(micro_batch) for micro_batch in batch))
+            if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
                 _save(model, optimizer, snapshots, metrics)
-            raise
+                saved_at = time.monotonic()
+    except (OutOfMemory, KeyboardInterrupt, SystemExit):
         optimizer.zero_grad()
-        on_step(metrics[-1], sum(len(micro_batch) for micro_batch in batch))
-        if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
+        if between_steps and len(metrics) > steps_kept(snapshots):
             _save(model, optimizer, snapshots, metrics)
-            saved_at = time.monotonic()
+        raise
     return metrics
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from qspin.answering import answer
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
+from qspin.files import full_disk_told
 from qspin.game import Game
 from qspin.learning import learn, trained_on, warm_start
 from qspin.measuring import measure
@@ -28,7 +29,7 @@ def run(prepared: Prepared, out: Path, progress: Progress) -> None:
     keep_freed_memory()
     run_dir = RunDir(out)
     try:
-        with run_dir.lock(), refusals_told():
+        with run_dir.lock(), refusals_told(), full_disk_told(out):
             for note in take_away_damaged(run_dir):
                 progress.note(note)
             play(Game.open(prepared, run_dir, progress))

@@ -23,12 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from conftest import Silent
 
 from qspin import spin
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.meter import Meter, measured, to_do, workload
+from qspin.model import SlotModel
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Audience
 from qspin.run_dir import RunDir
@@ -112,6 +114,8 @@ def main() -> None:
     model, data, settings = sys.argv[1:]
     config = load_config(None, {"model.id": model, "data.source": data, **json.loads(settings)})
     prepared = prepare(config, datetime.date(2026, 1, 1))
+    # for what is imported on the way; nothing is computed with it
+    SlotModel.load(prepared.base, config.model, config.lora, seed=0, device=torch.device("cpu"))
     tell("ready")
     for line in sys.stdin:
         tell(json.dumps(serve(prepared, json.loads(line))))
