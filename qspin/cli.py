@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
+from qspin.stopping import CODES, STOPPED, heed_stops
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
@@ -414,24 +413,17 @@ def _quiet_libraries() -> None:
     quiet_libraries()
 
 
-def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(_TERMINATED)
-
-
 def main() -> None:
     """The console script: errors that a user can mend become one line, without a traceback."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    heed_stops()
     try:
         app()
     except QspinError as error:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:
-        if stop.code in {_INTERRUPTED, _TERMINATED}:
-            _fail("stopped; the same command goes on from the last finished piece", int(stop.code))
+        if stop.code in CODES:
+            _fail(STOPPED, int(stop.code))
         raise
-
-
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -26,7 +26,17 @@ from torch import Tensor
 from qspin.base import Base, load_model_config, load_tokenizer, stop_tokens
 from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, commit_folder, existing, read_json, write_json, write_text
+from qspin.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    commit_folder,
+    existing,
+    read_json,
+    read_plain_json,
+    write_json,
+    write_plain_json,
+    write_text,
+)
 from qspin.generation import Request, generate
 from qspin.gguf_file import KINDS, Vocabulary, check_quantizer, check_supported, file_size, quantize_file, write_gguf
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
@@ -153,7 +163,7 @@ def _write_adapter(run_dir: RunDir, index: int, config: RunConfig, folder: Path)
     prepared = prepare(config, template_date(run_dir))
     source = run_dir.iteration(index).adapter
     shutil.copy(source / ADAPTER_WEIGHTS, folder)
-    content = read_json(source / ADAPTER_CONFIG) | {"base_model_name_or_path": prepared.base.name}
+    content = read_plain_json(source / ADAPTER_CONFIG) | {"base_model_name_or_path": prepared.base.name}
     write_text(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
     _save_tokenizer(prepared, folder)
 
@@ -363,20 +373,20 @@ class _Export:
         return _Gguf(file, architecture.to_dict(), vocabulary, text)
 
     def _write_config(self, base: Path, folder: Path) -> None:
-        config = read_json(base / "config.json")
+        config = read_plain_json(base / "config.json")
         config.pop("_name_or_path", None)  # where someone had it once
         if self.dtype == "float32":
             config["torch_dtype" if "torch_dtype" in config else "dtype"] = "float32"
-        write_json(folder / "config.json", config)
+        write_plain_json(folder / "config.json", config)
         self._write_generation_config(base, folder)
 
     def _write_generation_config(self, base: Path, folder: Path) -> None:
         """The base's own, which stops at the tokens that training stopped at."""
         path = base / "generation_config.json"
-        config = read_json(path) if path.is_file() else {}
+        config = read_plain_json(path) if path.is_file() else {}
         config.pop("_from_model_config", None)  # or transformers would make another
         config["eos_token_id"] = sorted(self.prepared.stop_ids)
-        write_json(folder / "generation_config.json", config)
+        write_plain_json(folder / "generation_config.json", config)
 
     def _vocabulary(self, architecture: Any) -> Vocabulary:
         tokenizer, renderer = load_tokenizer(self.base), self.prepared.renderer

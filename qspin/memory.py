@@ -18,18 +18,25 @@ from qspin.footprint import MAPPED
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
+ATTEMPTS = 3  # at one piece of work, each half as large as the one before
+
+# what torch says where it raises a plain RuntimeError
+_REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 class OutOfMemory(Exception):
     """The device refused a tensor. Whoever cut the work into pieces catches it and cuts smaller ones."""
 
 
 @contextlib.contextmanager
 def refusals_told() -> Iterator[None]:
-    """Raise `OutOfMemory` where torch raises one of its errors for a refused allocation."""
+    """Raise `OutOfMemory` where torch, or Python, raises one of its errors for a refused allocation."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-            raise OutOfMemory(str(error).partition("\n")[0]) from None
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if known or any(refusal in str(error) for refusal in _REFUSALS):
+            raise OutOfMemory(str(error).partition("\n")[0] or type(error).__name__) from None
         raise
 
 

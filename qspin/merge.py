@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 2**20  # weights computed at once: 4 MB in fp32, and a few times that for what the sum is made of
@@ -168,12 +168,12 @@ def write_safetensors(merged: Merged, folder: Path) -> None:
         _write_file(merged, list(tensors), folder / name)
     index = merged.base / INDEX
     if index.is_file():
-        content = read_json(index)
+        content = read_plain_json(index)
         content["metadata"] = {
             **content.get("metadata", {}),
             "total_size": sum(merged.size(name) for name in merged.names),
         }
-        write_json(folder / INDEX, content)
+        write_plain_json(folder / INDEX, content)
 
 
 def _write_file(merged: Merged, names: Sequence[str], path: Path) -> None:
@@ -212,7 +212,7 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Stored]]:
     """File name → its tensors in the order of their data."""
     index = folder / INDEX
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = sorted(set(read_plain_json(index)["weight_map"].values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -308,7 +308,7 @@ def _read_adapter(
 ) -> tuple[dict[str, LowRank], dict[str, Stored]]:
     """By the base's names: what is added, and what is replaced as a whole: PEFT saves `modules_to_save` so, and the
     embeddings once an adapter is on one of their ends."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_plain_json(folder / ADAPTER_CONFIG)
     _check_config(config, folder / ADAPTER_CONFIG)
     pairs: dict[str, dict[str, Stored]] = {}
     whole: dict[str, Stored] = {}

@@ -49,7 +49,8 @@ from qspin.files import (
     check_folder,
     read_json,
     read_jsonl,
-    write_json,
+    read_plain_json,
+    write_plain_json,
     write_text,
 )
 from qspin.prepare import load_rows, prepare
@@ -180,7 +181,7 @@ def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     # a name, never a path, whatever wrote the file
     names = {"base_model_name_or_path": base["name"], "revision": base["revision"]}
-    write_json(folder / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | names)
+    write_plain_json(folder / ADAPTER_CONFIG, read_plain_json(adapter / ADAPTER_CONFIG) | names)
     return [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qspin import budget, memory, spin, training
+from qspin import answering, budget, memory, spin, training
 from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -206,7 +206,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
     assert progress.notes[0].startswith("memory does not hold so many tokens; on with ")
 
     little, enough = (tmp_path / name / "iteration-0" for name in ("little", "enough"))
-    plans = [read_json(folder / "training.json") for folder in (little, enough)]
+    plans = [read_json(folder / "training.json")["batches"] for folder in (little, enough)]
     assert [sorted(itertools.chain(*batch)) for batch in plans[0]] == [
         sorted(itertools.chain(*batch)) for batch in plans[1]
     ]
@@ -223,7 +223,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spin.run(prepared, tmp_path / "enough", Notes())
-    real = spin.generate
+    real = answering.generate
     widths = []
 
     def generate(*args: Any, width: int, **rest: Any) -> Any:
@@ -232,7 +232,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
             raise torch.OutOfMemoryError
         return real(*args, width=width, **rest)
 
-    monkeypatch.setattr(spin, "generate", generate)
+    monkeypatch.setattr(answering, "generate", generate)
     progress = Notes()
     spin.run(prepared, tmp_path / "little", progress)
     assert widths == [8, 4, 2]
@@ -250,8 +250,10 @@ def test_memory_that_never_suffices_is_one_line(
     def refuse(*_: Any, **__: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(spin, "generate", refuse)
-    with pytest.raises(QspinError, match=r"^out of memory \(.*\); close other programs, set generation\.width lower"):
+    monkeypatch.setattr(answering, "generate", refuse)
+    with pytest.raises(
+        QspinError, match=r"^generate: out of memory 3 times in a row, with 2 completions side by side in the end"
+    ):
         spin.run(prepared, tmp_path / "none", Notes())
 
 

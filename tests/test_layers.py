@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"records", "config", "loss", "sampling", "progress"},
+    {"records", "config", "loss", "sampling", "progress", "stopping"},
     {"files", "sources", "presets", "footprint"},
     {"formats"},
     {"data", "chat", "run_dir", "memory"},
@@ -19,7 +19,9 @@ LAYERS = [  # each may import what stands above it
     {"generation", "scoring"},
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start", "machine"},
-    {"report", "record", "plan_rows"},
+    {"report", "record", "plan_rows", "damage", "room"},
+    {"game"},
+    {"answering", "learning", "measuring"},
     {"spin", "view", "track", "card", "export", "plan"},
     {"doctor", "push", "plan_view"},
     {"cli"},

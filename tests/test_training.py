@@ -301,7 +301,7 @@ def test_a_resumed_run_ends_in_the_same_bits(optimizer: str, tiny_model: LoadMod
     metrics = train(model, task, config, snapshots=snapshots, on_step=keep)
     trained = model.adapter()
     assert distance(trained, opponent) > 1e-3
-    assert [path.name for path in snapshots.iterdir()] == ["step-000005"]  # older ones are let go
+    assert sorted(path.name for path in snapshots.iterdir()) == ["step-000004", "step-000005"]  # older ones are let go
 
     for step in range(1, 6):  # within both epochs, and before the last step
         fresh = tiny_model()
