@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from qspin import footprint, kv_cache
 from qspin.attention import Lengths, Packed
 from qspin.config import Architecture, load_config, preset_names
 from qspin.errors import QspinError
-from qspin.files import read_json
 from qspin.footprint import Batch, Footprint, count_parameters, read_shape
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
@@ -230,7 +230,7 @@ def test_a_forward_pass_keeps_the_bytes_that_were_counted(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_shape_is_read_from_config_json(architecture: str, tiny_folder: Callable[[str], Path]) -> None:
     folder = tiny_folder(architecture)
-    shape = read_shape(read_json(folder / "config.json"), "config.json")
+    shape = read_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), "config.json")
     config = ARCHITECTURES[architecture]()
     assert (shape.family, shape.layers, shape.hidden, shape.kv_heads) == (architecture, 3, 64, 2)
     assert shape.head_size == getattr(config, "head_dim", None) or 64 // 4
