@@ -3,6 +3,7 @@ export answers held-out prompts, in a process that knows nothing of qspin, as th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -175,6 +176,15 @@ def test_4_bits_by_llama_cpp_need_llama_cpp(run: RunDir, tmp_path: Path, monkeyp
     with pytest.raises(QspinError, match=r"^q4_k_m is made by llama\.cpp: pip install llama-cpp-python"):
         made(run, tmp_path / "out", "gguf", dtype="q4_k_m")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is compiled on installing")
+def test_4_bits_by_llama_cpp(run: RunDir, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    check = made(run, tmp_path / "out", "gguf", onto="dequantised", dtype="q4_k_m")
+    assert check["dtype"] == "q4_k_m"
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".gguf", ".json"}
+    assert 0 < abs(check["nll_difference"]) < 1
+    assert "llama_model" not in capfd.readouterr().err
 
 
 def test_switches_of_the_template_are_the_exported_ones_defaults(
