@@ -106,7 +106,8 @@ def export(
     """Write a finished iteration as an adapter, a merged model, a GGUF file or a folder for Ollama."""
     from rich.console import Console
 
-    from qspin import export as exporting
+    from qspin import compare
+    from qspin.export import export as write_export
     from qspin.files import read_json
     from qspin.report import chosen_iteration
     from qspin.run_dir import RunDir
@@ -115,20 +116,19 @@ def export(
     console = Console()
     run_dir = RunDir(folder.resolve())
     index = chosen_iteration(run_dir, iteration)
-    written = exporting.export(
-        run_dir,
+    written = write_export(
+        compare.Trained(run_dir, index),
         to=to,
-        iteration=str(index),
         out=out or run_dir.path.with_name(f"{run_dir.path.name}-iteration-{index}-{to}"),
         onto=onto,
         dtype=dtype,
         say=lambda text: console.print(text, markup=False, highlight=False),
     )
-    if (written / exporting.CHECK).is_file():
-        check = read_json(written / exporting.CHECK)
-        console.print(exporting.summary(check), markup=False, highlight=False)
-        if exporting.drifted(check):
-            Console(stderr=True).print(exporting.WARNING, style="bold red", markup=False, highlight=False)
+    if (written / compare.CHECK).is_file():
+        check = read_json(written / compare.CHECK)
+        console.print(compare.summary(check), markup=False, highlight=False)
+        if compare.drifted(check):
+            Console(stderr=True).print(compare.WARNING, style="bold red", markup=False, highlight=False)
     console.print(f"exported: {written}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -9,22 +9,23 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"records", "config", "loss", "sampling", "progress", "memory"},
+    {"records", "config", "loss", "sampling", "progress", "memory", "markdown"},
     {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
-    {"attention", "lora", "base", "meter", "merge", "ollama"},
+    {"recipe", "attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start"},
     {"report", "record"},
-    {"spin", "view", "track", "card", "export"},
-    {"doctor", "push"},
+    {"spin", "view", "track", "card", "compare"},
+    {"doctor", "export"},
+    {"push"},
     {"cli"},
 ]
 HEAVY = {
-    "transformers": {"base", "model", "export"},
+    "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
     "bitsandbytes": {"lora", "optimisation", "doctor", "merge"},
     "gguf": {"gguf_file"},
