@@ -18,10 +18,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from qspin.adapters import load_adapter
 from qspin.errors import QspinError
 from qspin.files import read_json
 from qspin.generation import Request, generate
-from qspin.model import SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
 from qspin.recipe import recorded_config

@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from qspin.adapters import Adapter, load_adapter
 from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.errors import QspinError
 from qspin.evaluate import evaluate
 from qspin.files import commit_folder, read_json, read_jsonl, write_json, write_jsonl, write_text
 from qspin.generation import Completion, Request, generate
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
-from qspin.model import Adapter, SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.optimisation import Metrics, make_optimizer, step_order, steps_kept
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared

@@ -23,6 +23,7 @@ from test_cli import call
 from test_gguf_file import texts
 
 from qspin import compare, gguf_file
+from qspin.adapters import load_adapter
 from qspin.base import find_base
 from qspin.compare import CHECK, Trained, drifted
 from qspin.config import RunConfig, load_config
@@ -31,7 +32,7 @@ from qspin.evaluate import Evaluation
 from qspin.export import export
 from qspin.files import check_folder, read_json, write_json
 from qspin.generation import Request, generate
-from qspin.model import SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.prepare import prepare
 from qspin.record import template_date
 from qspin.records import Message

@@ -12,7 +12,7 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "memory", "markdown"},
     {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
-    {"recipe", "attention", "lora", "base", "meter", "merge", "ollama"},
+    {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
