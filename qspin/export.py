@@ -86,7 +86,7 @@ def _check_options(to: str, onto: str, dtype: str | None) -> None:
 
 
 def _check_place(out: Path) -> None:
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere as well
         raise QspinError(f"--out: {out} is there already; name a new folder")
     parent = existing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -73,6 +73,7 @@ class SlotModel:
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
                 base.weights(),
                 revision=base.revision,
+                trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation="eager",  # for the reference below, then ours

@@ -160,7 +160,11 @@ def _folder(run_dir: RunDir, name: str) -> Path:
         parent.mkdir(exist_ok=True)
     except OSError as error:
         raise QspinError(f"{parent}: can't be made ({error.strerror}); what is uploaded is written there") from None
-    return parent / name
+    folder = parent / name
+    for path in (parent, folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise QspinError(f"{path} is a link, and what is uploaded would be written elsewhere; remove it")
+    return folder
 
 
 def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration: int) -> list[str]:

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
+    {"safe_text"},
     {"records", "config", "loss", "sampling", "progress", "memory", "markdown"},
     {"files", "sources", "presets"},
     {"data", "chat", "run_dir"},
