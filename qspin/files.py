@@ -241,7 +241,7 @@ def _unsealed(path: Path, end: bytes) -> bytes:
 def _parse(path: Path, read: Callable[[], T], advice: str = AGAIN) -> T:
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QspinError(f"{path}: damaged or unreadable ({error}); {advice}") from None
 
 

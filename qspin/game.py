@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from qspin.adapters import Adapter, load_adapter
 from qspin.budget import rows_at_once
 from qspin.config import RunConfig
-from qspin.model import Adapter, SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress

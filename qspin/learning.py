@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
 from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_jsonl
 from qspin.game import Game
 from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
-from qspin.model import Adapter
 from qspin.optimisation import Metrics, step_order, steps_kept
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.record import verify_base

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+from qspin.adapters import load_adapter
 from qspin.errors import QspinError
 from qspin.evaluate import TOKENS_AT_ONCE, Evaluation, evaluate
 from qspin.files import remove, write_json, write_text
 from qspin.game import Game
 from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
-from qspin.model import load_adapter
 from qspin.report import summary
 from qspin.run_dir import IterationDir
 

@@ -22,10 +22,11 @@ import peft
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
 from qspin.base import Base, unreachable
@@ -36,8 +37,6 @@ from qspin.footprint import Footprint, read_shape
 from qspin.fused import fuse_gated_mlp, fuse_norm
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
-
-Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
 ALL = slice(None)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
@@ -75,6 +74,7 @@ class SlotModel:
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
                 base.weights(),
                 revision=base.revision,
+                trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation="eager",  # for the reference below, then ours
@@ -274,21 +274,6 @@ def _some_ids(vocabulary: int, device: torch.device) -> Tensor:
 
 def _one_row(tokens: int, device: torch.device) -> Packed:
     return Packed([GroupLengths(tokens)], device)
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """An adapter's weights from PEFT's format, fp32.
-
-    Raises:
-        QspinError: no such file, or a damaged one.
-    """
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise QspinError(f"{folder} holds no {ADAPTER_WEIGHTS}: name a folder written by PEFT's save_pretrained")
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise QspinError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

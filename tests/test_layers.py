@@ -9,11 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"records", "config", "loss", "sampling", "progress", "stopping"},
+    {"safe_text"},
+    {"records", "config", "loss", "sampling", "progress", "stopping", "markdown"},
     {"files", "sources", "presets", "footprint"},
     {"formats"},
     {"data", "chat", "run_dir", "memory"},
-    {"attention", "lora", "base", "meter", "merge", "ollama"},
+    {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama"},
     {"fused", "status", "gguf_file"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring"},
@@ -22,12 +23,13 @@ LAYERS = [  # each may import what stands above it
     {"report", "record", "plan_rows", "damage", "room"},
     {"game"},
     {"answering", "learning", "measuring"},
-    {"spin", "view", "track", "card", "export", "plan"},
-    {"doctor", "push", "plan_view"},
+    {"spin", "view", "track", "card", "compare", "plan"},
+    {"doctor", "export", "plan_view"},
+    {"push"},
     {"cli"},
 ]
 HEAVY = {
-    "transformers": {"base", "model", "export"},
+    "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
     "bitsandbytes": {"lora", "optimisation", "doctor", "merge"},
     "gguf": {"gguf_file"},

@@ -22,12 +22,13 @@ from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
 
 from qspin import spin
-from qspin.card import Licence, recorded_config
+from qspin.card import Licence
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, sha256_of, write_json, write_jsonl
 from qspin.prepare import prepare
 from qspin.push import Content, _explain, _licence, make_upload, send
+from qspin.recipe import recorded_config
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
@@ -468,7 +469,6 @@ def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_p
 
 
 def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServer, push: Pusher) -> None:
-    pytest.importorskip("qspin.export")
     assert push(run, "me/whole", "--what", "merged", "--dry-run").code == 0
     folder = run.path.with_name("run-push") / "merged-1"
     written = (folder / "model.safetensors").stat().st_mtime_ns

@@ -16,9 +16,10 @@ from conftest import VOCABULARY, moved_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qspin.adapters import Adapter
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.model import Adapter, SlotModel
+from qspin.model import SlotModel
 from qspin.optimisation import Metrics, learning_rate, make_optimizer, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.records import Pair, Score
