@@ -19,7 +19,7 @@ from test_cli import call
 from qspin.adapters import check_config, load_adapter
 from qspin.config import LoraConfig
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 from qspin.merge import Merged
 from qspin.model import SlotModel
 
@@ -157,7 +157,7 @@ def test_an_adapter_of_other_settings_is_refused(changes: dict[str, Any], said: 
     """The weights alone may fit: another alpha has the same names and shapes."""
     check_config(adapter, "me/tiny-qwen2", LORA)
     path = adapter / ADAPTER_CONFIG
-    write_json(path, read_json(path) | changes)
+    write_plain_json(path, read_plain_json(path) | changes)
     with pytest.raises(QspinError, match=re.escape(said)) as caught:
         check_config(adapter, "me/tiny-qwen2", LORA)
     assert str(caught.value).startswith("model.init_adapter: ")
@@ -167,7 +167,7 @@ def test_an_adapter_of_other_settings_is_refused(changes: dict[str, Any], said: 
 @pytest.mark.parametrize("name", ["tiny-qwen2", "/home/them/Tiny-Qwen2/", "C:\\models\\tiny-qwen2", "", None])
 def test_a_base_is_known_by_the_end_of_its_name(name: str | None, adapter: Path) -> None:
     path = adapter / ADAPTER_CONFIG
-    write_json(path, read_json(path) | {"base_model_name_or_path": name})
+    write_plain_json(path, read_plain_json(path) | {"base_model_name_or_path": name})
     check_config(adapter, "me/tiny-qwen2", LORA)
 
 
@@ -188,8 +188,8 @@ def test_the_command_says_it_in_a_line_and_writes_nothing(
     for name, change in {
         "NaN": lambda path: save_file(load_file(path) | {FIRST: torch.full((4, 128), torch.nan)}, path),
         "of another shape": lambda path: save_file(load_file(path) | {FIRST: torch.ones(4, 64)}, path),
-        "of another rank": lambda path: write_json(
-            path.with_name(ADAPTER_CONFIG), read_json(path.with_name(ADAPTER_CONFIG)) | {"r": 8}
+        "of another rank": lambda path: write_plain_json(
+            path.with_name(ADAPTER_CONFIG), read_plain_json(path.with_name(ADAPTER_CONFIG)) | {"r": 8}
         ),
         "torch.save": BROKEN["torch.save"],
     }.items():

@@ -28,7 +28,7 @@ from qspin.base import find_base, quiet_libraries
 from qspin.chat import PieceKind
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json
+from qspin.files import read_plain_json
 from qspin.push import make_upload
 from qspin.report import Column, Shown
 from qspin.run_dir import RunDir
@@ -284,7 +284,7 @@ def test_code_that_comes_with_a_model_is_not_run(
     auto_map["AutoTokenizer"] = ["evil.Slow", "evil.Fast"]  # type: ignore[assignment]
     changes: dict[str, Any] = {"auto_map": auto_map}
     changes |= {"model_type": "evil"} if file == "config.json" else {"tokenizer_class": "EvilTokenizer"}
-    (folder / file).write_text(json.dumps(read_json(folder / file) | changes))
+    (folder / file).write_text(json.dumps(read_plain_json(folder / file) | changes))
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"prompt": "{n}?", "completion": "!"}}\n' for n in range(40)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
