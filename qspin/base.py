@@ -22,6 +22,7 @@ import transformers
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
 from qspin.files import commit_folder, sha256_of
+from qspin.safe_text import redact_logs
 
 # what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError
 _LOAD_ERRORS = (OSError, ValueError)
@@ -115,8 +116,8 @@ def load_model_config(base: Base) -> Any:
 def _load_described(base: Base, kind: Any) -> Any:
     try:
         if base.gguf is not None:
-            return kind.from_pretrained(_description(base.gguf, base.origin))
-        return kind.from_pretrained(base.location, revision=base.revision)
+            return kind.from_pretrained(_description(base.gguf, base.origin), trust_remote_code=False)
+        return kind.from_pretrained(base.location, revision=base.revision, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise unreachable(base, error) from None
 
@@ -149,6 +150,7 @@ def quiet_libraries() -> None:
     """transformers' warnings and bars speak of its own API; a download's bar stays."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    redact_logs(("huggingface_hub", "transformers"))
 
 
 def cache_dir() -> Path:

@@ -1,6 +1,7 @@
 """How much is computed at once, from the memory that is free: tokens in training, rows in generation.
 
 Neither changes a result beyond rounding (architecture.md, invariants 7 and 8), so neither needs to be known by hand.
+What a piece of work takes is predicted by footprint.py, as `qspin plan` does, and then tried.
 """
 
 from __future__ import annotations
@@ -9,47 +10,57 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from qspin.errors import QspinError
+from qspin.footprint import MOST_TOKENS, SHARE, Batch
 from qspin.memory import OutOfMemory, free_bytes, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row
 from qspin.records import Pair
 from qspin.scoring import pair_logps
 
-# more than this makes nothing faster (docs/performance.md for the CPU; the GPU's are estimates)
-MOST_TOKENS = {"cpu": 4096, "cuda": 16384}
-MOST_ROWS = {"cpu": 128, "cuda": 256}
-SHARE = 0.8  # of the free memory; the rest is for the optimiser's state, and for others
 FIRST_PROBE = 8  # the first probe takes this part of the most
 
 
-def token_budget(model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int) -> int:
+def token_budget(
+    model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int, optimizer: str
+) -> int:
     """The largest budget whose longest planned micro-batch fits into memory, forward and backward.
 
-    A small micro-batch is tried first and tells how much a token takes. If what that promises for the largest budget
-    is less than half of the free memory, that is that; else the longest micro-batch is tried, and halved until it
-    fits.
+    A small micro-batch is tried first and tells how far the prediction is off. If the prediction, set right by that,
+    is less than half of the room, that is that; else the longest micro-batch is tried, and halved until it fits.
 
     Args:
         plan: budget → plan.
+        optimizer: whose state will be there too.
 
     Raises:
         QspinError: not even the longest pair fits.
     """
     most = MOST_TOKENS[model.device.type]
-    free = SHARE * free_bytes(model.device)
+    footprint = model.footprint
+    room = SHARE * free_bytes(model.device) - footprint.optimizer(optimizer)
+
+    def predicted(members: Sequence[Pair]) -> int:
+        lengths = [lengths_of(pair, prefix) for pair in members]
+        batch = Batch.of([(group.prompt, group.real, group.generated) for group in lengths], prefix)
+        return footprint.gradients() + footprint.activations(batch)
+
     small = _longest(pairs, plan(most // FIRST_PROBE), prefix)
     try:
-        a_token = _need(model, small, prefix) / _tokens(small, prefix)
+        off = _need(model, small, prefix) / predicted(small)
     except OutOfMemory:
         raise _too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
+
+    def promised(budget: int) -> float:
+        return off * predicted(_longest(pairs, plan(budget), prefix))
+
     budget = most
-    while budget > most // FIRST_PROBE and a_token * budget > free:
+    while budget > most // FIRST_PROBE and promised(budget) > room:
         budget //= 2
-    if a_token * max(budget, _tokens(_longest(pairs, plan(budget), prefix), prefix)) < free / 2:
+    if promised(budget) < room / 2:
         return budget
     while True:
         longest = _longest(pairs, plan(budget), prefix)
-        if _fits(model, longest, prefix, free):
+        if _fits(model, longest, prefix, room):
             return budget
         if len(longest) == 1:
             raise _too_long(longest[0])
@@ -77,9 +88,8 @@ def _too_long(pair: Pair) -> QspinError:
 
 def rows_at_once(model: SlotModel, places: int) -> int:
     """How many completions to decode side by side, each of up to so many places, prompt included."""
-    free = free_bytes(model.device) - model.unpacked_bytes
-    fit = int(SHARE * free / 2 / model.decoding_bytes(places))
-    return max(1, min(MOST_ROWS[model.device.type], fit))
+    room = SHARE * free_bytes(model.device) - model.unpacked_bytes
+    return max(1, model.footprint.rows_that_fit(room, places))
 
 
 def _longest(pairs: Sequence[Pair], plan: Plan, prefix: int) -> list[Pair]:
@@ -91,9 +101,9 @@ def _tokens(pairs: Sequence[Pair], prefix: int) -> int:
     return prefix + sum(lengths_of(pair, prefix).total for pair in pairs)
 
 
-def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, free: float) -> bool:
+def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> bool:
     try:
-        return _need(model, pairs, prefix) <= free
+        return _need(model, pairs, prefix) <= room
     except OutOfMemory:
         return False
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
+from qspin.safe_text import check_path, redacted, show_traceback, visible
+from qspin.stopping import CODES, STOPPED, heed_stops
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qspin.config import RunConfig
     from qspin.meter import Meter
     from qspin.prepare import Prepared
-    from qspin.push import Upload
     from qspin.run_dir import RunDir
+
+
+def _a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
+    return path if path is None else check_path(path, parameter.metavar or parameter.opts[0])
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=_a_name)]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +44,9 @@ def run(
     ] = None,
     *,
     data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,
-    out: Annotated[Path, typer.Option(help="the run's folder; the same command goes on where it stopped")],
+    out: Annotated[
+        Path, typer.Option(help="the run's folder; the same command goes on where it stopped", callback=_a_name)
+    ],
     model: Annotated[str | None, typer.Option(help="hub id or local folder of the base model")] = None,
     iterations: Annotated[int | None, typer.Option(help="rounds of self-play")] = None,
     beta: Annotated[str | None, typer.Option(help="λ of the paper: a number, or one an iteration: 0.1,0.1,5")] = None,
@@ -88,14 +98,53 @@ def run(
 
 
 @app.command()
+def plan(
+    source: Annotated[
+        str, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ],
+    *,
+    data: Annotated[str | None, typer.Option(help="rows whose real lengths to plan for")] = None,
+    vram: Annotated[float | None, typer.Option(min=1, help="GiB of a card that is not here; else this machine")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="how many rows, where not all of the data or none")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting, as for run")
+    ] = None,
+) -> None:
+    """Say what a run would take: memory by phase, time and disk, and what to change where it doesn't fit."""
+    from rich.console import Console
+
+    from qspin import machine, plan_rows
+    from qspin import plan as planner
+    from qspin.config import load_config, parse_override
+    from qspin.plan_view import render
+
+    overrides: dict[str, Any] = {
+        key: value for key, value in {"data.source": data, "data.limit": rows}.items() if value is not None
+    }
+    overrides |= dict(parse_override(text) for text in settings or [])
+    config = load_config(source, overrides)
+    planner.shape_of(config)  # before anything that takes time
+    if data is None:
+        lengths = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
+    else:
+        _quiet_libraries()
+        lengths = plan_rows.rows_of_data(config)
+    where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
+    found = planner.make_plan(config, where, lengths)
+    Console().print(render(found, None if found.fits else planner.nearest_change(found)))
+
+
+@app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    folder: RunFolder,
     *,
     to: Annotated[str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf or ollama")],
     iteration: Annotated[
         str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
     ] = "last",
-    out: Annotated[Path | None, typer.Option(help="a new folder; by default beside the run's")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a new folder; by default beside the run's", callback=_a_name)
+    ] = None,
     onto: Annotated[
         str, typer.Option(help="the base's original weights, or the dequantised ones that the adapter was trained on")
     ] = "original",
@@ -106,7 +155,8 @@ def export(
     """Write a finished iteration as an adapter, a merged model, a GGUF file or a folder for Ollama."""
     from rich.console import Console
 
-    from qspin import export as exporting
+    from qspin import compare
+    from qspin.export import export as write_export
     from qspin.files import read_json
     from qspin.report import chosen_iteration
     from qspin.run_dir import RunDir
@@ -115,21 +165,20 @@ def export(
     console = Console()
     run_dir = RunDir(folder.resolve())
     index = chosen_iteration(run_dir, iteration)
-    written = exporting.export(
-        run_dir,
+    written = write_export(
+        compare.Trained(run_dir, index),
         to=to,
-        iteration=str(index),
         out=out or run_dir.path.with_name(f"{run_dir.path.name}-iteration-{index}-{to}"),
         onto=onto,
         dtype=dtype,
-        say=lambda text: console.print(text, markup=False, highlight=False),
+        say=lambda text: _tell(console, text),
     )
-    if (written / exporting.CHECK).is_file():
-        check = read_json(written / exporting.CHECK)
-        console.print(exporting.summary(check), markup=False, highlight=False)
-        if exporting.drifted(check):
-            Console(stderr=True).print(exporting.WARNING, style="bold red", markup=False, highlight=False)
-    console.print(f"exported: {written}", markup=False, highlight=False, soft_wrap=True)
+    if (written / compare.CHECK).is_file():
+        check = read_json(written / compare.CHECK)
+        _tell(console, compare.summary(check))
+        if compare.drifted(check):
+            Console(stderr=True).print(compare.WARNING, style="bold red", markup=False, highlight=False)
+    _tell(console, f"exported: {written}")
 
 
 presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
@@ -173,9 +222,9 @@ def init(
         str, typer.Argument(metavar="PRESET", help="the preset to begin with; `qspin presets` lists them")
     ],
     *,
-    output: Annotated[Path, typer.Option("-o", "--output", help="the file to write; it must not exist")] = Path(
-        "qspin.yaml"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="the file to write; it must not exist", callback=_a_name)
+    ] = Path("qspin.yaml"),
 ) -> None:
     """Write a configuration to edit: a preset, and under it every setting, commented out."""
     from qspin.presets import write_starter
@@ -258,7 +307,7 @@ def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName 
     if lines is not None:
         lines.end(adapter, run_dir.summary)
     else:
-        console.print(f"adapter: {adapter}   table: {run_dir.summary}", markup=False)
+        _tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
 
 
 def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
@@ -273,7 +322,7 @@ def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]) -> None:
+def status(run: RunFolder) -> None:
     """Say where a run stands, from another terminal while it works, or later."""
     from rich.console import Console
 
@@ -291,46 +340,27 @@ def _show_plan(prepared: Prepared) -> None:
 
     from qspin.config import dump_config
     from qspin.data import most_common
-    from qspin.view import example_text
+    from qspin.view import example_text, plan_lines
 
     console = Console()
-    console.print(dump_config(prepared.config), markup=False, highlight=False, soft_wrap=True)
+    _tell(console, dump_config(prepared.config))
     example = prepared.train[0]
-    console.print(f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold", markup=False)
+    _tell(console, f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold")
     console.print(example_text(prepared.renderer.pieces(example)))
     console.print()
     for note in prepared.notes:
-        console.print(f"note: {note}", markup=False)
+        _tell(console, f"note: {note}")
     left_out = f"{len(prepared.rejects)} left out"
     if prepared.rejects:
         left_out += f": {most_common([reject for _, reject in prepared.rejects])}"
-    console.print(f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}", markup=False)
-    for line in _steps(prepared.config, len(prepared.train)):
+    _tell(console, f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}")
+    for line in plan_lines(prepared.config, len(prepared.train)):
         console.print(line, markup=False)
-
-
-def _steps(config: RunConfig, rows: int) -> list[str]:
-    """What each iteration will do, in numbers."""
-    from qspin.config import at_iteration
-
-    lines = []
-    if config.sft.epochs:
-        steps = -(-rows // config.train.batch_size) * config.sft.epochs
-        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
-    for iteration in range(config.iterations):
-        pairs = rows * (min(iteration, config.train.mix_previous) + 1)
-        steps = -(-pairs // config.train.batch_size) * config.train.epochs
-        lines.append(
-            f"iteration {iteration}: generate {rows} completions, score {pairs} pairs, train {steps} steps of "
-            f"{config.train.batch_size} pairs (beta {at_iteration(config.train.beta, iteration):g}, "
-            f"lr {at_iteration(config.train.lr, iteration):g})"
-        )
-    return lines
 
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder")],
+    run: RunFolder,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="the repository on the Hub; made if need be")],
     *,
     what: Annotated[
@@ -348,20 +378,25 @@ def push(
     """Publish a model or a run's pairs on the Hugging Face Hub, with a card. Log in first: hf auth login."""
     if dataset and what == "merged":
         raise QspinError("--dataset publishes pairs and --what merged a model: take one of them")
-    from qspin.push import make_upload, send
+    from rich.console import Console
+
+    from qspin.push import Content, make_upload, send
     from qspin.run_dir import RunDir
 
     _quiet_libraries()
-    upload = make_upload(RunDir(run), repo, content="dataset" if dataset else what, iteration=iteration, say=typer.echo)
-    _show_upload(upload)
-    if not dry_run:
-        typer.echo(send(upload, private=private))
-
-
-def _show_upload(upload: Upload) -> None:
+    console = Console()
+    content: Content = "dataset" if dataset else what
+    upload = make_upload(RunDir(run), repo, content=content, iteration=iteration, say=lambda text: _tell(console, text))
     for name in upload.files:
-        typer.echo(f"{(upload.folder / name).stat().st_size:>15,} bytes  {name}")
-    typer.echo(f"for the {upload.kind} {upload.repo}, in {upload.folder}")
+        _tell(console, f"{(upload.folder / name).stat().st_size:>15,} bytes  {name}")
+    _tell(console, f"for the {upload.kind} {upload.repo}, in {upload.folder}")
+    if not dry_run:
+        _tell(console, send(upload, private=private))
+
+
+def _tell(console: Console, text: str, style: str = "") -> None:
+    """Text that may hold names from outside."""
+    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str | None) -> Any:
@@ -377,28 +412,22 @@ def _quiet_libraries() -> None:
     quiet_libraries()
 
 
-def _on_terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(_TERMINATED)
-
-
 def main() -> None:
     """The console script: errors that a user can mend become one line, without a traceback."""
-    signal.signal(signal.SIGTERM, _on_terminate)
+    heed_stops()
+    sys.excepthook = show_traceback
     try:
         app()
     except QspinError as error:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:
-        if stop.code in {_INTERRUPTED, _TERMINATED}:
-            _fail("stopped; the same command goes on from the last finished piece", int(stop.code))
+        if stop.code in CODES:
+            _fail(STOPPED, int(stop.code))
         raise
 
 
-_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-
-
 def _fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr)  # noqa: T201
+    print(visible(redacted(message)), file=sys.stderr)  # noqa: T201
     raise SystemExit(code)
 
 

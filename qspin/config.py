@@ -9,6 +9,7 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qspin.errors import QspinError
+from qspin.safe_text import check_path, secret_keys
 
 
 @dataclass(frozen=True)
@@ -260,10 +262,19 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     for key, value in overrides.items():
         _set(tree, key, value)
     try:
-        return RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = "\n".join(f"  {line}" for line in _explain(error))
         raise QspinError(f"the configuration does not fit:\n{problems}") from None
+    for key in _PATH_KEYS:
+        group, name = key.split(".")
+        check_path(getattr(getattr(config, group), name) or "", key)
+    for key in secret_keys(config.model_dump(mode="json")):
+        raise QspinError(
+            f"{key}: holds a token or a password, and settings are kept in the run's folder and published with it; "
+            "take it out, and log in with `hf auth login`, or set HF_TOKEN"
+        )
+    return config
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -398,7 +409,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         part, name = key.split(".")
         section = tree.get(part)
         value = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and value and (folder / value).exists():
+        if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
             section[name] = str(folder / value)
 
 

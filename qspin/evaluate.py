@@ -70,13 +70,14 @@ def evaluate(
     stop_ids: frozenset[int],
     width: int,
     on_rows: Callable[[float], None],
+    tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Evaluation:
     """Score the real completions and sample one of each prompt, under whoever is in the slot.
 
     Every player is given the same random numbers, so that two players differ by what they are.
     `on_rows` hears of rows done, each row counted once when scored and once when answered.
     """
-    real_nll = _real_nll(model, heldout, on_rows)
+    real_nll = _real_nll(model, heldout, on_rows, tokens_at_once)
     completions = []
     for start in range(0, len(heldout), SHARD):
         rows = heldout[start : start + SHARD]
@@ -99,11 +100,13 @@ def evaluate(
     )
 
 
-def _real_nll(model: SlotModel, heldout: Sequence[Example], on_rows: Callable[[float], None]) -> list[float]:
+def _real_nll(
+    model: SlotModel, heldout: Sequence[Example], on_rows: Callable[[float], None], tokens_at_once: int
+) -> list[float]:
     rows = [Pair(row.record_id, 0, row.prompt_ids, row.real_ids, (), ended=True) for row in heldout]
     prefix = common_prefix([row.prompt_ids for row in rows])
     [micro_batches] = plan_batches(
-        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=TOKENS_AT_ONCE, seed=0
+        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=tokens_at_once, seed=0
     )
     nll = [0.0] * len(rows)
     for micro_batch in micro_batches:

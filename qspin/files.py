@@ -1,26 +1,44 @@
-"""Files and folders that are there whole or not at all.
+"""Files and folders that are there whole or not at all, and that show it when they are no longer what was written.
 
 Temporary name on the same file system, fsync, rename, fsync of the parent: whatever moment a process dies at, a
 name shows nothing or the finished thing.
+
+A file carries the hash of what stands before it, and stays plain JSON; a folder has a manifest, which is such a file:
+
+    {"width": 8, "shards": [[0, 1], [2, 3]], "sha256": "…"}     the last key of an object
+    {"sha256": "…"}                                             the last line of a JSONL file
+
+Files in the formats of others (PEFT's, transformers') carry none: `write_plain_json`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from qspin.errors import QspinError
+from qspin.stopping import stops_held
 
 MANIFEST = "manifest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # in PEFT's format
 ADAPTER_CONFIG = "adapter_config.json"
+
+SEAL = "sha256"
+_JSON_END, _JSONL_END = b'"\n}\n', b'"}\n'
+_DIGEST = 64  # characters of a sha256
+AGAIN = "delete it and run again"
+
+T = TypeVar("T")
 
 
 def existing(path: Path) -> Path:
@@ -31,62 +49,96 @@ def existing(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
+    _write(path, text.encode())
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> None:
+    """Replace a file by an object and its seal. If it need not be durable, a power cut may undo or spoil it."""
+    assert SEAL not in value
+    text = json.dumps({**value, SEAL: ""}, indent=2, ensure_ascii=False)
+    _write(path, _sealed(text.encode()[: -len('"\n}')], _JSON_END), durable=durable)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Replace a file by rows and their seal."""
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _write(path, _sealed(f'{lines}{{"{SEAL}": "'.encode(), _JSONL_END))
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QspinError(f"{path}: damaged or unreadable ({error}); delete it and run again") from None
+def write_plain_json(path: Path, value: Any) -> None:
+    """Replace a file by a value as others expect it, without a seal."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
+    """What `write_json` wrote.
+
+    Args:
+        advice: what to do if it is damaged.
+
+    Raises:
+        QspinError: the file is missing, unreadable, or not as it was written.
+    """
+    value: dict[str, Any] = _parse(path, lambda: json.loads(_unsealed(path, _JSON_END) + _JSON_END), advice)
+    del value[SEAL]
+    return value
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    try:
-        # by line feeds alone: a text may hold other line ends
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise QspinError(f"{path}: damaged or unreadable ({error}); delete it and run again") from None
+    """What `write_jsonl` wrote; raises as `read_json`."""
+    # by line feeds alone: a text may hold other line ends
+    return _parse(path, lambda: [json.loads(line) for line in _unsealed(path, _JSONL_END).split(b"\n")[:-1]])
+
+
+def read_plain_json(path: Path) -> Any:
+    """A file of others; raises as `read_json`, as far as damage shows."""
+    return _parse(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+
+
+def check_file(path: Path) -> None:
+    """Compare a file of ours with its seal, without parsing it; raises as `read_json`."""
+    _parse(path, lambda: _unsealed(path, _JSONL_END if path.suffix == ".jsonl" else _JSON_END))
+
+
+def kept_json(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A value that is made once, before the work, and read back ever after."""
+    if not path.is_file():
+        write_json(path, make())
+    return read_json(path)
 
 
 @contextlib.contextmanager
-def commit_folder(path: Path) -> Iterator[Path]:
+def commit_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes `path` when the block ends well; its manifest lists sizes and hashes.
 
     `path` must not exist: replacing a folder can't be done in one step.
+
+    Args:
+        need: about how many bytes it will hold, to be told if the disk is full.
+
+    Raises:
+        QspinError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
-        yield temporary
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        for file in files:
-            _sync_file(file)
-        manifest = {
-            str(file.relative_to(temporary)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-            for file in files
-        }
-        write_json(temporary / MANIFEST, manifest)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with full_disk_told(path, need):
+        make_folder(path.parent)
+        temporary = _temporary(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            for file in files:
+                _sync(file)
+            manifest = {
+                str(file.relative_to(temporary)): {"bytes": file.stat().st_size, SEAL: sha256_of(file)}
+                for file in files
+            }
+            for folder in (folder for folder in temporary.rglob("*") if folder.is_dir()):
+                _sync_folder(folder)
+            write_json(temporary / MANIFEST, manifest)
+            temporary.rename(path)
+            _sync_folder(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_folder(path: Path) -> None:
@@ -97,24 +149,114 @@ def check_folder(path: Path) -> None:
     """
     for name, entry in read_json(path / MANIFEST).items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry[SEAL]:
             raise QspinError(f"{file}: missing or altered since it was written; delete {path} and run again")
 
 
+def remove(path: Path) -> None:
+    """Take a file or a folder away in one step, if it is there: whatever is done next comes after it on the disk."""
+    if not path.exists():
+        return
+    temporary = _temporary(path)
+    path.rename(temporary)
+    _sync_folder(path.parent)
+    _delete(temporary)
+
+
 def remove_temporaries(folder: Path) -> None:
-    """What a killed process left half-written below a folder."""
-    for leftover in folder.rglob(f"*{_SUFFIX}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    """What a killed process left half-written, or half-removed, below a folder."""
+    for leftover in list(folder.rglob(f"*{_SUFFIX}")):
+        if leftover.exists():  # else it went with a folder
+            _delete(leftover)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each known to the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def full_disk_told(path: Path, need: int | None = None) -> Iterator[None]:
+    """Turn a refusal for want of room into a `QspinError` that says how much is lacking."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors tells the system's number in words only
+        if number not in _FULL and not any(f"os error {code}" in str(error) for code in _FULL):
+            raise
+        wanted = "" if need is None else f"{need:,} bytes are to be written there and "
+        free = shutil.disk_usage(existing(path)).free
+        raise QspinError(
+            f"{path}: the disk is full: {wanted}{free:,} are free; free some space, and the same command goes on"
+        ) from None
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _SUFFIX = ".partial"
+
+
+def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
+    with stops_held(), full_disk_told(path, len(data)):
+        make_folder(path.parent)
+        temporary = _temporary(path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+            if durable:
+                _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sealed(body: bytes, end: bytes) -> bytes:
+    return body + hashlib.sha256(body).hexdigest().encode() + end
+
+
+def _unsealed(path: Path, end: bytes) -> bytes:
+    """The file up to its hash.
+
+    Raises:
+        ValueError: the hash is not that of what stands before it, or there is none.
+    """
+    data = path.read_bytes()
+    body = data[: -_DIGEST - len(end)]
+    if data != _sealed(body, end):
+        raise ValueError("it is not as it was written")
+    return body
+
+
+def _parse(path: Path, read: Callable[[], T], advice: str = AGAIN) -> T:
+    try:
+        return read()
+    except (OSError, ValueError, RecursionError) as error:
+        raise QspinError(f"{path}: damaged or unreadable ({error}); {advice}") from None
 
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{_SUFFIX}")
 
 
-def _sync_file(path: Path) -> None:
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -124,9 +266,4 @@ def _sync_file(path: Path) -> None:
 
 def _sync_folder(path: Path) -> None:
     if os.name == "posix":  # Windows can't open a folder, and its rename needs no sync
-        _sync_file(path)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        _sync(path)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qspin.footprint import PREFILL_TOKENS
 from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import common_prefix
 from qspin.sampling import sample, uniform
-
-PREFILL_TOKENS = 2048  # prompt tokens computed at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -382,6 +383,7 @@ def quantize_file(source: Path, target: Path) -> None:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
     settings.nthread = torch.get_num_threads()
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it would tell each tensor
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)):
         raise QspinError(f"llama.cpp could not quantise {source}")
 

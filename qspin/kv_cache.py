@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qspin.attention import Lengths, Packed, Rules, additive
-
-GROWTH = 64  # positions that a cache grows by
+from qspin.footprint import GROWTH
 
 
 class KVCache:

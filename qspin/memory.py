@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from qspin.footprint import MAPPED
+
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_THRESHOLD = 1 << 30
+
+
+ATTEMPTS = 3  # at one piece of work, each half as large as the one before
+
+# what torch says where it raises a plain RuntimeError
+_REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class OutOfMemory(Exception):
@@ -23,12 +30,13 @@ class OutOfMemory(Exception):
 
 @contextlib.contextmanager
 def refusals_told() -> Iterator[None]:
-    """Raise `OutOfMemory` where torch raises one of its errors for a refused allocation."""
+    """Raise `OutOfMemory` where torch, or Python, raises one of its errors for a refused allocation."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
-            raise OutOfMemory(str(error).partition("\n")[0]) from None
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if known or any(refusal in str(error) for refusal in _REFUSALS):
+            raise OutOfMemory(str(error).partition("\n")[0] or type(error).__name__) from None
         raise
 
 
@@ -36,12 +44,13 @@ def keep_freed_memory() -> None:
     """Let malloc use freed blocks again instead of giving them back to the system.
 
     By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which a CPU run
-    does thousands of times a step. Elsewhere than on glibc this does nothing.
+    does thousands of times a step. The largest stay mapped: beside the products that they are for this costs little,
+    and they would leave large holes in the heap. Elsewhere than on glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, MAPPED)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def free_bytes(device: torch.device) -> int:

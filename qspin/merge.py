@@ -24,11 +24,12 @@ import torch
 from torch import Tensor
 
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, write_json
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 2**20  # weights computed at once: 4 MB in fp32, and a few times that for what the sum is made of
 COPY = 2**22  # bytes copied at once
+LONGEST_HEADER = 100_000_000  # of the safetensors library
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, which SlotModel loads with
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -168,12 +169,12 @@ def write_safetensors(merged: Merged, folder: Path) -> None:
         _write_file(merged, list(tensors), folder / name)
     index = merged.base / INDEX
     if index.is_file():
-        content = read_json(index)
+        content = read_plain_json(index)
         content["metadata"] = {
             **content.get("metadata", {}),
             "total_size": sum(merged.size(name) for name in merged.names),
         }
-        write_json(folder / INDEX, content)
+        write_plain_json(folder / INDEX, content)
 
 
 def _write_file(merged: Merged, names: Sequence[str], path: Path) -> None:
@@ -212,7 +213,7 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Stored]]:
     """File name → its tensors in the order of their data."""
     index = folder / INDEX
     if index.is_file():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        files = sorted(set(read_plain_json(index)["weight_map"].values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
@@ -228,6 +229,8 @@ def _read_header(path: Path) -> dict[str, Stored]:
             size = path.stat().st_size
             if length > size - 8:
                 raise ValueError("it is cut off")
+            if length > LONGEST_HEADER:
+                raise ValueError(f"its header takes {length} bytes")
             entries = json.loads(file.read(length))
         if not isinstance(entries, dict):
             raise ValueError("its header is no JSON object")
@@ -243,11 +246,27 @@ def _read_header(path: Path) -> dict[str, Stored]:
             for name, entry in entries.items()
             if name != "__metadata__"
         }
-        if any(stored.end > size for stored in found.values()):
-            raise ValueError("it is cut off")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+        _check_layout(found, start, size)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise QspinError(f"{path}: not a readable safetensors file ({error})") from None
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
+    return found
+
+
+def _check_layout(tensors: Mapping[str, Stored], start: int, size: int) -> None:
+    """The format has every tensor begin where the one before it ends, and the last one end with the file."""
+    for name, stored in tensors.items():
+        if any(not isinstance(length, int) or length < 0 for length in stored.shape):
+            raise ValueError(f"{name} has the shape {list(stored.shape)}")
+        if stored.start != start or stored.end < start:
+            raise ValueError(f"{name} does not begin where the tensor before it ends")
+        if stored.dtype in FLOATS and stored.end - start != math.prod(stored.shape) * FLOATS[stored.dtype].itemsize:
+            raise ValueError(f"{name} takes other bytes than its shape")
+        start = stored.end
+    if start > size:
+        raise ValueError("it is cut off")
+    if start < size:
+        raise ValueError("there are bytes after its last tensor")
 
 
 def _rows(stored: Stored, multiple: int) -> Iterator[tuple[int, Tensor]]:
@@ -308,7 +327,7 @@ def _read_adapter(
 ) -> tuple[dict[str, LowRank], dict[str, Stored]]:
     """By the base's names: what is added, and what is replaced as a whole: PEFT saves `modules_to_save` so, and the
     embeddings once an adapter is on one of their ends."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_plain_json(folder / ADAPTER_CONFIG)
     _check_config(config, folder / ADAPTER_CONFIG)
     pairs: dict[str, dict[str, Stored]] = {}
     whole: dict[str, Stored] = {}

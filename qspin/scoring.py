@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qspin.footprint import LOGITS_AT_ONCE
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Row, pack_row
 from qspin.records import Pair, Score
-
-# fp32 logits that exist at once: on a CPU what its cache holds, on a GPU what keeps it busy
-LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**26}
 
 
 def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:

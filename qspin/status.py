@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from typing import Literal
 import yaml
 
 from qspin.errors import QspinError
-from qspin.files import read_json
+from qspin.files import read_json, write_json
 from qspin.meter import Meter, Status, aged
 from qspin.run_dir import RunDir, process_name
 
@@ -27,7 +27,8 @@ SECONDS_APART = 1.0  # between two writes, but for those that end something
 class StatusFile:
     """A `Progress` that keeps the status in the run's folder. It writes only from inside the run, which holds the lock.
 
-    The file is replaced in one step, and not synced: after a power cut it tells of a moment before.
+    The file is replaced in one step, and not synced: after a power cut it tells of a moment before. It is for show:
+    where it can't be written, the run goes on without it.
     """
 
     def __init__(self, path: Path, meter: Meter, clock: Callable[[], float] = time.monotonic) -> None:
@@ -50,9 +51,8 @@ class StatusFile:
         status = self._meter.status()
         assert status is not None
         value = {"process": process_name(), "written": time.time(), "status": asdict(status)}
-        temporary = self._path.with_name(f".{self._path.name}.partial")
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
-        temporary.replace(self._path)
+        with contextlib.suppress(OSError, QspinError):
+            write_json(self._path, value, durable=False)
         self._written = self._clock()
 
 

@@ -80,7 +80,8 @@ class Tracker:
     def _training(self, name: str, folder: IterationDir, iteration: int | None) -> None:
         if folder.adapter.is_dir():
             self._start(name, iteration)
-            for metrics in read_jsonl(folder.metrics):
+            # lost if it was damaged (damage.py)
+            for metrics in read_jsonl(folder.metrics) if folder.metrics.is_file() else []:
                 self._step(metrics)
             self._evaluation(folder, iteration)
 
@@ -111,9 +112,8 @@ class Tracker:
 
 def _steps_kept(folder: IterationDir) -> list[dict[str, float]]:
     """The metrics of the steps that training goes on after."""
-    snapshots = sorted(folder.snapshots.glob("step-*/metrics.json"))
-    kept: list[dict[str, float]] = read_json(snapshots[-1]) if snapshots else []
-    return kept
+    snapshots = sorted(folder.snapshots.glob("step-*/metrics.jsonl"))
+    return read_jsonl(snapshots[-1]) if snapshots else []
 
 
 def check(name: TrackerName) -> None:

@@ -53,6 +53,7 @@ def train(
         epochs=config.epochs,
         lr=at_iteration(config.lr, task.iteration),
         seed=task.seed + task.iteration,
+        record_ids=[pair.record_id for pair in task.pairs],
         snapshots=snapshots,
         on_step=on_step,
     )

@@ -18,8 +18,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from qspin.config import RunConfig, at_iteration
 from qspin.meter import Meter, Status
 from qspin.run_dir import RunDir
+from qspin.safe_text import visible
 from qspin.status import Standing
 
 if TYPE_CHECKING:  # they import torch, which `qspin status` does without
@@ -260,7 +262,7 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
                 f"adapter: {run_dir.iteration(done - 1).adapter}",
                 f"table: {run_dir.summary}",
             ]
-    shown = [Text(line) for line in lines]
+    shown = [Text(visible(line)) for line in lines]
     if status is not None:
         shown += panel(status, width, running=standing.state == "running")
     return shown
@@ -321,7 +323,7 @@ def _flow(parts: Sequence[Text], width: int, *, indent: int = 2, gap: int = 3) -
 
 
 def _note(text: str) -> Text:
-    return Text(f"note: {text}", style="yellow")
+    return Text(visible(f"note: {text}"), style="yellow")
 
 
 def results_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Table:
@@ -329,7 +331,7 @@ def results_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> T
     for column in columns:
         table.add_column(column.heading, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     return table
 
 
@@ -341,7 +343,7 @@ def completions_table(shown: Sequence[Shown]) -> Table:
     table.add_column("base", ratio=3, overflow="fold")
     table.add_column("after self-play", ratio=3, overflow="fold")
     for row in shown:
-        table.add_row(Text(row.prompt), Text(row.before), Text(row.after))
+        table.add_row(*(Text(visible(text)) for text in (row.prompt, row.before, row.after)))
     return table
 
 
@@ -350,10 +352,27 @@ def example_text(pieces: Iterable[tuple[PieceKind, str]]) -> Text:
     text = Text()
     for index, (kind, piece) in enumerate(pieces):
         # a newline is shown, and made: a background colour up to the edge would look like a token
-        text.append(piece.replace("\n", "↵"), style=PIECE_STYLES[kind][index % 2])
+        text.append(visible(piece).replace("\n", "↵"), style=PIECE_STYLES[kind][index % 2])
         if "\n" in piece:
             text.append("\n")
     return text
+
+
+def plan_lines(config: RunConfig, rows: int) -> list[str]:
+    """What each iteration will do, in numbers."""
+    lines = []
+    if config.sft.epochs:
+        steps = -(-rows // config.train.batch_size) * config.sft.epochs
+        lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
+    for iteration in range(config.iterations):
+        pairs = rows * (min(iteration, config.train.mix_previous) + 1)
+        steps = -(-pairs // config.train.batch_size) * config.train.epochs
+        lines.append(
+            f"iteration {iteration}: generate {rows} completions, score {pairs} pairs, train {steps} steps of "
+            f"{config.train.batch_size} pairs (beta {at_iteration(config.train.beta, iteration):g}, "
+            f"lr {at_iteration(config.train.lr, iteration):g})"
+        )
+    return lines
 
 
 def _short(value: float) -> str:

@@ -48,6 +48,7 @@ def train_supervised(
         epochs=config.sft.epochs,
         lr=config.sft.lr,
         seed=config.seed,
+        record_ids=[row.record_id for row in rows],
         snapshots=snapshots,
         on_step=on_step,
     )

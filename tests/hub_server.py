@@ -61,6 +61,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.store: dict[str, bytes] = {}  # SHA-256 → content
         self.cards: dict[str, dict[str, Any]] = {}  # metadata of models that are there already
+        self.commits: dict[str, str] = {}  # and the commits that their revisions stand for, if not asked for by it
         self.requests: list[str] = []  # "METHOD /path", without queries
         self.unwritable: set[str] = set()  # owners
         self.xet_store: str | None = None  # where Xet's client is sent to
@@ -195,7 +196,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def info(self, _body: bytes, kind: str, name: str, revision: str | None = None) -> None:
         if kind == "model" and name in self.hub.cards:
-            self._answer(200, {"id": name, "sha": revision, "cardData": self.hub.cards[name]})
+            self._answer(
+                200, {"id": name, "sha": self.hub.commits.get(name, revision), "cardData": self.hub.cards[name]}
+            )
             return
         repo = self._repo(kind, name)
         if repo is not None:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qspin import budget, memory, spin, training
-from qspin.budget import MOST_ROWS, SHARE, rows_at_once, smaller, token_budget
+from qspin import answering, budget, memory, spin, training
+from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
+from qspin.footprint import MOST_ROWS, SHARE, Footprint
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, plan_batches
@@ -68,7 +69,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
         monkeypatch.setattr(budget, "MOST_TOKENS", {"cpu": MOST})
         monkeypatch.setattr(budget, "_need", need)
-        monkeypatch.setattr(budget, "free_bytes", lambda _device: free / SHARE)
+        # beside the room for activations, that for the optimiser's state
+        monkeypatch.setattr(Footprint, "optimizer", lambda _self, _name: 7e9)
+        monkeypatch.setattr(budget, "free_bytes", lambda _device: (free + 7e9) / SHARE)
         return tried
 
     return make
@@ -76,7 +79,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 def test_with_plenty_of_memory_one_small_try_is_enough(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     tried = machine(free=1e9)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == MOST
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST
     assert len(tried) == 1
     assert tried[0] <= MOST // 8 + 3  # the longest pair has 259 tokens
 
@@ -88,14 +91,24 @@ def test_the_longest_micro_batch_fits(
     free_tokens: int, found: int, tiny_model: Any, machine: Callable[..., list[int]]
 ) -> None:
     tried = machine(free=1000 * free_tokens)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == found
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == found
     assert tried[-1] == longest(plan_for(found)) <= free_tokens
+
+
+def test_a_prediction_that_is_far_off_is_set_right_by_the_small_try(
+    tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Footprint.activations
+    tried = machine(free=1e9)
+    monkeypatch.setattr(Footprint, "activations", lambda self, batch: 1e6 * right(self, batch))
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST
+    assert len(tried) == 1
 
 
 def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     # the small try promised more than there is
     tried = machine(free=1000 * 3000, refused=700)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0) == MOST // 4
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST // 4
     assert tried[1:] == [longest(plan_for(MOST)), longest(plan_for(MOST // 2)), longest(plan_for(MOST // 4))]
 
 
@@ -103,7 +116,7 @@ def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., lis
 def test_a_pair_that_never_fits_is_named(refused: int, tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     machine(free=1000 * 600, refused=refused)
     with pytest.raises(QspinError, match=r"^\d+: its 2\d\d tokens alone are more than memory holds; set train\.grad"):
-        token_budget(tiny_model(), PAIRS, plan_for, 0)
+        token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw")
 
 
 def test_budgets_change_micro_batches_and_never_effective_batches() -> None:
@@ -141,12 +154,11 @@ def test_a_refused_tensor_is_out_of_memory_and_nothing_else_is() -> None:
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
-def test_rows_at_once_by_keys_values_and_logits(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()  # 3 layers, 2 key heads of 16, fp32; 512 tokens
-    assert model.decoding_bytes(100) == 2 * 3 * 2 * 16 * 100 * 4 + 16 * 512
+def test_rows_at_once_by_what_a_row_takes(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
     assert rows_at_once(model, 100) == MOST_ROWS["cpu"]
-    free = model.unpacked_bytes + 2 / SHARE * 5.5 * model.decoding_bytes(100)
-    monkeypatch.setattr(budget, "free_bytes", lambda _device: free)
+    room = model.unpacked_bytes + model.footprint.prefill(100) + 5.5 * model.footprint.row(100)
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: room / SHARE)
     assert rows_at_once(model, 100) == 5
     monkeypatch.setattr(budget, "free_bytes", lambda _device: 0)
     assert rows_at_once(model, 100) == 1
@@ -194,7 +206,7 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
     assert progress.notes[0].startswith("memory does not hold so many tokens; on with ")
 
     little, enough = (tmp_path / name / "iteration-0" for name in ("little", "enough"))
-    plans = [read_json(folder / "training.json") for folder in (little, enough)]
+    plans = [read_json(folder / "training.json")["batches"] for folder in (little, enough)]
     assert [sorted(itertools.chain(*batch)) for batch in plans[0]] == [
         sorted(itertools.chain(*batch)) for batch in plans[1]
     ]
@@ -211,7 +223,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spin.run(prepared, tmp_path / "enough", Notes())
-    real = spin.generate
+    real = answering.generate
     widths = []
 
     def generate(*args: Any, width: int, **rest: Any) -> Any:
@@ -220,7 +232,7 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
             raise torch.OutOfMemoryError
         return real(*args, width=width, **rest)
 
-    monkeypatch.setattr(spin, "generate", generate)
+    monkeypatch.setattr(answering, "generate", generate)
     progress = Notes()
     spin.run(prepared, tmp_path / "little", progress)
     assert widths == [8, 4, 2]
@@ -238,8 +250,10 @@ def test_memory_that_never_suffices_is_one_line(
     def refuse(*_: Any, **__: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(spin, "generate", refuse)
-    with pytest.raises(QspinError, match=r"^out of memory \(.*\); close other programs, set generation\.width lower"):
+    monkeypatch.setattr(answering, "generate", refuse)
+    with pytest.raises(
+        QspinError, match=r"^generate: out of memory 3 times in a row, with 2 completions side by side in the end"
+    ):
         spin.run(prepared, tmp_path / "none", Notes())
 
 

@@ -19,18 +19,15 @@ from qspin import report
 from qspin.card import (
     Example,
     Licence,
-    command,
     dataset_card,
-    is_hub_id,
     model_card,
-    plain,
-    recipe,
-    recorded_config,
 )
 from qspin.config import RunConfig, changed_results, dump_config, load_config
 from qspin.errors import QspinError
 from qspin.evaluate import Evaluation
 from qspin.files import read_json, write_json, write_jsonl, write_text
+from qspin.markdown import plain
+from qspin.recipe import command, is_hub_id, recipe, recorded_config
 from qspin.run_dir import RunDir
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -252,6 +249,7 @@ CHECK = {
     "nll_exported": 1.61239,
     "nll_difference": 0.01239,
     "top1_agreement": 0.987,
+    "completions": [{"trained": "a", "exported": said} for said in "aba"],
 }
 
 
@@ -262,6 +260,7 @@ def test_the_merge_check_is_shown(tmp_path: Path) -> None:
     assert page.row("NLL as published, nats a token")[1] == "1.6124"
     assert page.row("difference")[1] == "+0.0124"
     assert page.row("likeliest token the same")[1] == "98.7%"
+    assert page.row("greedy answers the same")[1] == "2 of 3"
     assert "None: this is the adapter itself" in Page(card(make_run(tmp_path / "adapter"))).text
 
 

@@ -54,7 +54,7 @@ class Answer:
 def call(*arguments: str | Path, columns: int = 200, **variables: str) -> Answer:
     """`qspin` in this process, to a pipe."""
     out, err = io.StringIO(), io.StringIO()
-    terminate = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         for name in COLOUR_VARIABLES:
             patch.delenv(name, raising=False)
@@ -63,7 +63,8 @@ def call(*arguments: str | Path, columns: int = 200, **variables: str) -> Answer
         patch.setattr(sys, "argv", ["qspin", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
             main()
-    signal.signal(signal.SIGTERM, terminate)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,18 +14,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from qspin.errors import QspinError
 from qspin.files import (
     MANIFEST,
+    SEAL,
+    check_file,
     check_folder,
     commit_folder,
+    full_disk_told,
+    make_folder,
     read_json,
     read_jsonl,
+    read_plain_json,
+    remove,
     remove_temporaries,
     sha256_of,
     write_json,
     write_jsonl,
+    write_plain_json,
     write_text,
 )
 
@@ -185,15 +196,26 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("step", ["fsync", "rename", "replace"])
-def test_a_disk_that_fails_leaves_nothing(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+def test_a_disk_that_fails_leaves_nothing(
+    step: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(os, step, full)
-    with pytest.raises(OSError, match="No space left"), commit_folder(tmp_path / "x") as temporary:
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises((OSError, QspinError)) as caught, commit_folder(tmp_path / "x", need=1234) as temporary:
         (temporary / "a").write_text("a")
     assert list(tmp_path.iterdir()) == []
+    full = re.fullmatch(
+        r"(.*): the disk is full: (.*) bytes are to be written there and [\d,]+ are free; "
+        "free some space, and the same command goes on",
+        str(caught.value),
+    )
+    # the manifest's own bytes where it was the manifest that did not fit
+    assert full is not None if number == errno.ENOSPC else isinstance(caught.value, OSError)
+    assert full is None or full[1].startswith(str(tmp_path))
 
 
 def test_a_folder_that_is_there_is_not_replaced(tmp_path: Path) -> None:
@@ -268,6 +290,59 @@ def test_a_damaged_manifest_is_found(text: str | None, committed: Path) -> None:
     assert str(committed / MANIFEST) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_no_truncation_and_no_flipped_bit_of_a_sealed_file_goes_unseen(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "x.json":
+        write_json(path, {"text": "β", "numbers": [1, 2.5]})
+    else:
+        write_jsonl(path, ROWS)
+    read: Callable[[Path], object] = read_json if name == "x.json" else read_jsonl
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))]
+    damaged += [
+        whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :]
+        for place in range(len(whole))
+        for bit in range(8)
+    ]
+    damaged += [whole + b"\n", whole + whole, b"{}\n", b"\n".join(whole.split(b"\n")[1:])]
+    for data in damaged:
+        path.write_bytes(data)
+        for look in (check_file, read):
+            with pytest.raises(QspinError, match="damaged or unreadable"):
+                look(path)
+    path.write_bytes(whole)
+    check_file(path)
+    assert read(path)
+
+
+def test_no_flipped_bit_of_a_folder_goes_unseen(committed: Path) -> None:
+    for path in [path for path in committed.rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for bit in range(8 * len(whole)):
+            path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+            with pytest.raises(QspinError):
+                check_folder(committed)
+        path.write_bytes(whole)
+    check_folder(committed)
+
+
+def test_sealed_files_are_read_by_anybody(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {})
+    body = b'{\n  "sha256": "'
+    digest = hashlib.sha256(body).hexdigest()
+    assert (tmp_path / "x.json").read_bytes() == body + digest.encode() + b'"\n}\n'
+    assert json.loads((tmp_path / "x.json").read_text()) == {SEAL: digest}
+    assert read_json(tmp_path / "x.json") == {}
+
+
+def test_files_for_others_carry_no_seal(tmp_path: Path) -> None:
+    write_plain_json(tmp_path / "x.json", {"r": 4})
+    assert json.loads((tmp_path / "x.json").read_text()) == read_plain_json(tmp_path / "x.json") == {"r": 4}
+    with pytest.raises(QspinError, match="not as it was written"):
+        read_json(tmp_path / "x.json")
+
+
 # --- what a killed process left ---
 
 
@@ -282,6 +357,30 @@ def test_half_written_things_are_removed_and_nothing_else(tmp_path: Path) -> Non
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"keep", "sub/keep", "sub/partial", ".partial.keep", "sub/.hidden"}
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_new_folders_reach_the_disk_from_the_top(tmp_path: Path, steps: list[tuple[str, int | str]]) -> None:
+    make_folder(tmp_path / "a" / "b")
+    assert steps == [("sync", tmp_path.stat().st_ino), ("sync", (tmp_path / "a").stat().st_ino)]
+
+
+def test_a_removal_is_one_step_on_the_disk(tmp_path: Path, steps: list[tuple[str, int | str]]) -> None:
+    for path in (tmp_path / "file", tmp_path / "folder" / "inside"):
+        write_text(path, "text")
+    del steps[:]
+    remove(tmp_path / "folder")
+    assert [step for step, _ in steps] == ["rename", "sync"]
+    remove(tmp_path / "file")
+    remove(tmp_path / "nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_that_only_words_tell_of() -> None:
+    """safetensors has the number of the system's error in its message alone."""
+    with pytest.raises(QspinError, match="the disk is full: 7 bytes"), full_disk_told(Path("/x"), 7):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), full_disk_told(Path("/x"), 7):
+        raise SafetensorError("Error while serializing: I/O error: Permission denied (os error 13)")
 
 
 # --- formats ---
@@ -305,7 +404,9 @@ ROWS = [{"text": "one\ntwo\r\nthree\x1c\x0b"}, {"text": "β"}, {}]
 def test_rows_come_back(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", iter(ROWS))
     assert read_jsonl(tmp_path / "x.jsonl") == ROWS
-    assert [json.loads(line) for line in (tmp_path / "x.jsonl").read_bytes().split(b"\n")[:-1]] == ROWS
+    *rows, seal = [json.loads(line) for line in (tmp_path / "x.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert rows == ROWS
+    assert seal.keys() == {SEAL}
     write_jsonl(tmp_path / "none.jsonl", [])
     assert read_jsonl(tmp_path / "none.jsonl") == []
 

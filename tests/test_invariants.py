@@ -88,7 +88,7 @@ def pairs_of(run: RunDir, iteration: int) -> list[Pair]:
 
 
 def scores_of(run: RunDir, iteration: int) -> dict[str, Score]:
-    plan = read_json(run.iteration(iteration).training_plan)
+    plan = read_json(run.iteration(iteration).training_plan)["batches"]
     rows = [row for shard in range(len(plan)) for row in read_jsonl(run.iteration(iteration).scores(shard))]
     return {row["key"]: Score(**row) for row in rows}
 
@@ -106,7 +106,7 @@ def test_1_step_zero(run: RunDir) -> None:
 def test_1_control_the_wrong_opponent(run: RunDir, prepared: Callable[..., Prepared], tmp_path: Path) -> None:
     """The scores of iteration 1 were made by iteration 0's policy; the base in the slot is another player."""
     pairs = [*pairs_of(run, 0), *pairs_of(run, 1)]
-    plan = read_json(run.iteration(1).training_plan)
+    plan = read_json(run.iteration(1).training_plan)["batches"]
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
     task = Task(pairs, scores_of(run, 1), plan, 1, 0, prefix)
     right = load(prepared(), run.iteration(0).adapter)
@@ -226,7 +226,7 @@ def test_6_control_a_score_kept_from_before(run: RunDir, prepared: Callable[...,
     pairs = [*pairs_of(run, 0), *pairs_of(run, 1)]
     stale = scores_of(run, 1) | scores_of(run, 0)
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
-    task = Task(pairs, stale, read_json(run.iteration(1).training_plan), 1, 0, prefix)
+    task = Task(pairs, stale, read_json(run.iteration(1).training_plan)["batches"], 1, 0, prefix)
     model = load(prepared(), run.iteration(0).adapter)
     with pytest.raises(QspinError, match="before the first step the policy must be the opponent"):
         train(model, task, prepared().config.train, snapshots=tmp_path, on_step=lambda _metrics, _pairs: None)

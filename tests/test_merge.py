@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qspin import merge
+from qspin.compare import quantised_names, tied_names
 from qspin.errors import QspinError
-from qspin.export import quantised_names, tied_names
 from qspin.merge import Dequantised, Merged, write_safetensors
 from qspin.model import SlotModel
 

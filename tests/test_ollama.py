@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,6 +132,53 @@ def test_the_go_template_writes_what_the_chat_template_writes(name: str) -> None
     template = go_template(renderer.prompt_text)
     for conversation in CONVERSATIONS:
         assert said(template, conversation) == renderer.prompt_text(conversation)
+
+
+GO = """
+package main
+
+import ("encoding/json"; "os"; "strings"; "text/template")
+
+type Message struct { Role, Content string }
+type Values struct { System string; Messages []Message }
+type Order struct { Template string; Values Values }
+
+func main() {
+	var orders []Order
+	if err := json.NewDecoder(os.Stdin).Decode(&orders); err != nil { panic(err) }
+	said := []string{}
+	for _, order := range orders {
+		var text strings.Builder
+		made := template.Must(template.New("").Option("missingkey=zero").Parse(order.Template))
+		if err := made.Execute(&text, order.Values); err != nil { panic(err) }
+		said = append(said, text.String())
+	}
+	json.NewEncoder(os.Stdout).Encode(said)
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("go") is None, reason="Go is not installed")
+def test_gos_own_templates_read_it_so(tmp_path: Path) -> None:
+    """With the values that Ollama gives: the system text apart, and all messages."""
+    (tmp_path / "main.go").write_text(GO)
+    orders, expected = [], []
+    for name in KNOWN:
+        renderer = renderer_of(name)
+        template = go_template(renderer.prompt_text)
+        for conversation in CONVERSATIONS:
+            messages = [{"Role": message.role, "Content": message.content} for message in conversation]
+            system = "".join(message.content for message in conversation if message.role == "system")
+            orders.append({"Template": template, "Values": {"System": system, "Messages": messages}})
+            expected.append(renderer.prompt_text(conversation))
+    environment = {**os.environ, "GOFLAGS": "-mod=mod", "GOTOOLCHAIN": "local", "GOCACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        ["go", "run", "main.go"], input=json.dumps(orders), cwd=tmp_path, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+    assert len(expected) >= 6 * 5
 
 
 def test_a_real_family_is_said_or_refused_and_never_said_wrong() -> None:

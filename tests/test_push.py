@@ -22,12 +22,13 @@ from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
 
 from qspin import spin
-from qspin.card import Licence, recorded_config
+from qspin.card import Licence
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl, sha256_of, write_json, write_jsonl
+from qspin.files import read_json, read_jsonl, read_plain_json, sha256_of, write_json, write_jsonl, write_plain_json
 from qspin.prepare import prepare
 from qspin.push import Content, _explain, _licence, make_upload, send
+from qspin.recipe import recorded_config
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
@@ -231,7 +232,8 @@ def test_pairs_are_published_for_others_to_train_on(run: RunDir, hub: HubServer,
         path.write_bytes(repo.files[f"data/iteration-{iteration}.parquet"])
         tables.append(pyarrow.parquet.read_table(path).to_pylist())
     assert [len(rows) for rows in tables] == [10, 10]
-    source = {row["prompt"]: row["completion"] for row in read_jsonl(run.path.parent / "mine.jsonl")}
+    lines = (run.path.parent / "mine.jsonl").read_text(encoding="utf-8").splitlines()
+    source = {row["prompt"]: row["completion"] for row in map(json.loads, lines)}
     renderer = prepare(recorded_config(run), template_date(run)).renderer
     for iteration, rows in enumerate(tables):
         generated = read_jsonl(run.iteration(iteration).generated(0))
@@ -460,15 +462,14 @@ def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_p
     """Whatever wrote it: the record has the base's name."""
     other = copied(run, tmp_path / "run")
     adapter = other.iteration(1).adapter
-    config = read_json(adapter / "adapter_config.json")
-    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
-    (adapter / "manifest.json").write_text("{}")
+    config = read_plain_json(adapter / "adapter_config.json")
+    write_plain_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
+    write_json(adapter / "manifest.json", {})
     upload = make_upload(other, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-    assert read_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
+    assert read_plain_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
 
 
 def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServer, push: Pusher) -> None:
-    pytest.importorskip("qspin.export")
     assert push(run, "me/whole", "--what", "merged", "--dry-run").code == 0
     folder = run.path.with_name("run-push") / "merged-1"
     written = (folder / "model.safetensors").stat().st_mtime_ns

@@ -157,7 +157,7 @@ def test_self_play_begins_with_what_it_ended_with(run: RunDir, prepared: Prepare
     config, folder = prepared.config, run.iteration(0)
     model = SlotModel.load(prepared.base, config.model, config.lora, seed=config.seed, device=torch.device("cpu"))
     pairs = [Pair.from_json(row) for row in read_jsonl(folder.generated(0))]
-    shards = range(len(read_json(folder.training_plan)))
+    shards = range(len(read_json(folder.training_plan)["batches"]))
     rows = [row for shard in shards for row in read_jsonl(folder.scores(shard))]
     scores = {row["key"]: row["opponent_real_logps"] for row in rows}
     recorded = [scores[pair.key] for pair in pairs]

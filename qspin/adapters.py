@@ -1,0 +1,94 @@
+"""Adapters in PEFT's format, from a run's own folder or from anyone: nothing in them is trusted.
+
+check_config(folder, base_name, lora)       # the settings are those of the slot
+adapter = load_adapter(folder)
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qspin.config import LoraConfig
+from qspin.errors import QspinError
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json
+
+Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
+
+PICKLE = "adapter_model.bin"
+# What an adapter_config.json may hold besides rank and alpha that makes other numbers of the same weights.
+OTHER_SUMS = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def load_adapter(folder: Path) -> Adapter:
+    """An adapter's weights, fp32. A pickle is never opened: it can run code.
+
+    Raises:
+        QspinError: no such file, a damaged one, or weights that are no numbers.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        if (folder / PICKLE).is_file():
+            raise QspinError(
+                f"{folder} holds {PICKLE}, a pickle, which can run code as it is loaded, and no {ADAPTER_WEIGHTS}; "
+                "save it again with PEFT's save_pretrained"
+            )
+        raise QspinError(f"{folder} holds no {ADAPTER_WEIGHTS}: name a folder written by PEFT's save_pretrained")
+    try:
+        adapter = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a dtype that torch lacks
+        raise QspinError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]})") from None
+    wrong = sorted(name for name, tensor in adapter.items() if not bool(torch.isfinite(tensor).all()))
+    if wrong:
+        raise QspinError(f"{path}: {len(wrong)} weights hold NaN or infinity, the first {wrong[0]}; train it anew")
+    return adapter
+
+
+def check_config(folder: Path, base: str, lora: LoraConfig) -> None:
+    """An adapter from elsewhere plays in the slot only if its settings are the slot's: weights alone don't tell.
+
+    Raises:
+        QspinError: it is no plain LoRA, of another rank or alpha, or says that it belongs to another base.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise QspinError(f"model.init_adapter: {folder} holds no {ADAPTER_CONFIG}; name a folder saved by PEFT")
+    config = read_plain_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise QspinError(f"model.init_adapter: {path} is not the configuration of a LoRA adapter")
+    others = [key for key in OTHER_SUMS if config.get(key)]
+    if others or config.get("bias", "none") != "none":
+        raise QspinError(
+            f"model.init_adapter: {path}: {others[0] if others else 'bias'} is set; qspin plays plain LoRA"
+        )
+    for key, ours, setting in (("r", lora.rank, "lora.rank"), ("lora_alpha", lora.alpha, "lora.alpha")):
+        if not _same_number(config.get(key), ours):
+            raise QspinError(
+                f"model.init_adapter: {path}: {key} is {_short(config.get(key))}, {setting} is {ours:g}; set "
+                f"{setting} to the adapter's"
+            )
+    named = config.get("base_model_name_or_path")
+    if named and (not isinstance(named, str) or _last(named) != _last(base)):
+        raise QspinError(
+            f"model.init_adapter: {path} names the base {_short(named)}, model.id is {base}; take the adapter's base, "
+            "or, if it is the same model by another name, put that name into the file"
+        )
+
+
+def _same_number(found: Any, wanted: float) -> bool:
+    return isinstance(found, int | float) and math.isclose(found, wanted)
+
+
+def _last(name: str) -> str:
+    """A model's name without the owner or the folders before it."""
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:100]

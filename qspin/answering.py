@@ -1,0 +1,100 @@
+"""Generating: the opponent answers every training prompt, a shard of rows at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from qspin.errors import QspinError
+from qspin.files import kept_json, write_json, write_jsonl
+from qspin.game import Game
+from qspin.generation import Completion, Request, generate
+from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
+from qspin.records import Pair
+from qspin.sampling import noise_key
+from qspin.stopping import check_stop
+
+SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads faster
+
+
+def answer(game: Game, iteration: int) -> None:
+    """One completion of each training prompt, sampled from iteration t's opponent."""
+    folder, rows = game.dir.iteration(iteration), len(game.prepared.train)
+    size = game.config.generation.shard_rows
+    plan: dict[str, Any] = kept_json(
+        folder.generation_plan,
+        lambda: {
+            "width": game.width,
+            "shards": [list(range(start, min(start + size, rows))) for start in range(0, rows, size)],
+        },
+    )
+    missing = [shard for shard in enumerate(plan["shards"]) if not folder.generated(shard[0]).is_file()]
+
+    def begin() -> None:
+        done = rows - sum(len(shard) for _, shard in missing)
+        game.progress.phase("generate", iteration=iteration, total=rows, done=done, unit="rows")
+
+    if missing:
+        game.model.set_adapter(game.opponent(iteration))
+        begin()
+    failures = 0
+    while missing:
+        index, shard = missing[0]
+        started = time.monotonic()
+        try:
+            with refusals_told():
+                pairs = _pairs(game, iteration, shard, plan["width"])
+        except OutOfMemory as error:
+            failures += 1
+            if failures == ATTEMPTS or plan["width"] == 1:
+                raise QspinError(
+                    f"generate: out of memory {failures} times in a row, with {plan['width']} completions side by side "
+                    f"in the end ({error}); close other programs, or set generation.width lower"
+                ) from None
+            plan["width"] //= 2
+            write_json(folder.generation_plan, plan)
+            game.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
+            begin()  # what was done of this shard is lost
+            continue
+        write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
+        folder.add_seconds("generate", time.monotonic() - started)
+        missing.pop(0)
+        failures = 0
+
+
+def _pairs(game: Game, iteration: int, rows: Sequence[int], width: int) -> list[Pair]:
+    """One completion of each of these training rows, by whoever is in the slot."""
+    prepared, settings = game.prepared, game.config.generation
+    examples = [prepared.train[row] for row in rows]
+    started, tokens, shown = time.monotonic(), 0, -math.inf
+
+    def on_step(new: int, done: float) -> None:
+        nonlocal tokens
+        check_stop()
+        tokens += new
+        game.progress.advance(done, **{"tokens/s": tokens / (time.monotonic() - started)})
+
+    def on_done(index: int, completion: Completion) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= SAMPLE_SECONDS:
+            shown = time.monotonic()
+            text = prepared.renderer.completion_text(completion.ids)
+            game.progress.sampled(prepared.train_prompts[rows[index]], text)
+
+    completions = generate(
+        game.model,
+        [Request(e.prompt_ids, noise_key(game.config.seed, iteration, e.record_id)) for e in examples],
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        width=width,
+        stop_ids=prepared.stop_ids,
+        on_step=on_step,
+        on_done=on_done,
+    )
+    return [
+        Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
+        for e, completion in zip(examples, completions, strict=True)
+    ]

@@ -1,0 +1,74 @@
+"""What all phases of a run share: one model with one slot, one folder, and how much is computed at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qspin.adapters import Adapter, load_adapter
+from qspin.budget import rows_at_once
+from qspin.config import RunConfig
+from qspin.model import SlotModel
+from qspin.optimisation import make_optimizer
+from qspin.prepare import Prepared
+from qspin.progress import Progress
+from qspin.record import open_run, remembered, verify_base
+from qspin.room import check_room
+from qspin.run_dir import RunDir
+
+
+@dataclass(slots=True)
+class Game:
+    """A run under way."""
+
+    prepared: Prepared
+    dir: RunDir
+    progress: Progress
+    model: SlotModel
+    start: Adapter  # whom the first training begins with: the base itself, or model.init_adapter
+    width: int  # completions decoded side by side
+    budget: int | None = None  # tokens trained on at once, once found
+
+    @staticmethod
+    def open(prepared: Prepared, run_dir: RunDir, progress: Progress) -> Game:
+        """Load the model for a folder that is ours.
+
+        Raises:
+            QspinError: the folder is of another run; the base or the optimiser can't be used; the disk has no room.
+        """
+        config = prepared.config
+        torch.set_num_threads(open_run(prepared, run_dir))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = SlotModel.load(prepared.base, config.model, config.lora, seed=config.seed, device=device)
+        verify_base(run_dir, model)
+        check_room(prepared, run_dir, sum(parameter.nbytes for parameter in model.parameters.values()))
+        # an optimiser that this device lacks should be heard of now, not after hours of generating
+        make_optimizer(config.train, list(model.parameters.values()), device)
+        width = _width(prepared, run_dir, model)
+        init = config.model.init_adapter
+        if init is not None:
+            model.set_adapter(load_adapter(Path(init)))
+        return Game(prepared, run_dir, progress, model, model.adapter(), width)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
+
+    def opponent(self, iteration: int) -> Adapter:
+        """Whom iteration t plays against: what iteration t − 1 ended with."""
+        if iteration > 0:
+            return load_adapter(self.dir.iteration(iteration - 1).adapter)
+        return load_adapter(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
+
+
+def _width(prepared: Prepared, run_dir: RunDir, model: SlotModel) -> int:
+    """As configured; if found from memory, then once, for the whole run."""
+    generation = prepared.config.generation
+    if isinstance(generation.width, int):
+        return generation.width
+    rows = (*prepared.train, *prepared.heldout)
+    places = max(len(row.prompt_ids) for row in rows) + generation.max_new_tokens
+    width: int = remembered(run_dir, "width", lambda: rows_at_once(model, places))
+    return width

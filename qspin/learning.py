@@ -1,0 +1,203 @@
+"""Learning: what is in the slot is trained by a plan, and committed as the next opponent.
+
+Self-play scores its pairs under the opponent first; a warm start learns real completions alone. Both are fitted into
+memory in the same way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from qspin.adapters import Adapter
+from qspin.budget import smaller, token_budget
+from qspin.config import RunConfig
+from qspin.errors import QspinError
+from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_jsonl
+from qspin.game import Game
+from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
+from qspin.optimisation import Metrics, step_order, steps_kept
+from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
+from qspin.record import verify_base
+from qspin.records import Pair, Score
+from qspin.run_dir import IterationDir
+from qspin.scoring import score_pairs
+from qspin.stopping import check_stop, stops_held
+from qspin.training import Task, train
+from qspin.warm_start import train_supervised
+
+
+def trained_on(config: RunConfig, iteration: int) -> range:
+    """The iterations whose pairs iteration t learns from: its own, and `train.mix_previous` before it."""
+    return range(max(0, iteration - config.train.mix_previous), iteration + 1)
+
+
+def learn(game: Game, iteration: int) -> None:
+    """Score the pairs under iteration t's opponent, then train against it."""
+    folder, config = game.dir.iteration(iteration), game.config
+    pairs = _pairs(game, iteration)
+
+    def work(plan: Plan, prefix: int) -> None:
+        task = _score(game, folder, Task(pairs, {}, plan, iteration, config.seed, prefix))
+        _optimise(
+            game,
+            folder,
+            plan,
+            lambda on_step: train(game.model, task, config.train, snapshots=folder.snapshots, on_step=on_step),
+            phase="train",
+            iteration=iteration,
+            order=step_order(len(plan), config.train.epochs, config.seed + iteration),
+        )
+
+    _fit(game, folder, pairs, work, start=game.opponent(iteration))
+
+
+def warm_start(game: Game) -> None:
+    """For a base that was never fine-tuned: its adapter learns the real completions, and is the first opponent."""
+    folder, config = game.dir.warm_start, game.config
+    rows = [Pair(e.record_id, 0, e.prompt_ids, e.real_ids, (), ended=True) for e in game.prepared.train]
+
+    def work(plan: Plan, prefix: int) -> None:
+        _optimise(
+            game,
+            folder,
+            plan,
+            lambda on_step: train_supervised(
+                game.model, rows, plan, config, prefix=prefix, snapshots=folder.snapshots, on_step=on_step
+            ),
+            phase="warm start",
+            iteration=None,
+            order=step_order(len(plan), config.sft.epochs, config.seed),
+        )
+
+    _fit(game, folder, rows, work, start=game.start)
+    game.budget = None  # found for rows half as long as those to come
+
+
+def _pairs(game: Game, iteration: int) -> list[Pair]:
+    """What iteration t trains on.
+
+    A completion equal to the real one teaches nothing (its gradient is zero) and is left out.
+    """
+    found: list[Pair] = []
+    for past in trained_on(game.config, iteration):
+        folder = game.dir.iteration(past)
+        for shard in range(len(read_json(folder.generation_plan)["shards"])):
+            found += [Pair.from_json(row) for row in read_jsonl(folder.generated(shard))]
+    different = [pair for pair in found if pair.real_ids != pair.generated_ids]
+    if not different:
+        raise QspinError(
+            f"iteration {iteration}: the opponent gives every prompt its real completion, so nothing is left to "
+            f"learn; the run is complete with --iterations {iteration}"
+        )
+    if len(different) < len(found):
+        game.progress.note(
+            f"iteration {iteration}: {len(found) - len(different)} of {len(found)} pairs left out, "
+            "the opponent's completion is the real one"
+        )
+    return different
+
+
+def _fit(
+    game: Game, folder: IterationDir, pairs: Sequence[Pair], work: Callable[[Plan, int], None], *, start: Adapter
+) -> None:
+    """Do what commits an adapter, by a plan; in smaller micro-batches if memory does not hold one.
+
+    Args:
+        work: what to do, given the plan and how many tokens all prompts begin with.
+        start: who is put into the slot.
+    """
+    prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    failures, reached = 0, steps_kept(folder.snapshots)
+    while not folder.adapter.is_dir():
+        game.model.set_adapter(start)
+        plan = _plan(game, folder, pairs, prefix)
+        try:
+            with refusals_told():
+                work(plan, prefix)
+        except OutOfMemory as error:
+            failures = 1 if steps_kept(folder.snapshots) > reached else failures + 1
+            reached = steps_kept(folder.snapshots)
+            if failures == ATTEMPTS:
+                raise QspinError(
+                    f"{folder.path.name}: out of memory {failures} times in a row, with {game.budget} tokens at once "
+                    f"in the end ({error}); close other programs, set train.gradient_checkpointing=true, or take a "
+                    "smaller model"
+                ) from None
+            game.budget = smaller(pairs, plan, prefix)
+            remove(folder.scores(0).parent)  # before the plan that they belong to
+            remove(folder.training_plan)
+            game.progress.note(f"memory does not hold so many tokens; on with {game.budget} at once")
+    remove(folder.snapshots)
+
+
+def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> Plan:
+    """Effective batches and micro-batches, kept."""
+    lengths, config = [lengths_of(pair, prefix) for pair in pairs], game.config.train
+
+    def plan(budget: int) -> Plan:
+        return plan_batches(lengths, batch_size=config.batch_size, token_budget=budget, seed=game.config.seed)
+
+    def make() -> dict[str, Plan]:
+        asked = config.tokens_per_micro_batch
+        if game.budget is None:
+            game.model.use_gradient_checkpointing(config.gradient_checkpointing)
+            game.budget = (
+                asked if isinstance(asked, int) else token_budget(game.model, pairs, plan, prefix, config.optimizer)
+            )
+        return {"batches": plan(game.budget)}
+
+    batches: Plan = kept_json(folder.training_plan, make)["batches"]
+    return batches
+
+
+def _score(game: Game, folder: IterationDir, task: Task) -> Task:
+    """Log-probs of every pair, carried ones too, under the opponent in the slot; a shard an effective batch."""
+    game.progress.phase("score", iteration=task.iteration, total=len(task.pairs), done=0, unit="pairs")
+    scores: list[Score] = []
+    for index, micro_batches in enumerate(task.plan):
+        check_stop()
+        path = folder.scores(index)
+        if path.is_file():
+            shard = [Score(**row) for row in read_jsonl(path)]
+        else:
+            started = time.monotonic()
+            parts = score_pairs(game.model, task.pairs, micro_batches, task.prefix)
+            shard = [score for part in parts for score in part]
+            write_jsonl(path, [score.to_json() for score in shard])
+            folder.add_seconds("score", time.monotonic() - started)
+        game.progress.advance(len(shard))
+        scores += shard
+    return replace(task, scores={score.key: score for score in scores})
+
+
+def _optimise(
+    game: Game,
+    folder: IterationDir,
+    plan: Plan,
+    work: Callable[[Callable[[Metrics, int], None]], list[Metrics]],
+    *,
+    phase: str,
+    iteration: int | None,
+    order: Sequence[int],
+) -> None:
+    """Optimise, then commit the adapter: the next opponent."""
+    sizes = [sum(len(micro_batch) for micro_batch in plan[batch]) for batch in order]
+    kept = sum(sizes[: steps_kept(folder.snapshots)])
+    game.progress.phase(phase, iteration=iteration, total=sum(sizes), done=kept, unit="pairs")
+    started = time.monotonic()
+
+    def on_step(metrics: Metrics, pairs: int) -> None:
+        nonlocal started
+        game.progress.advance(pairs, **metrics)
+        folder.add_seconds("train", time.monotonic() - started)
+        started = time.monotonic()
+
+    metrics = work(on_step)
+    need = sum(parameter.nbytes for parameter in game.model.parameters.values())
+    with stops_held():  # there may be no snapshot of the last steps
+        verify_base(game.dir, game.model)
+        write_jsonl(folder.metrics, metrics)
+        with commit_folder(folder.adapter, need=need) as temporary:
+            game.model.save_adapter(temporary)

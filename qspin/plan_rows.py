@@ -1,0 +1,92 @@
+"""How long the rows of a run are, which is what a plan needs to know of them."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from dataclasses import dataclass, replace
+
+from qspin.config import DataConfig, RunConfig
+from qspin.data import load_records
+from qspin.errors import QspinError
+
+ASSUMED_ROWS = 1000
+ASSUMED_PROMPT, ASSUMED_COMPLETION = 128, 256  # tokens of a row, where no data are given
+CHARACTERS = 4  # a token, in English, where there is no tokenizer to ask
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of the training rows."""
+
+    lengths: tuple[tuple[int, int], ...]  # prompt, real completion
+    prefix: int  # tokens that all prompts begin with
+    source: str  # a sentence
+    assumed: bool = False  # typical lengths: the longest row is then what the settings allow
+
+    def under(self, data: DataConfig) -> Rows:
+        """Those that the settings leave, as `Renderer.example` does."""
+        longest, prompt = data.max_completion_tokens, data.max_prompt_tokens
+        if self.assumed or data.long_completions == "cut":
+            capped = (
+                (min(asked, prompt) if self.assumed else asked, min(real, longest)) for asked, real in self.lengths
+            )
+        else:
+            capped = (pair for pair in self.lengths if pair[1] <= longest)
+        return replace(self, lengths=tuple(pair for pair in capped if pair[0] <= prompt))
+
+
+def assumed_rows(count: int) -> Rows:
+    """Rows of typical lengths, for plans without data."""
+    source = (
+        f"no data given: {count} rows assumed, of {ASSUMED_PROMPT} tokens of prompt and {ASSUMED_COMPLETION} of "
+        "completion; memory is planned for the longest that the settings allow"
+    )
+    return Rows(((ASSUMED_PROMPT, ASSUMED_COMPLETION),) * count, 0, source, assumed=True)
+
+
+def rows_of_data(config: RunConfig) -> Rows:
+    """The lengths of a configuration's rows: in tokens where the base's tokenizer is at hand, else by characters.
+
+    Raises:
+        QspinError: the data can't be read.
+    """
+    from qspin.base import find_base, load_tokenizer
+    from qspin.packing import common_prefix
+    from qspin.prepare import prepare
+
+    try:
+        load_tokenizer(find_base(config.model))
+    except QspinError:
+        return _rows_by_characters(config)
+    prepared = prepare(config, datetime.date.today())
+    return Rows(
+        lengths=tuple((len(example.prompt_ids), len(example.real_ids)) for example in prepared.train),
+        prefix=common_prefix([example.prompt_ids for example in prepared.train]),
+        source=f"{config.data.source}: {len(prepared.train)} rows, in the model's own tokens",
+    )
+
+
+def _rows_by_characters(config: RunConfig) -> Rows:
+    data = config.data
+    assert data.source is not None
+    dataset = load_records(
+        data.source,
+        split=data.split,
+        config=data.config,
+        format=data.format,
+        columns=data.columns,
+        turns=data.turns,
+        limit=data.limit,
+    )
+
+    def tokens(text: str) -> int:
+        return math.ceil(len(text) / CHARACTERS) + 5  # with the marks that a template puts around a turn
+
+    lengths = ((sum(tokens(m.content) for m in r.prompt), tokens(r.completion)) for r in dataset.records)
+    return Rows(
+        lengths=tuple(lengths),
+        prefix=0,
+        source=f"{data.source}: {len(dataset.records)} rows, a token taken for {CHARACTERS} characters since the "
+        "model's tokenizer is not here",
+    )

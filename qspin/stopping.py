@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM: once, and the run keeps what it has and leaves; twice, and the process is gone at once.
+
+    heed_stops()                 # in the main thread, before any work
+    with stops_held():           # what must not be torn: a request to stop takes effect after it
+        optimizer.step()
+
+A request is raised as `SystemExit` with the code that a shell gives, wherever the main thread is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+STOPPED = "stopped; the same command goes on from the last finished piece"
+CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+
+_SHOW_CURSOR, _STDERR = "\x1b[?25h", 2
+
+
+class _State:
+    asked: int | None = None  # the signal that asked to stop
+    raised = False
+    held = 0  # blocks that must not be torn, one in another
+
+
+def heed_stops() -> None:
+    """Handle both signals from now on."""
+    _State.asked, _State.raised = None, False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+
+
+@contextlib.contextmanager
+def stops_held() -> Iterator[None]:
+    """Let the block end before a request to stop takes effect."""
+    _State.held += 1
+    try:
+        yield
+    finally:
+        _State.held -= 1
+    if _State.asked is not None and not _State.raised:
+        _stop(_State.asked)
+
+
+def check_stop() -> None:
+    """For loops: a request that was raised where exceptions are swallowed, as in a finaliser, is not lost.
+
+    Raises:
+        SystemExit: it has been asked for.
+    """
+    if _State.asked is not None:
+        raise SystemExit(128 + _State.asked)
+
+
+def _stop(number: int) -> None:
+    if not _State.held:
+        _State.raised = True
+        raise SystemExit(128 + number)
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    if _State.asked is not None:
+        cursor = _SHOW_CURSOR if os.isatty(_STDERR) else ""  # a live view may have hidden it
+        os.write(_STDERR, f"{cursor}{STOPPED}\n".encode())
+        os._exit(128 + number)
+    _State.asked = number
+    _stop(number)

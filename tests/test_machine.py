@@ -1,0 +1,47 @@
+"""What a machine can do: published figures of cards, and this one measured."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qspin.config import ModelConfig, load_config
+from qspin.machine import CARDS, GIB, card, copy_rate, product_rate, this_machine
+from qspin.memory import free_bytes
+from qspin.model import compute_dtype
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name"), [(6, "RTX 4060"), (8, "RTX 4060"), (15.9, "RTX 3060"), (80, "RTX 3090")]
+)
+def test_a_card_is_as_fast_as_the_largest_that_has_no_more(gigabytes: float, name: str) -> None:
+    machine = card(gigabytes, ModelConfig())
+    assert (machine.name, machine.device, machine.measured) == (name, "cuda", False)
+    assert machine.memory == int(gigabytes * GIB)
+
+
+def test_figures_of_cards_are_of_the_right_size() -> None:
+    for _, bandwidth, flops in CARDS.values():
+        assert 2e11 < bandwidth < 1e12  # bytes a second
+        assert 2e13 < flops < 1e14
+
+
+def test_fp32_takes_twice_the_bytes_and_time_on_a_card() -> None:
+    half, full = (card(12, load_config(None, {"model.dtype": dtype}).model) for dtype in ("auto", "float32"))
+    assert full.itemsize == 2 * half.itemsize
+    assert full.flops == half.flops / 2
+
+
+def test_this_machine_is_what_the_run_would_use() -> None:
+    machine = this_machine(ModelConfig())
+    assert machine.device == CPU.type
+    assert machine.measured
+    assert machine.itemsize == compute_dtype(ModelConfig(), CPU).itemsize
+    assert 0 < machine.memory - free_bytes(CPU) < 8 * GIB  # with what this process holds already
+
+
+def test_rates_are_those_of_a_machine_of_our_time() -> None:
+    assert 1e9 < product_rate(CPU, torch.float32) < 1e13
+    assert 1e9 < copy_rate(CPU) < 1e12

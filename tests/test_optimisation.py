@@ -1,0 +1,214 @@
+"""Steps that are cut off, by a request to stop, by memory or by numbers that are no numbers, are made whole or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from qspin.config import TrainConfig
+from qspin.errors import QspinError
+from qspin.memory import OutOfMemory
+from qspin.model import Adapter, SlotModel
+from qspin.optimisation import Metrics, Objective, optimise, steps_kept
+from qspin.packing import Plan
+from qspin.stopping import heed_stops
+
+LoadModel = Callable[..., SlotModel]
+PLAN: Plan = [[[0, 1]], [[2], [3]], [[4]], [[5, 6]]]
+IDS = [f"row-{index}" for index in range(7)]
+EPOCHS, STEPS = 2, 8
+
+
+def descend(model: SlotModel) -> Objective:
+    """A bowl whose lowest point is elsewhere for each batch: the result depends on every step, and on their order."""
+
+    def objective(batch: Any, _step: int) -> Metrics:
+        for parameter in model.parameters.values():
+            parameter.grad = parameter.detach() - 0.1 * batch[0][0]
+        return {"loss": float(batch[0][0])}
+
+    return objective
+
+
+def ignore(_metrics: Metrics, _pairs: int) -> None:
+    pass
+
+
+def run(
+    model: SlotModel,
+    objective: Objective,
+    snapshots: Path,
+    on_step: Callable[[Metrics, int], None] = ignore,
+    **changes: Any,
+) -> list[Metrics]:
+    config = TrainConfig(**{"snapshot_minutes": 1000, "warmup": 0.0, **changes})
+    return optimise(
+        model,
+        objective,
+        PLAN,
+        config,
+        epochs=EPOCHS,
+        lr=0.01,
+        seed=0,
+        record_ids=IDS,
+        snapshots=snapshots,
+        on_step=on_step,
+    )
+
+
+@pytest.fixture
+def undisturbed(tiny_model: LoadModel, tmp_path: Path) -> tuple[list[Metrics], Adapter]:
+    model = tiny_model()
+    return run(model, descend(model), tmp_path / "undisturbed"), model.adapter()
+
+
+def same_bits(one: Adapter, other: Adapter) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def cut_off(model: SlotModel, at: int, how: Callable[[], None]) -> Objective:
+    """As `descend`, but at one step something happens, once, when half of the gradients are there."""
+    whole = descend(model)
+    left = [how]
+
+    def objective(batch: Any, step: int) -> Metrics:
+        figures = whole(batch, step)
+        if step == at and left:
+            next(iter(model.parameters.values())).grad = None
+            left.pop()()
+        return figures
+
+    return objective
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def terminate() -> None:
+    raise SystemExit(143)
+
+
+def exhaust() -> None:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize(
+    ("how", "raised"), [(interrupt, KeyboardInterrupt), (terminate, SystemExit), (exhaust, OutOfMemory)]
+)
+def test_the_steps_before_are_kept_and_the_run_goes_on_to_the_same_bits(
+    how: Callable[[], None],
+    raised: type[BaseException],
+    optimizer: str,
+    tiny_model: LoadModel,
+    tmp_path: Path,
+) -> None:
+    whole = tiny_model()
+    metrics = run(whole, descend(whole), tmp_path / "whole", optimizer=optimizer)
+    model = tiny_model()
+    with pytest.raises(raised):
+        run(model, cut_off(model, 5, how), tmp_path / "cut", optimizer=optimizer)
+    assert steps_kept(tmp_path / "cut") == 5
+    again = tiny_model()
+    assert run(again, descend(again), tmp_path / "cut", optimizer=optimizer) == metrics
+    assert same_bits(again.adapter(), whole.adapter())
+
+
+def test_before_the_first_step_there_is_nothing_to_keep(tiny_model: LoadModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cut_off(model, 0, interrupt), tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    heed_stops()
+    yield
+    heed_stops()  # what was asked is forgotten
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_an_update_that_has_begun_is_finished_and_kept(
+    undisturbed: tuple[list[Metrics], Adapter], tiny_model: LoadModel, tmp_path: Path
+) -> None:
+    """The signal comes when some weights have moved and others have not."""
+    model, steps = tiny_model(), 0
+
+    def on_update(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = register_optimizer_step_pre_hook(on_update)
+    with pytest.raises(SystemExit) as stop:
+        run(model, descend(model), tmp_path / "cut")
+    hook.remove()
+    assert stop.value.code == 143
+    assert steps_kept(tmp_path / "cut") == 3
+    heed_stops()
+    again = tiny_model()
+    assert run(again, descend(again), tmp_path / "cut") == undisturbed[0]
+    assert same_bits(again.adapter(), undisturbed[1])
+
+
+def test_a_request_between_two_steps_keeps_both(
+    undisturbed: tuple[list[Metrics], Adapter], tiny_model: LoadModel, tmp_path: Path
+) -> None:
+    """As when the status is written, or the view drawn."""
+    model = tiny_model()
+
+    def on_step(metrics: Metrics, _pairs: int) -> None:
+        if metrics["step"] == 1:
+            terminate()
+
+    with pytest.raises(SystemExit):
+        run(model, descend(model), tmp_path / "cut", on_step=on_step)
+    assert steps_kept(tmp_path / "cut") == 2
+    again = tiny_model()
+    assert run(again, descend(again), tmp_path / "cut") == undisturbed[0]
+    assert same_bits(again.adapter(), undisturbed[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_at_once_and_moves_nothing(
+    value: float, tiny_model: LoadModel, tmp_path: Path
+) -> None:
+    model = tiny_model()
+    whole, before = descend(model), {}
+
+    def objective(batch: Any, step: int) -> Metrics:
+        figures = whole(batch, step)
+        if step == 3:
+            before.update(model.adapter())
+            gradient = list(model.parameters.values())[-1].grad
+            assert gradient is not None
+            gradient[0, 0] = value
+        return figures
+
+    with pytest.raises(QspinError) as caught:
+        run(model, objective, tmp_path / "snapshots", snapshot_minutes=0)
+    assert str(caught.value) == (
+        "the gradient is not finite in the batch of row-5, row-6; lower the learning rate, or drop these rows"
+    )
+    assert same_bits(model.adapter(), before)
+    assert steps_kept(tmp_path / "snapshots") == 3  # the last good one
+
+
+def test_the_last_two_snapshots_are_kept(tiny_model: LoadModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    run(model, descend(model), tmp_path, snapshot_minutes=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000007"]
+    assert not list(tmp_path.rglob("*.partial"))

@@ -1,0 +1,205 @@
+"""Ctrl-C and SIGTERM, once and twice. Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qspin.damage import take_away_damaged
+from qspin.files import read_json, read_jsonl
+from qspin.run_dir import RunDir
+from qspin.stopping import STOPPED
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+LEAVES_WITHIN = 5.0  # seconds
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def listen_to_interrupts() -> None:
+    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=listen_to_interrupts,  # noqa: PLW1509 (it takes no lock)
+    )
+
+
+SCRIPT = """
+import sys, time
+from qspin.stopping import check_stop, heed_stops, stops_held
+heed_stops()
+def say(text): print(text, flush=True)
+def wait(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+{body}
+"""
+
+
+def told(body: str, *signals: signal.Signals) -> tuple[int, list[str], str]:
+    """Run a script that says "now" when the first signal is due, and "again" for the next."""
+    process = start("-c", SCRIPT.format(body=body))
+    assert process.stdout is not None
+    said = []
+    for number in signals:
+        while (line := process.stdout.readline()) not in {"now\n", "again\n", ""}:
+            said.append(line.strip())
+        process.send_signal(number)
+    rest, err = process.communicate(timeout=30)
+    return process.returncode, said + rest.split(), err
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_once_it_is_raised_wherever_the_program_is(number: signal.Signals) -> None:
+    body = """
+try:
+    say("now")
+    wait(20)
+finally:
+    say("cleaned")
+"""
+    assert told(body, number)[:2] == (128 + number, ["cleaned"])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_must_not_be_torn_ends_first(number: signal.Signals) -> None:
+    body = """
+with stops_held():
+    with stops_held():
+        say("now")
+        wait(0.5)
+        say("inner")
+    say("outer")
+say("never")
+"""
+    assert told(body, number)[:2] == (128 + number, ["inner", "outer"])
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_twice_it_is_gone_at_once_and_says_how_to_go_on(number: signal.Signals, held: bool) -> None:
+    body = f"""
+try:
+    with stops_held():
+        say("now")
+        if {not held}:
+            wait(0.5)
+        else:
+            time.sleep(0.3)
+            say("again")
+            wait(20)
+finally:
+    say("again")
+    wait(20)
+    say("never")
+"""
+    started = time.monotonic()
+    code, said, err = told(body, number, number)
+    assert (code, "never" in said, err) == (128 + number, False, f"{STOPPED}\n")
+    assert time.monotonic() - started < 10
+
+
+def test_a_request_that_was_swallowed_is_raised_again() -> None:
+    body = """
+try:
+    say("now")
+    wait(20)
+except SystemExit:
+    pass
+check_stop()
+say("never")
+"""
+    assert told(body, signal.SIGTERM)[:2] == (143, [])
+
+
+# --- a run ---
+
+
+@pytest.fixture(scope="module")
+def command(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    data = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}."} for n in range(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {
+        "iterations": 1,
+        "model.dtype": "float32",
+        "generation.max_new_tokens": 8,
+        "generation.width": 4,
+        "train.batch_size": 4,
+        "train.epochs": 16,
+        "train.tokens_per_micro_batch": 64,
+        "train.snapshot_minutes": 1000,
+        "data.heldout_rows": 4,
+    }
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["-m", "qspin.cli", "run", "--model", str(tiny_folder("llama")), "--data", str(data), *options]
+
+
+def training(process: subprocess.Popen[str], out: Path) -> int:
+    """Wait until some steps of the training are made; how many are known of."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        if RunDir(out).status.is_file():
+            status = read_json(RunDir(out).status)["status"]
+            if status["phase"] == "train" and status["figures"].get("step", 0) >= 3:
+                return int(status["figures"]["step"]) + 1
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run([sys.executable, *command, "--out", str(out)], check=True, capture_output=True, env=ENVIRONMENT)
+    return (RunDir(out).iteration(0).adapter / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("times", "number"),
+    [
+        (1, signal.SIGINT),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.nightly),
+        pytest.param(2, signal.SIGINT, marks=pytest.mark.nightly),
+        (2, signal.SIGTERM),
+    ],
+)
+def test_a_training_that_is_stopped_goes_on_to_the_same_bytes(
+    times: int, number: signal.Signals, command: list[str], undisturbed: bytes, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    folder = RunDir(out).iteration(0)
+    process = start(*command, "--out", str(out))
+    steps = training(process, out)
+    asked = time.monotonic()
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=60)
+    took = time.monotonic() - asked
+    assert (process.returncode, err.splitlines()[-1]) == (128 + number, STOPPED)
+    assert took < LEAVES_WITHIN
+    assert not folder.adapter.exists()
+    assert take_away_damaged(RunDir(out)) == []
+    if times == 1:
+        [snapshot] = folder.snapshots.iterdir()
+        # the status is a second old at most, and so is what is kept
+        assert len(read_jsonl(snapshot / "metrics.jsonl")) >= steps
+    subprocess.run([sys.executable, *command, "--out", str(out)], check=True, capture_output=True, env=ENVIRONMENT)
+    assert (folder.adapter / "adapter_model.safetensors").read_bytes() == undisturbed
