@@ -28,7 +28,7 @@ from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.evaluate import Evaluation
 from qspin.export import CHECK, drifted, export
-from qspin.files import check_folder, read_json, write_json
+from qspin.files import check_folder, read_json, read_plain_json, write_json
 from qspin.generation import Request, generate
 from qspin.model import SlotModel, load_adapter
 from qspin.prepare import Prepared, prepare
@@ -78,7 +78,7 @@ def test_an_adapter_names_its_base_and_never_a_path(
     run: RunDir, tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = export(run, to="adapter", iteration="0", out=tmp_path / "adapter", onto="original", dtype=None)
-    assert read_json(out / "adapter_config.json")["base_model_name_or_path"] == "tiny-qwen2"
+    assert read_plain_json(out / "adapter_config.json")["base_model_name_or_path"] == "tiny-qwen2"
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("qwen2"))
     model = peft.PeftModel.from_pretrained(base, out)
     ours = load_adapter(run.iteration(0).adapter)
@@ -136,10 +136,10 @@ def test_a_merged_folder_is_complete(run: RunDir, tiny_folder: Callable[[str], P
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "merge-check.json", "manifest.json",
     }  # fmt: skip
-    old, new = (read_json(folder / "config.json") for folder in (tiny_folder("qwen2"), tmp_path / "out"))
+    old, new = (read_plain_json(folder / "config.json") for folder in (tiny_folder("qwen2"), tmp_path / "out"))
     assert new == old
     stops = read_json(run.record)["stop_ids"]
-    assert read_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == stops
+    assert read_plain_json(tmp_path / "out" / "generation_config.json")["eos_token_id"] == stops
 
 
 def test_a_merge_in_4_bits_is_loaded_in_4_bits(run: RunDir, tmp_path: Path) -> None:

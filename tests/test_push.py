@@ -25,7 +25,15 @@ from qspin import spin
 from qspin.card import Licence, recorded_config
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl, sha256_of, write_json, write_jsonl
+from qspin.files import (
+    read_json,
+    read_jsonl,
+    read_plain_json,
+    sha256_of,
+    write_json,
+    write_jsonl,
+    write_plain_json,
+)
 from qspin.prepare import prepare
 from qspin.push import Content, _explain, _licence, make_upload, send
 from qspin.record import template_date
@@ -231,7 +239,8 @@ def test_pairs_are_published_for_others_to_train_on(run: RunDir, hub: HubServer,
         path.write_bytes(repo.files[f"data/iteration-{iteration}.parquet"])
         tables.append(pyarrow.parquet.read_table(path).to_pylist())
     assert [len(rows) for rows in tables] == [10, 10]
-    source = {row["prompt"]: row["completion"] for row in read_jsonl(run.path.parent / "mine.jsonl")}
+    mine = run.path.parent / "mine.jsonl"
+    source = {row["prompt"]: row["completion"] for row in map(json.loads, mine.read_text().splitlines())}
     renderer = prepare(recorded_config(run), template_date(run)).renderer
     for iteration, rows in enumerate(tables):
         generated = read_jsonl(run.iteration(iteration).generated(0))
@@ -460,11 +469,11 @@ def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_p
     """Whatever wrote it: the record has the base's name."""
     other = copied(run, tmp_path / "run")
     adapter = other.iteration(1).adapter
-    config = read_json(adapter / "adapter_config.json")
-    write_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
+    config = read_plain_json(adapter / "adapter_config.json")
+    write_plain_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
     (adapter / "manifest.json").write_text("{}")
     upload = make_upload(other, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-    assert read_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
+    assert read_plain_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
 
 
 def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServer, push: Pusher) -> None:
