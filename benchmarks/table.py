@@ -1,4 +1,4 @@
-"""The committed results as the Markdown tables that README.md and docs/performance.md show.
+"""The committed results as the Markdown tables that README.md and the docs show.
 
 python benchmarks/table.py
 """
@@ -57,6 +57,34 @@ def growth() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def exports() -> str:
+    """What every export comes to, for docs/exporting.md."""
+    result = _read("export")
+    asked = result["prompts"]
+    rows = [
+        ("export", "onto", "written in", "MB", "seconds", "NLL", "same token likeliest", f"same of {asked} answers",
+         "tokens in common", "the same in llama.cpp"),
+        ("---",) * 10,
+    ]  # fmt: skip
+    for row in result["exports"]:
+        compared = "nll_difference" in row
+        rows.append(
+            (
+                row["export"],
+                row["onto"],
+                row["dtype"],
+                f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "",
+                f"{row['seconds']:.0f}" if compared else "",
+                f"{row['nll_difference']:+.4f}" if compared else "",
+                f"{row['top1_agreement']:.1%}" if compared else "",
+                str(row["same"]),
+                f"{row['common_prefix']:.1f} of {row['length']:.1f}",
+                f"{row['llama_cpp_same']}, {row['llama_cpp_common_prefix']:.1f}" if "llama_cpp_same" in row else "",
+            )
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def _read(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}-cpu.json").read_text())
     return content
@@ -78,4 +106,4 @@ def _ratio(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), parts(), growth(), sep="\n\n")
+    print(table(), parts(), growth(), exports(), sep="\n\n")

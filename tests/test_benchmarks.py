@@ -30,11 +30,24 @@ def test_tables_of_speed_are_the_results(page: str) -> None:
     assert table in (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["parts", "growth"])
-def test_tables_of_where_time_goes_are_the_results(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "page"), [("parts", "performance"), ("growth", "performance"), ("exports", "exporting")]
+)
+def test_the_other_tables_are_the_results(name: str, page: str) -> None:
     table: str = getattr(script("table"), name)()
     assert len(table.splitlines()) > 6
-    assert table in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+
+
+def test_the_exact_export_is_the_trained_model_token_for_token() -> None:
+    """What the page says of the embedded model's quickstart run."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "export-cpu.json").read_text())
+    exact = {(row["export"], row["dtype"]): row for row in result["exports"] if row["dtype"] in {"float32", "f32"}}
+    for kind in (("merged-16bit", "float32"), ("gguf", "f32")):
+        assert exact[kind]["onto"] == "dequantised"
+        assert exact[kind]["same"] == result["prompts"] == 20
+    assert exact["gguf", "f32"]["llama_cpp_same"] == 20
+    assert {row["export"] for row in result["exports"]} >= {"adapter", "merged-16bit", "merged-4bit", "gguf", "ollama"}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -56,4 +69,5 @@ def test_there_are_results() -> None:
         "iteration-cpu",
         "attention-cpu",
         "parts-cpu",
+        "export-cpu",
     }
