@@ -40,7 +40,7 @@ SAMPLING = 33
 # on a CPU, tensors of so many bytes and more are mapped by themselves (`memory.keep_freed_memory`); in the heap each
 # layer's W would leave a hole of its size, gigabytes in all for a 7B model
 MAPPED = 32 << 20
-HOLES = 0.6  # what the heap of smaller ones holds between them, of the activations kept
+HOLES = 0.3  # what the heap of smaller ones holds between them, of the activations kept
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
 
 
@@ -186,14 +186,16 @@ class Footprint:
     def holes(self, batch: Batch) -> int:
         """What the heap holds between tensors on a CPU: an estimate of what was seen (docs/fitting.md).
 
-        glibc's aligned blocks rarely go back into a hole of their own size, so each layer's W leaves one unless it is
-        mapped, and so do activations.
+        glibc's aligned blocks rarely go back into a hole of their own size, so the largest W of each layer leaves one,
+        mapped ones aside, and so do activations.
         """
         if self.device != "cpu":
             return 0
-        matrix = self.itemsize * self._stacked * self._widths.width * self._widths.inner
-        matrices = self.shape.layers * matrix if matrix < MAPPED else 0
-        return matrices + int(HOLES * self.kept(batch))
+        width, inner, queries, keys = self._widths
+        rows = (queries + 2 * keys, queries, 2 * inner, inner)  # times the width: as many W as are made at once
+        sizes = [self.itemsize * width * count for count in rows]
+        largest = max((size for size in sizes if size < MAPPED), default=0)
+        return self.shape.layers * largest + int(HOLES * self.kept(batch))
 
     def _kept_by_layer(self, batch: Batch) -> int:
         """What one layer keeps of a row for its backward pass.

@@ -5,7 +5,7 @@
 
 Options are libFuzzer's. It stops at the first input that ends in anything else and leaves it in a file crash-*, which
 `python tests/fuzz_data.py crash-…` tries again. An input's first byte says how the rest is read: as a file of one of
-the types, or as choices from which rows are made that are JSON but seldom a conversation.
+the types, or as choices from which rows are made: conversations with something wrong in them, or any JSON.
 """
 
 from __future__ import annotations
@@ -74,7 +74,19 @@ def judge(path: Path, **options: Any) -> bool:
         spoken = [turn.role for turn in turns if turn.role != "system"]
         assert spoken == ["user", "assistant"] * (len(spoken) // 2)
         assert {turn.role for turn in turns} <= set(get_args(Role))
+    if path.suffix == ".jsonl" and not path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        lines = path.read_bytes().split(b"\n")
+        for good in dataset.records:
+            json.loads(lines[good.line - 1].decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_constant)
     return True
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    assert len(dict(pairs)) == len(pairs), "a good row has a key twice"
+
+
+def _constant(name: str) -> None:
+    raise AssertionError(f"a good row has {name}")
 
 
 def _value(choices: Any, depth: int = 4) -> Any:
@@ -92,20 +104,52 @@ def _value(choices: Any, depth: int = 4) -> Any:
     return {choices.PickValueInList(KEYS): _value(choices, depth - 1) for _ in range(size)}
 
 
+def _mutated(choices: Any, value: Any) -> Any:
+    """A value with another in its place, or somewhere in it."""
+    if not isinstance(value, dict | list) or not value or choices.ConsumeProbability() < 0.1:
+        return _value(choices)
+    copy = value.copy()
+    at = choices.PickValueInList(list(value) if isinstance(value, dict) else list(range(len(value))))
+    copy[at] = _mutated(choices, value[at])
+    return copy
+
+
+def _row(choices: Any) -> Any:
+    """A row as people have them, with up to three mistakes, and at times a name."""
+    row = choices.PickValueInList(_real_rows())
+    if choices.ConsumeBool():
+        row = {
+            **row,
+            choices.PickValueInList(["id", "prompt_id"]): choices.PickValueInList(["row-2", "a", "", 2, None]),
+        }
+    for _ in range(choices.ConsumeIntInRange(0, 3)):
+        row = _mutated(choices, row)
+    return row
+
+
+def _real_rows() -> list[dict[str, Any]]:
+    """One of each format, with two turns where it has turns, and more of those with turns."""
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Hi"}
+    turns = [user, {"role": "assistant", "content": "Hello."}]
+    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+    columns: dict[str, Any] = {"messages": turns, "conversations": shared}
+    rows = [{key: columns.get(key, key) for key in format.keys} for format in FORMATS]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, turns[1]]
+    more = [[system, *turns, *turns], [*turns, user], [*turns, {**turns[1], "tool_calls": None}], parts]
+    return [*rows, *({"messages": talk} for talk in more), {"prompt": [user], "completion": [turns[1]]}]
+
+
 def _seeds(folder: Path) -> None:
     """A small file of each type, in each format; without them the fuzzer would spend its time on inventing braces."""
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
-    shared = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
-    rows = [
-        {key: {"messages": turns, "conversations": shared}.get(key, key) for key in format.keys} for format in FORMATS
-    ]
+    rows = _real_rows()
     files = {".jsonl": "\n".join(map(json.dumps, rows)), ".json": json.dumps(rows)}
     for index, format in enumerate(FORMATS[2:]):
         files[f".csv {index}"] = f"{','.join(format.keys)},id\n" + 'a,"b\nc",1\n' * 2
     for name, text in files.items():
         kind = list(READERS).index(name.split()[0])
         (folder / f"seed{name}").write_bytes(bytes([kind]) + text.encode())
-    (folder / "seed choices").write_bytes(b"\4" + bytes(range(200)))
+    for kind in (4, 7):
+        (folder / f"seed choices {kind}").write_bytes(bytes([kind, *range(200)]))
     import pyarrow
     import pyarrow.parquet
 
@@ -145,7 +189,8 @@ def main() -> None:
             else:
                 path = folder / "any.jsonl"
                 choices = atheris.FuzzedDataProvider(content)
-                rows = [_value(choices) for _ in range(choices.ConsumeIntInRange(1, 4))]
+                make = _row if kind % 8 < 7 else _value
+                rows = [make(choices) for _ in range(choices.ConsumeIntInRange(1, 4))]
                 content = "\n".join(map(json.dumps, rows)).encode()
             path.write_bytes(content)
             judge(path, **options)

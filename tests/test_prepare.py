@@ -226,7 +226,7 @@ def test_a_tokenizer_of_another_model(tiny_folder: Callable[[str], Path], ready:
 
 # --- the page for users ---
 
-MODULES = [ROOT / "qspin" / f"{name}.py" for name in ("sources", "formats", "data", "chat", "prepare", "spin")]
+MODULES = [ROOT / "qspin" / f"{name}.py" for name in ("sources", "formats", "data", "chat", "prepare", "learning")]
 
 
 def words(module: Path) -> set[str]:

@@ -128,6 +128,42 @@ def test_an_empty_folder_and_one_of_an_earlier_run_are_welcome(inside: list[str]
     assert {*inside} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+LATE = """
+import sys, time
+from pathlib import Path
+import filelock
+from qspin.run_dir import process_name
+
+folder = Path(sys.argv[1])
+with filelock.FileLock(folder / ".lock"):
+    print("held", flush=True)
+    time.sleep(0.4)
+    (folder / ".holder").write_text(process_name())
+    time.sleep(60)
+"""
+
+
+def test_whoever_has_just_taken_the_lock_is_waited_for_to_give_its_name(tmp_path: Path) -> None:
+    """Its predecessor's name is still there; naming a dead process would help nobody."""
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".holder").write_text(f"process {2**22 - 1} on {socket.gethostname()}\n")
+    late = subprocess.Popen([sys.executable, "-c", LATE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert late.stdout is not None
+    assert late.stdout.readline() == "held\n"
+    started = time.monotonic()
+    message = refusal(tmp_path)
+    assert time.monotonic() - started < 2
+    late.kill()
+    late.communicate()
+    assert f"process {late.pid} on " in message
+
+
+def test_a_folder_that_is_taken_is_known_before_any_work(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    """`qspin run` looks before it reads model and data."""
+    with pytest.raises(QspinError, match=f"process {holder.pid} on .* is working here"):
+        RunDir(tmp_path / "run").check_usable()
+
+
 # --- where a run goes on ---
 
 

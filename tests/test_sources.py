@@ -49,8 +49,8 @@ def short_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_line_over_the_cap_is_left_out_and_the_next_is_read(tmp_path: Path, length: int, end: str) -> None:
     path = tmp_path / "rows.jsonl"
-    fits = json.dumps({"prompt": "x" * (99 - len('{"prompt": ""}') - len(end))})
-    assert len(fits + end) == 99
+    fits = json.dumps({"prompt": "x" * (100 - len('{"prompt": ""}') - len(end))})
+    assert len(fits + end) == 100  # its end is read along with it
     over = json.dumps({"prompt": "x" * (length - len('{"prompt": ""}'))})
     path.write_text(end.join([fits, over, json.dumps(ROW), over]), newline="")
     assert rows(path) == [(1, json.loads(fits)), (2, "long-line"), (3, ROW), (4, "long-line")]

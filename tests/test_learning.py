@@ -13,11 +13,12 @@ from conftest import Silent
 
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import write_json, write_jsonl
+from qspin.files import read_jsonl, write_json, write_jsonl
+from qspin.game import Game
+from qspin.learning import learn
 from qspin.prepare import prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir
-from qspin.spin import Game
 
 
 class Notes(Silent):
@@ -33,9 +34,15 @@ def game(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Game:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {"model.id": str(tiny_folder("llama")), "data.source": str(path), "generation.width": 2}
+    settings = {
+        "model.id": str(tiny_folder("llama")),
+        "data.source": str(path),
+        "generation.width": 2,
+        "train.epochs": 1,
+        "train.tokens_per_micro_batch": 512,
+    }
     prepared = prepare(load_config(None, settings), datetime.date(2026, 1, 1))
-    return Game(prepared, RunDir(tmp_path / "run"), Notes())
+    return Game.open(prepared, RunDir(tmp_path / "run"), Notes())
 
 
 def generated(game: Game, iteration: int, pairs: Sequence[Pair]) -> None:
@@ -50,6 +57,18 @@ def pairs_of(game: Game, iteration: int) -> list[Pair]:
     return [Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, (7, 8, 9), ended=False) for e in game.prepared.train]
 
 
+def learned(game: Game, iteration: int) -> set[str]:
+    """The pairs that an iteration scored and trained on."""
+    learn(game, iteration)
+    folder = game.dir.iteration(iteration)
+    return {row["key"] for path in folder.scores(0).parent.iterdir() for row in read_jsonl(path)}
+
+
+def notes(game: Game) -> list[str]:
+    assert isinstance(game.progress, Notes)
+    return game.progress.notes
+
+
 def test_a_completion_equal_to_the_real_one_is_left_out_and_empty_and_capped_ones_are_kept(game: Game) -> None:
     end = game.prepared.renderer.end_of_turn
     same, empty, almost, *capped = pairs_of(game, 0)
@@ -57,24 +76,20 @@ def test_a_completion_equal_to_the_real_one_is_left_out_and_empty_and_capped_one
     empty = replace(empty, generated_ids=(end,), ended=True)
     almost = replace(almost, generated_ids=almost.real_ids[:-1])  # the same words, and no end of turn
     generated(game, 0, [same, empty, almost, *capped])
-    assert game.pairs(0) == [empty, almost, *capped]
-    assert game.progress.notes == [  # type: ignore[attr-defined]
-        "iteration 0: 1 of 10 pairs left out, the opponent's completion is the real one"
-    ]
+    assert learned(game, 0) == {pair.key for pair in (empty, almost, *capped)}
+    assert notes(game) == ["iteration 0: 1 of 10 pairs left out, the opponent's completion is the real one"]
 
 
 def test_pairs_of_the_iteration_before_are_judged_likewise(game: Game) -> None:
     for iteration in (0, 1):
         first, *others = pairs_of(game, iteration)
         generated(game, iteration, [replace(first, generated_ids=first.real_ids), *others])
-    found = game.pairs(1)
-    assert [pair.key for pair in found] == [pair.key for at in (0, 1) for pair in pairs_of(game, at)[1:]]
-    assert game.progress.notes == [  # type: ignore[attr-defined]
-        "iteration 1: 2 of 20 pairs left out, the opponent's completion is the real one"
-    ]
+    learn(game, 0)
+    assert learned(game, 1) == {pair.key for at in (0, 1) for pair in pairs_of(game, at)[1:]}
+    assert notes(game)[-1] == "iteration 1: 2 of 20 pairs left out, the opponent's completion is the real one"
 
 
 def test_where_nothing_is_left_to_learn_the_run_says_so(game: Game) -> None:
     generated(game, 0, [replace(pair, generated_ids=pair.real_ids) for pair in pairs_of(game, 0)])
     with pytest.raises(QspinError, match="iteration 0: the opponent gives every prompt its real completion"):
-        game.pairs(0)
+        learn(game, 0)
