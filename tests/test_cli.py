@@ -822,7 +822,8 @@ def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_p
     samples = [line for line in lines if line["event"] == "sample"]
     assert len(samples) == 2, "one of each generation"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
-    rows = {f"row-{number}": row["prompt"] for number, row in enumerate(read_jsonl(played.data), start=1)}
+    given = [json.loads(line) for line in played.data.read_text().splitlines()]
+    rows = {f"row-{number}": row["prompt"] for number, row in enumerate(given, start=1)}
     for iteration, line in enumerate(samples):
         answers = {rows[pair["record_id"]]: pair for pair in read_jsonl(run.iteration(iteration).generated(0))}
         ids = answers[line["prompt"]]["generated_ids"]

@@ -471,7 +471,7 @@ def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_p
     adapter = other.iteration(1).adapter
     config = read_plain_json(adapter / "adapter_config.json")
     write_plain_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
-    (adapter / "manifest.json").write_text("{}")
+    write_json(adapter / "manifest.json", {})
     upload = make_upload(other, "me/mine", content="adapter", iteration="last", say=lambda _: None)
     assert read_plain_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
 
