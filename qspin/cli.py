@@ -11,7 +11,7 @@ import typer
 
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
-from qspin.stopping import CODES, STOPPED, heed_stops
+from qspin.stopping import CODES, heed_stops, leave_stopped
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
@@ -368,7 +368,7 @@ def main() -> None:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:
         if stop.code in CODES:
-            _fail(STOPPED, int(stop.code))
+            leave_stopped(int(stop.code))
         raise
 
 
