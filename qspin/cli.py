@@ -12,7 +12,7 @@ import typer
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import check_path, redacted, show_traceback, visible
-from qspin.stopping import CODES, STOPPED, heed_stops
+from qspin.stopping import CODES, heed_stops, leave_stopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -422,7 +422,7 @@ def main() -> None:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:
         if stop.code in CODES:
-            _fail(STOPPED, int(stop.code))
+            leave_stopped(int(stop.code))
         raise
 
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -95,14 +96,20 @@ def tiny(tiny_folder: Callable[[str], Path]) -> Path:
 # --- help ---
 
 
+def processor_seconds() -> float:
+    """What processes that have ended took, which is the time of an idle machine, however busy this one is."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_answers_at_once() -> None:
-    """Half a second is the aim; a loaded machine is given twice that."""
+    """Half a second is the aim; a shared core is given a little more."""
     seconds = []
     for _ in range(3):
-        started = time.monotonic()
+        before = processor_seconds()
         assert process("run", "--help").communicate()[0].count("--set") == 1
-        seconds.append(time.monotonic() - started)
-    assert statistics.median(seconds) < 1.0
+        seconds.append(processor_seconds() - before)
+    assert statistics.median(seconds) < 0.7
 
 
 @pytest.mark.parametrize(
@@ -342,18 +349,17 @@ def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
 def test_presets_answer_in_well_under_a_second(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loaded machine is given one and a half."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     seconds = []
     for _ in range(3):
         (tmp_path / "qspin.yaml").unlink(missing_ok=True)
-        started = time.monotonic()
+        before = processor_seconds()
         command = process(*arguments)
         assert command.communicate()[1] == ""
         assert command.returncode == 0
-        seconds.append(time.monotonic() - started)
-    assert statistics.median(seconds) < 1.5
+        seconds.append(processor_seconds() - before)
+    assert statistics.median(seconds) < 1.0
 
 
 def test_the_presets_are_listed_on_a_narrow_terminal() -> None:

@@ -65,7 +65,7 @@ def reached(model: Path, folder: Path, control: str = "", optimizer: str = "adam
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("rmsprop", marks=pytest.mark.nightly)])
 def test_a_run_reaches_no_pickle(optimizer: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     assert reached(tiny_folder("llama"), tmp_path, optimizer=optimizer) == []
 

@@ -52,10 +52,10 @@ def planned(name: str, gigabytes: float, **settings: Any) -> Plan:
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_has_a_plan_for_every_card_in_no_time(name: str) -> None:
     for gigabytes in CARDS:
-        started = time.monotonic()
+        started = time.process_time()
         plan = planned(name, gigabytes)
         change = None if plan.fits else nearest_change(plan)
-        assert time.monotonic() - started < 1.0
+        assert time.process_time() - started < 0.5
         for fitting in (plan, change.plan if change else plan):
             if fitting.fits:
                 assert all(sum(size for _, size in phase.parts) <= gigabytes * GIB for phase in fitting.phases)

@@ -177,7 +177,7 @@ def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) ->
         (1, signal.SIGINT),
         pytest.param(1, signal.SIGTERM, marks=pytest.mark.nightly),
         pytest.param(2, signal.SIGINT, marks=pytest.mark.nightly),
-        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.nightly),
     ],
 )
 def test_a_training_that_is_stopped_goes_on_to_the_same_bytes(
