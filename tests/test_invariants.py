@@ -17,11 +17,12 @@ import torch
 from conftest import Silent
 
 from qspin import spin
+from qspin.adapters import load_adapter
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.generation import Completion, Request, generate
-from qspin.model import SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.record import verify_base

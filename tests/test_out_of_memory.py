@@ -14,11 +14,11 @@ import torch
 from conftest import Silent
 
 from qspin import answering, learning, measuring, spin, training, warm_start
+from qspin.adapters import load_adapter
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.memory import OutOfMemory, refusals_told
-from qspin.model import load_adapter
 from qspin.prepare import Prepared, prepare
 from qspin.run_dir import RunDir
 

@@ -14,10 +14,11 @@ import torch
 from conftest import Silent
 
 from qspin import spin
+from qspin.adapters import load_adapter
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
-from qspin.model import SlotModel, load_adapter
+from qspin.model import SlotModel
 from qspin.optimisation import Metrics
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
