@@ -238,7 +238,7 @@ def _plan(model: SlotModel, config: RunConfig, pairs: Sequence[Pair]) -> Plan:
     def plan_for(budget: int) -> Plan:
         return plan_batches(lengths, batch_size=config.train.batch_size, token_budget=budget, seed=config.seed)
 
-    return plan_for(token_budget(model, pairs, plan_for, prefix))
+    return plan_for(token_budget(model, pairs, plan_for, prefix, config.train.optimizer))
 
 
 def _play(
