@@ -44,10 +44,10 @@ from qspin.merge import Dequantised, Merged, write_safetensors
 from qspin.model import SlotModel, load_adapter
 from qspin.ollama import modelfile
 from qspin.packing import pack_row
+from qspin.players import chosen_iteration
 from qspin.prepare import Prepared, prepare
 from qspin.record import template_date
 from qspin.records import Example, Message, Pair
-from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 CHECK = "merge-check.json"
