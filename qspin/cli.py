@@ -291,8 +291,10 @@ def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName 
     for table in report.tables(run_dir, config)[: report.MAIN]:
         console.print(view.results_table(table))
         console.print(view.notes_table(table.notes), style="dim")
-    console.print(f"\n{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
+        console.print()
+    console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
     console.print(view.notes_table(verdict(players(run_dir, config), config)))
+    console.print()
     kept = chosen_iteration(run_dir, None)
     answers = report.before_after(run_dir, prepared.heldout_prompts, kept, config.evaluation.shown)
     if answers:

@@ -52,8 +52,16 @@ def loss_of(player: Player, by: BestBy, half: Half, seed: int) -> float:
 
 
 def best(candidates: Sequence[Player], config: RunConfig) -> Player:
-    """By `evaluation.best_by`, on the half to choose by; of two that are alike the earlier."""
-    return min(candidates, key=lambda player: loss_of(player, config.evaluation.best_by, "choose", config.seed))
+    """By `evaluation.best_by`, on the half to choose by; of two that are alike the one with the lower NLL.
+
+    Players that a classifier always knows are alike in their AUC, which is common while they are far from the data.
+    """
+
+    def loss(player: Player) -> tuple[float, float]:
+        by, seed = config.evaluation.best_by, config.seed
+        return loss_of(player, by, "choose", seed), loss_of(player, "nll", "choose", seed)
+
+    return min(candidates, key=loss)
 
 
 def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:

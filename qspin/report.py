@@ -57,6 +57,10 @@ def _whole(figure: Figure) -> str:
     return f"{figure.value:.0f} [{figure.low:.0f}, {figure.high:.0f}]"
 
 
+def _share(figure: Figure) -> str:
+    return f"{figure.value:.0%}"
+
+
 def _percent(figure: Figure) -> str:
     return f"{figure.value:.0%} [{100 * figure.low:.0f}, {100 * figure.high:.0f}]"
 
@@ -73,12 +77,12 @@ WRITING: _Fields = (
      "0.5 is the best (it can't), 1 the worst")),
     ("f1", _two, Column("token F1", "words that its likeliest (greedy) completion shares with the real one; higher is "
      "better")),
-    ("tokens", _whole, Column("tokens", "mean length of its completions; best near the real ones'")),
+    ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
     ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
 )  # fmt: skip
-STYLE: _Fields = (
-    ("style", _percent, Column("style", "share in the data's style (evaluation.style); higher is better")),
-)
+_IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
+STYLE: _Fields = (("style", _share, _IN_STYLE),)
+STYLE_INTERVAL: _Fields = (("style", _percent, _IN_STYLE),)
 DETAILS: _Fields = (
     ("length_auc", _two, Column("length AUC", "the two-sample test on length alone; 0.5 is the best. If it is as far "
      "from 0.5 as the 2-sample AUC, length may be all that tells them apart")),
@@ -97,7 +101,7 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     measured = players(run_dir, config)
     warm = ", sft: after its supervised warm start" if config.sft.epochs else ""
     player = Column("player", f"base: untouched{warm}; a number: what that iteration ended with")
-    style = STYLE if config.evaluation.style is not None else ()
+    style, interval = ((), ()) if config.evaluation.style is None else (STYLE, STYLE_INTERVAL)
     found = {
         item.name: panel(item.evaluation, "report", seed=config.seed, style=config.evaluation.style)
         for item in measured
@@ -120,7 +124,7 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     return [
         _with_column(game, 2, Column("change", "of the NLL against the base's"), against),
         table("Held-out rows: what it writes", (*WRITING, *style), with_real=True),
-        table("Details", DETAILS, with_real=True),
+        table("Details", (*DETAILS, *interval), with_real=True),
         _changes(measured, player, config),
         _training(measured, player, config),
     ]
@@ -139,16 +143,18 @@ def _change(first: Player, player: Player, name: str, config: RunConfig) -> str:
 
 
 def _changes(measured: Sequence[Player], player: Column, config: RunConfig) -> Results:
-    meaning = {"two_sample_auc": "of its distance from 0.5; lower is better"}
-    columns = [Column(heading, meaning.get(name, f"of {heading}")) for name, heading in CHANGES.items()]
+    meaning = {"two_sample_auc": "of its distance from 0.5; below 0 is better", "f1": "above 0 is better"}
+    columns = [
+        Column(heading, meaning.get(name, "towards the real ones' is better")) for name, heading in CHANGES.items()
+    ]
     rows = [[item.name, *(_change(measured[0], item, name, config) for name in CHANGES)] for item in measured]
     return Results("Changes against the base, on the same rows", (player, *columns), rows)
 
 
 def _training(measured: Sequence[Player], player: Column, config: RunConfig) -> Results:
     columns = (
-        Column("margin", "mean margin in the last epoch of training / on held-out rows; far apart, it learned rows by "
-               "heart"),
+        Column("margin", "mean margin in the last epoch of training / on held-out rows; if the first is far "
+               "higher, it learned rows by heart"),
         Column("seconds", " / ".join(PHASES)),
     )  # fmt: skip
     rows = []
