@@ -199,14 +199,14 @@ def _use(repo: str, content: str, record: Mapping[str, Any], config: RunConfig) 
 
 
 def _results(run_dir: RunDir, config: RunConfig, record: Mapping[str, Any], iteration: int) -> Iterable[str]:
-    columns = report.columns(config)
     yield "## On held-out rows"
-    yield f"This is player {iteration} of the table."
-    yield table([column.heading for column in columns], report.rows(run_dir, config))
-    yield "\n".join(f"- **{column.heading}**: {column.meaning}" for column in columns)
+    yield f"This is player {iteration} of the tables."
+    for results in report.tables(run_dir, config):
+        yield f"### {results.title}"
+        yield report.markdown(results)
     yield (
-        f"Measured on {record['data']['heldout_rows']} rows that were not trained on, in one run with one seed: the "
-        "interval is over rows, and tells nothing of how another run would end."
+        f"{report.measured_on(run_dir, config)} None of the {record['data']['heldout_rows']} rows was trained on. It "
+        "was one run with one seed: an interval over rows tells nothing of how another run would end."
     )
 
 

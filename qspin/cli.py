@@ -140,8 +140,8 @@ def export(
     *,
     to: Annotated[str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf or ollama")],
     iteration: Annotated[
-        str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
-    ] = "last",
+        str | None, typer.Option(help="a number, last or best; by default as the run keeps (evaluation.keep)")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="a new folder; by default beside the run's", callback=_a_name)
     ] = None,
@@ -158,7 +158,7 @@ def export(
     from qspin import compare
     from qspin.export import export as write_export
     from qspin.files import read_json
-    from qspin.report import chosen_iteration
+    from qspin.players import chosen_iteration
     from qspin.run_dir import RunDir
 
     _quiet_libraries()
@@ -269,9 +269,11 @@ def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName 
     from rich.console import Console
 
     from qspin import report, spin, view
+    from qspin.players import chosen_iteration, players
     from qspin.progress import Audience, Progress
     from qspin.run_dir import RunDir
     from qspin.status import StatusFile
+    from qspin.verdict import verdict
 
     config, run_dir = prepared.config, RunDir(out)
     meter = _meter(prepared, run_dir)
@@ -299,11 +301,18 @@ def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName 
                 f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
             )
         spin.run(prepared, out, progress)
-    console.print(view.results_table(report.columns(config), report.rows(run_dir, config)))
-    answers = report.before_after(run_dir, prepared.heldout_prompts, config.iterations - 1, config.evaluation.shown)
+    for table in report.tables(run_dir, config)[: report.MAIN]:
+        console.print(view.results_table(table))
+        console.print(view.notes_table(table.notes), style="dim")
+        console.print()
+    console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
+    console.print(view.notes_table(verdict(players(run_dir, config), config)))
+    console.print()
+    kept = chosen_iteration(run_dir, None)
+    answers = report.before_after(run_dir, prepared.heldout_prompts, kept, config.evaluation.shown)
     if answers:
         console.print(view.completions_table(answers))
-    adapter = run_dir.iteration(config.iterations - 1).adapter
+    adapter = run_dir.iteration(kept).adapter
     if lines is not None:
         lines.end(adapter, run_dir.summary)
     else:
@@ -370,8 +379,8 @@ def push(
         bool, typer.Option("--dataset", help="the pairs of the iterations instead, as a data set")
     ] = False,
     iteration: Annotated[
-        str, typer.Option(help="a number, last, or best: the one with the lowest held-out NLL")
-    ] = "last",
+        str | None, typer.Option(help="a number, last or best; by default as the run keeps (evaluation.keep)")
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="only you and your organisation can see it")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="write what would be uploaded; upload nothing")] = False,
 ) -> None:

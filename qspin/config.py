@@ -177,8 +177,17 @@ class TrainConfig(_Part):
 
 
 class EvaluationConfig(_Part):
-    """What is measured on held-out rows after each iteration."""
+    """What is measured on held-out rows after each iteration, and what follows from it."""
 
+    keep: Annotated[Literal["last", "best"], _FREE] = Field(
+        "best", description="which iteration is exported and pushed unless one is named; the next plays the last"
+    )
+    best_by: Annotated[Literal["two_sample_auc", "nll", "f1"], _FREE] = Field(
+        "two_sample_auc", description="figure that best is judged by, on held-out rows that are not reported"
+    )
+    stop: Annotated[Literal["auto", "never"], _FREE] = Field(
+        "auto", description="auto ends a run when the players are matched, or got worse beyond noise"
+    )
     style: str | None = Field(None, description="regular expression; the share of completions it matches is shown")
     shown: int = Field(3, ge=0, description="held-out prompts whose completions are shown before and after")
 

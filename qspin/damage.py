@@ -3,7 +3,7 @@
 A piece that can be made again is taken away, with what belongs to it, and is made again where the run needs it. An
 adapter can be made again too, but that may take hours, and somebody may have a copy: that is the user's to decide, as
 it is for run.json (record.py). What is written anew at each start (config.yaml, rejects.jsonl, status.json,
-SUMMARY.md) is not looked at.
+SUMMARY.md, verdict.json) is not looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qspin.errors import QspinError
-from qspin.files import check_file, check_folder, remove
+from qspin.evaluation import is_evaluation
+from qspin.files import check_file, check_folder, read_json, remove
 from qspin.run_dir import IterationDir, RunDir
 
 
@@ -31,10 +32,13 @@ def take_away_damaged(run_dir: RunDir) -> list[str]:
                 continue
             try:
                 check_folder(piece) if piece.is_dir() else check_file(piece)
+                what = "is of another version of qspin" if not _readable(folder, piece) else ""
             except QspinError:
+                what = "was damaged"
+            if what:
                 for path in (*with_it, piece):  # in this order: what belongs to a plan must not outlive it
                     remove(path)
-                notes.append(f"{piece.relative_to(run_dir.path)} was damaged and is taken away; {_loss(folder, piece)}")
+                notes.append(f"{piece.relative_to(run_dir.path)} {what} and is taken away; {_loss(folder, piece)}")
     return notes
 
 
@@ -47,6 +51,11 @@ def _pieces(folder: IterationDir) -> Iterator[tuple[Path, tuple[Path, ...]]]:
         yield path, ()
     for path in (folder.metrics, folder.evaluation, folder.times):
         yield path, ()
+
+
+def _readable(folder: IterationDir, piece: Path) -> bool:
+    """Whether an undamaged piece says what this version needs to know."""
+    return piece != folder.evaluation or is_evaluation(read_json(piece))
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -1,64 +1,28 @@
-"""What a player does on held-out rows: how likely it finds the real completions, and what it answers itself."""
+"""A player on held-out rows: what it answers, and how likely it finds that, the real completions and its opponent's."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
 
 from qspin.chat import Renderer
 from qspin.config import RunConfig
-from qspin.generation import Request, generate
+from qspin.evaluation import Evaluation, halves, two_samples
+from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
 from qspin.records import Example, Pair
 from qspin.sampling import noise_key
 from qspin.scoring import pair_logps
 
-RESAMPLES = 2000
 TOKENS_AT_ONCE = 1024  # nothing is kept for a backward pass, so this is little memory
 SHARD = 64  # rows answered between two signs of life
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One player on the held-out rows; lists run over rows."""
-
-    real_nll: list[float]  # −log p of the real completion, nats, summed over tokens
-    real_tokens: list[int]
-    generated_tokens: list[int]
-    ended: list[bool]  # the completion ended by itself
-    completions: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def nll(self) -> float:
-        """Nats a token of the real completions."""
-        return sum(self.real_nll) / sum(self.real_tokens)
-
-    @property
-    def ended_share(self) -> float:
-        return sum(self.ended) / len(self.ended)
-
-    def figures(self, style: str | None) -> dict[str, float]:
-        """What is shown and tracked of it."""
-        found = {
-            "nll": self.nll,
-            "ended": self.ended_share,
-            "tokens": sum(self.generated_tokens) / len(self.generated_tokens),
-        }
-        return found if style is None else {**found, "style": self.style_share(style)}
-
-    def style_share(self, style: str) -> float:
-        """Share of the completions that a regular expression matches from beginning to end."""
-        pattern = re.compile(style)
-        return sum(pattern.fullmatch(text.strip()) is not None for text in self.completions) / len(self.completions)
+def units(rows: int, *, opponent: bool) -> int:
+    """What `on_rows` hears of in all: rows sampled, answered greedily and scored, and an opponent's rows scored."""
+    return (4 if opponent else 3) * rows
 
 
 def evaluate(
@@ -67,62 +31,99 @@ def evaluate(
     heldout: Sequence[Example],
     config: RunConfig,
     *,
+    opponent: Evaluation | None,
     stop_ids: frozenset[int],
     width: int,
     on_rows: Callable[[float], None],
     tokens_at_once: int = TOKENS_AT_ONCE,
 ) -> Evaluation:
-    """Score the real completions and sample one of each prompt, under whoever is in the slot.
+    """Whoever is in the slot.
 
-    Every player is given the same random numbers, so that two players differ by what they are.
-    `on_rows` hears of rows done, each row counted once when scored and once when answered.
+    Completions are sampled at temperature 1 from the whole distribution, whatever `generation` says: the figures are
+    about the model's distribution. Every player is given the same random numbers, so that two differ by what they are.
+
+    Args:
+        opponent: the player that it was trained against; None for the first one.
+        on_rows: hears of rows done, `units` in all.
     """
-    real_nll = _real_nll(model, heldout, on_rows, tokens_at_once)
-    completions = []
-    for start in range(0, len(heldout), SHARD):
-        rows = heldout[start : start + SHARD]
-        completions += generate(
-            model,
-            [Request(row.prompt_ids, noise_key(config.seed, 0, f"held-out {row.record_id}")) for row in rows],
-            max_new_tokens=config.generation.max_new_tokens,
-            temperature=config.generation.temperature,
-            top_p=config.generation.top_p,
-            width=width,
-            stop_ids=stop_ids,
-            on_step=lambda _tokens, done: on_rows(done),
-        )
+    cap = config.generation.max_new_tokens
+    requests = [Request(row.prompt_ids, noise_key(config.seed, 0, f"held-out {row.record_id}")) for row in heldout]
+
+    def answers(temperature: float) -> list[Completion]:
+        found: list[Completion] = []
+        for start in range(0, len(requests), SHARD):
+            found += generate(
+                model,
+                requests[start : start + SHARD],
+                max_new_tokens=cap,
+                temperature=temperature,
+                top_p=1.0,
+                width=width,
+                stop_ids=stop_ids,
+                on_step=lambda _tokens, done: on_rows(done),
+            )
+        return found
+
+    sampled, greedy = answers(1.0), answers(0.0)
+    own = [_pair(row, row.real_ids, answer.ids) for row, answer in zip(heldout, sampled, strict=True)]
+    real_logps, generated_logps = _logps(model, own, on_rows, tokens_at_once)
+    policy_logps: list[float] = []
+    if opponent is not None:
+        theirs = [_pair(row, (), tuple(ids)) for row, ids in zip(heldout, opponent.generated_ids, strict=True)]
+        _, policy_logps = _logps(model, theirs, on_rows, tokens_at_once)
+
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in heldout))}
+    prompts = [numbers[row.prompt_ids] for row in heldout]
+    if len(numbers) == 1:  # nothing but rows to split by
+        prompts = list(range(len(heldout)))
+    reported = halves([row.record_id for row in heldout], prompts, config.seed)
+    real_cut = [row.real_ids[:cap] for row in heldout]
+    texts = [[renderer.completion_text(ids) for ids in side] for side in (real_cut, [a.ids for a in sampled])]
     return Evaluation(
-        real_nll=real_nll,
+        prompts=prompts,
+        reported=reported,
+        real_nll=[-value for value in real_logps],
         real_tokens=[len(row.real_ids) for row in heldout],
-        generated_tokens=[len(completion.ids) for completion in completions],
-        ended=[completion.ended for completion in completions],
-        completions=[renderer.completion_text(completion.ids) for completion in completions],
+        real_ended=[ids[-1] in stop_ids for ids in real_cut],
+        real_completions=texts[0],
+        generated_ids=[list(answer.ids) for answer in sampled],
+        generated_logps=generated_logps,
+        ended=[answer.ended for answer in sampled],
+        completions=texts[1],
+        greedy_tokens=[len(answer.ids) for answer in greedy],
+        greedy_ended=[answer.ended for answer in greedy],
+        greedy_completions=[renderer.completion_text(answer.ids) for answer in greedy],
+        opponent_real_nll=[] if opponent is None else opponent.real_nll,
+        opponent_tokens=[] if opponent is None else [len(ids) for ids in opponent.generated_ids],
+        opponent_logps=[] if opponent is None else opponent.generated_logps,
+        policy_logps=policy_logps,
+        **two_samples(
+            (texts[0], texts[1]),
+            ([len(ids) for ids in real_cut], [len(answer.ids) for answer in sampled]),
+            prompts,
+            reported,
+        ),
     )
 
 
-def _real_nll(
-    model: SlotModel, heldout: Sequence[Example], on_rows: Callable[[float], None], tokens_at_once: int
-) -> list[float]:
-    rows = [Pair(row.record_id, 0, row.prompt_ids, row.real_ids, (), ended=True) for row in heldout]
+def _pair(row: Example, real: tuple[int, ...], generated: tuple[int, ...]) -> Pair:
+    return Pair(row.record_id, 0, row.prompt_ids, real, generated, ended=True)
+
+
+def _logps(
+    model: SlotModel, rows: Sequence[Pair], on_rows: Callable[[float], None], tokens_at_once: int
+) -> tuple[list[float], list[float]]:
+    """Of the real and of the generated completions, in the order of the rows."""
     prefix = common_prefix([row.prompt_ids for row in rows])
     [micro_batches] = plan_batches(
         [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=tokens_at_once, seed=0
     )
-    nll = [0.0] * len(rows)
+    found = [[0.0] * len(rows), [0.0] * len(rows)]
     for micro_batch in micro_batches:
         with torch.no_grad():
-            real, _ = pair_logps(model, pack_row([rows[index] for index in micro_batch], model.device, prefix))
-        for index, value in zip(micro_batch, real.tolist(), strict=True):
-            nll[index] = -value
+            sides = pair_logps(model, pack_row([rows[index] for index in micro_batch], model.device, prefix))
+        for logps, side in zip(found, sides, strict=True):
+            for index, value in zip(micro_batch, side.tolist(), strict=True):
+                logps[index] = value
         on_rows(len(micro_batch))
-    return nll
-
-
-def nll_change(before: Evaluation, after: Evaluation, seed: int = 0) -> tuple[float, float, float]:
-    """Change of the NLL a token, and its 95% interval by a paired bootstrap over rows (percentile method)."""
-    difference = np.array(after.real_nll) - np.array(before.real_nll)
-    tokens = np.array(after.real_tokens, dtype=float)
-    picks = np.random.default_rng(seed).integers(len(tokens), size=(RESAMPLES, len(tokens)))
-    changes = difference[picks].sum(1) / tokens[picks].sum(1)
-    low, high = np.quantile(changes, [0.025, 0.975])
-    return float(difference.sum() / tokens.sum()), float(low), float(high)
+    return found[0], found[1]

@@ -39,8 +39,9 @@ class Work:
 
 def workload(run_dir: RunDir, config: RunConfig, train_rows: int, heldout_rows: int) -> list[Work]:
     """Every phase of a run, in order. A pair that teaches nothing is left out of a run, and counted here."""
-    heldout = 2 * heldout_rows  # each is scored and answered
-    work = [Work(run_dir.base, "evaluate", None, heldout)]
+    # each is sampled, answered greedily and scored; after the first player its opponent's completions are scored too
+    first, heldout = 3 * heldout_rows, 4 * heldout_rows
+    work = [Work(run_dir.base, "evaluate", None, first)]
     if config.sft.epochs:
         folder = run_dir.warm_start
         work += [

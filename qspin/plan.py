@@ -345,8 +345,9 @@ class _Load:
             return Seconds(name, each[0], each[-1], sum(each))
 
         score, train = self.footprint.forward_work(everything) / rate, self.footprint.training_work(everything) / rate
-        evaluate = self._generation_seconds(held_out, EVALUATION_SHARD) + (
-            self.footprint.forward_work(real) / rate * held_out / rows
+        # sampled and answered greedily; then scored as a pair, and an opponent's completion as long as a real one
+        evaluate = 2 * self._generation_seconds(held_out, EVALUATION_SHARD) + (
+            (score + self.footprint.forward_work(real) / rate) * held_out / rows
         )
         if config.sft.epochs:
             warm_up = config.sft.epochs * self.footprint.training_work(real) / rate

@@ -43,11 +43,11 @@ from qspin.files import (
     write_plain_json,
     write_text,
 )
+from qspin.players import chosen_iteration
 from qspin.prepare import load_rows, prepare
 from qspin.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
 from qspin.record import template_date
 from qspin.records import Pair, Record
-from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 Content = Literal["adapter", "merged", "dataset"]
@@ -81,11 +81,11 @@ class Upload:
     files: tuple[str, ...]  # below the folder; nothing else in it is uploaded
 
 
-def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str, say: Say) -> Upload:
+def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str | None, say: Say) -> Upload:
     """Write everything that is to be uploaded; only the base's licence is asked of the Hub.
 
     Args:
-        iteration: whose adapter: a number, `last`, or `best` by held-out NLL. A data set has the pairs up to it.
+        iteration: whose adapter: a number, `last` or `best`; None as the run keeps. A data set has the pairs up to it.
         say: hears of what takes long, and of what the user should know.
 
     Raises:

@@ -1,18 +1,24 @@
-"""A run's results as tables: SUMMARY.md, and the same rows for the terminal."""
+"""A run's results as tables: SUMMARY.md, and its first tables for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qspin.config import RunConfig
-from qspin.errors import QspinError
-from qspin.evaluate import Evaluation, nll_change
+from qspin.config import RunConfig, at_iteration
+from qspin.evaluation import change, panel, read_evaluation, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
+from qspin.panel import Figure
+from qspin.players import Player, players
 from qspin.run_dir import IterationDir, RunDir
+from qspin.verdict import verdict
 
 PHASES = ("generate", "score", "train", "evaluate")
+MAIN = 2  # so many tables are for the terminal
+REAL = "real"  # the row of the real completions
+
+Format = Callable[[Figure], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,102 +29,192 @@ class Column:
     meaning: str
 
 
-def columns(config: RunConfig) -> list[Column]:
-    warm = ", the base after its supervised warm start (sft)" if config.sft.epochs else ""
-    found = [
-        Column("player", f"the untouched base{warm}, or the policy that an iteration ended with"),
-        Column("NLL", "nats a token of the real held-out completions; lower is better"),
-        Column("change", "of the NLL against the base, with its 95% bootstrap interval over rows"),
-        Column("ended", "share of its own held-out completions that end by themselves"),
-        Column("tokens", "mean length of its held-out completions / of the real ones"),
-        Column("margin", "mean margin in the last epoch of training"),
-        Column("seconds", "generate / score / train / evaluate"),
-    ]
-    if config.evaluation.style is not None:
-        found.insert(4, Column("style", "share of its held-out completions in the data's style (evaluation.style)"))
-    return found
+@dataclass(frozen=True, slots=True)
+class Results:
+    """One table: a row for each player that has been measured."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: list[list[str]]
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"{column.heading}: {column.meaning}" for column in self.columns[1:]]
 
 
-def rows(run_dir: RunDir, config: RunConfig) -> list[list[str]]:
-    """One row a player that has been evaluated, the base first."""
-    players = {"base": run_dir.base, "sft": run_dir.warm_start}
-    players |= {str(index): run_dir.iteration(index) for index in range(config.iterations)}
-    base = Evaluation(**read_json(run_dir.base.evaluation))
-    return [
-        _row(name, folder, Evaluation(**read_json(folder.evaluation)), base, config)
-        for name, folder in players.items()
-        if folder.evaluation.is_file()
-    ]
+def _two(figure: Figure) -> str:
+    return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
 
 
-def _row(name: str, folder: IterationDir, player: Evaluation, base: Evaluation, config: RunConfig) -> list[str]:
-    change = "" if name == "base" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*nll_change(base, player))
-    margin = ""
-    if folder.metrics.is_file():
-        steps = read_jsonl(folder.metrics)
-        last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"] and "margin" in step]
-        margin = f"{sum(last) / len(last):.2f}" if last else ""
-    seconds = folder.seconds()
-    real = sum(player.real_tokens) / len(player.real_tokens)
-    generated = sum(player.generated_tokens) / len(player.generated_tokens)
-    cells = [
-        name,
-        f"{player.nll:.3f}",
-        change,
-        f"{player.ended_share:.0%}",
-        f"{generated:.0f} / {real:.0f}",
-        margin,
-        " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES),
-    ]
-    if config.evaluation.style is not None:
-        cells.insert(4, f"{player.style_share(config.evaluation.style):.0%}")
-    return cells
+def _three(figure: Figure) -> str:
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
 
 
-def chosen_iteration(run_dir: RunDir, wanted: str) -> int:
-    """`last`, `best` (lowest held-out NLL) or a number → a finished iteration.
+def _signed(figure: Figure) -> str:
+    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
 
-    Raises:
-        QspinError: the folder is not one of a run, or there is no such iteration.
-    """
-    if not run_dir.record.is_file():
-        raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
-    done: list[int] = []
-    while run_dir.iteration(len(done)).done:
-        done.append(len(done))
-    if not done:
-        raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
-    if wanted == "last":
-        return done[-1]
-    if wanted == "best":
-        return min(done, key=lambda index: Evaluation(**read_json(run_dir.iteration(index).evaluation)).nll)
-    if wanted not in map(str, done):
-        raise QspinError(
-            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
+
+def _whole(figure: Figure) -> str:
+    return f"{figure.value:.0f} [{figure.low:.0f}, {figure.high:.0f}]"
+
+
+def _share(figure: Figure) -> str:
+    return f"{figure.value:.0%}"
+
+
+def _percent(figure: Figure) -> str:
+    return f"{figure.value:.0%} [{100 * figure.low:.0f}, {100 * figure.high:.0f}]"
+
+
+_Fields = tuple[tuple[str, Format, Column], ...]  # the name of a figure, how it looks, where it stands
+
+GAME: _Fields = (
+    ("nll", _three, Column("NLL", "nats a token of the real completions; lower is better")),
+    ("reward_auc", _two, Column("reward AUC", "how surely its implicit reward tells the real completions from its "
+     "opponent's, which it was trained to do; 0.5 is chance, 1 is always")),
+)  # fmt: skip
+WRITING: _Fields = (
+    ("two_sample_auc", _two, Column("2-sample AUC", "how surely a classifier tells its completions from the real ones; "
+     "0.5 is the best (it can't), 1 the worst")),
+    ("f1", _two, Column("token F1", "words that its likeliest (greedy) completion shares with the real one; higher is "
+     "better")),
+    ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
+    ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
+)  # fmt: skip
+_IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
+STYLE: _Fields = (("style", _share, _IN_STYLE),)
+STYLE_INTERVAL: _Fields = (("style", _percent, _IN_STYLE),)
+DETAILS: _Fields = (
+    ("length_auc", _two, Column("length AUC", "the two-sample test on length alone; 0.5 is the best. If it is as far "
+     "from 0.5 as the 2-sample AUC, length may be all that tells them apart")),
+    ("distinct_1", _three, Column("distinct-1", "different words over all words; best near the real ones', among "
+     "completions of like length")),
+    ("distinct_2", _three, Column("distinct-2", "the same of pairs of words")),
+    ("greedy_tokens", _whole, Column("greedy tokens", "mean length of its likeliest completions")),
+    ("greedy_ended", _percent, Column("greedy ended", "share of them that end by themselves")),
+    ("kl", _three, Column("KL", "how far it went from its opponent, nats a token: KL(opponent ‖ player)")),
+)  # fmt: skip
+CHANGES = {"two_sample_auc": "2-sample AUC", "f1": "token F1", "tokens": "tokens", "ended": "ended"}
+
+
+def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
+    """The main figures in two tables of at most 80 columns, then the details. All are of the reported half."""
+    measured = players(run_dir, config)
+    warm = ", sft: after its supervised warm start" if config.sft.epochs else ""
+    player = Column("player", f"base: untouched{warm}; a number: what that iteration ended with")
+    style, interval = ((), ()) if config.evaluation.style is None else (STYLE, STYLE_INTERVAL)
+    found = {
+        item.name: panel(item.evaluation, "report", seed=config.seed, style=config.evaluation.style)
+        for item in measured
+    }
+    real = real_panel(measured[0].evaluation, "report", seed=config.seed, style=config.evaluation.style)
+
+    def table(title: str, fields: _Fields, *, with_real: bool) -> Results:
+        rows = {**found, REAL: real} if with_real else found
+        return Results(
+            title,
+            (player, *(column for _, _, column in fields)),
+            [
+                [name, *(look(figures[key]) if key in figures else "" for key, look, _ in fields)]
+                for name, figures in rows.items()
+            ],
         )
-    return int(wanted)
+
+    game = table("Held-out rows: likelihood, and the game", GAME, with_real=False)
+    against = [_change(measured[0], item, "nll", config) for item in measured]
+    return [
+        _with_column(game, 2, Column("change", "of the NLL against the base's"), against),
+        table("Held-out rows: what it writes", (*WRITING, *style), with_real=True),
+        table("Details", (*DETAILS, *interval), with_real=True),
+        _changes(measured, player, config),
+        _training(measured, player, config),
+    ]
+
+
+def _with_column(table: Results, place: int, column: Column, cells: Sequence[str]) -> Results:
+    columns = (*table.columns[:place], column, *table.columns[place:])
+    rows = [[*row[:place], cell, *row[place:]] for row, cell in zip(table.rows, cells, strict=True)]
+    return Results(table.title, columns, rows)
+
+
+def _change(first: Player, player: Player, name: str, config: RunConfig) -> str:
+    if player is first:
+        return ""
+    return _signed(change(first.evaluation, player.evaluation, name, "report", seed=config.seed))
+
+
+def _changes(measured: Sequence[Player], player: Column, config: RunConfig) -> Results:
+    meaning = {"two_sample_auc": "of its distance from 0.5; below 0 is better", "f1": "above 0 is better"}
+    columns = [
+        Column(heading, meaning.get(name, "towards the real ones' is better")) for name, heading in CHANGES.items()
+    ]
+    rows = [[item.name, *(_change(measured[0], item, name, config) for name in CHANGES)] for item in measured]
+    return Results("Changes against the base, on the same rows", (player, *columns), rows)
+
+
+def _training(measured: Sequence[Player], player: Column, config: RunConfig) -> Results:
+    columns = (
+        Column("margin", "mean margin in the last epoch of training / on held-out rows; if the first is far "
+               "higher, it learned rows by heart"),
+        Column("seconds", " / ".join(PHASES)),
+    )  # fmt: skip
+    rows = []
+    for item in measured:
+        seconds = item.folder.seconds()
+        times = " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES)
+        rows.append([item.name, _margins(item, config), times])
+    return Results("Training", (player, *columns), rows)
+
+
+def _margins(player: Player, config: RunConfig) -> str:
+    trained = _last_margin(player.folder)
+    if trained is None:
+        return ""
+    gap = panel(player.evaluation, "report", seed=config.seed)["gap"].value
+    return f"{trained:.2f} / {at_iteration(config.train.beta, int(player.name)) * gap:.2f}"
+
+
+def _last_margin(folder: IterationDir) -> float | None:
+    """None if there was no game, or its metrics are lost."""
+    steps = read_jsonl(folder.metrics) if folder.metrics.is_file() else []
+    last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"] and "margin" in step]
+    return sum(last) / len(last) if last else None
+
+
+def measured_on(run_dir: RunDir, config: RunConfig) -> str:
+    """Which rows the tables are of, as a sentence."""
+    first = players(run_dir, config)[0].evaluation
+    rows = len(first.rows("report"))
+    return (
+        f"Measured on {rows} of {len(first.prompts)} held-out rows, with 95% bootstrap intervals over rows (of "
+        "distinct-n by the jackknife); by the others the run chooses."
+    )
 
 
 def summary(run_dir: RunDir, config: RunConfig) -> str:
     """SUMMARY.md."""
-    headings = columns(config)
     played = sum(run_dir.iteration(index).evaluation.is_file() for index in range(config.iterations))
     record = read_json(run_dir.record)
     data = record["data"]
-    meanings = [f"- **{column.heading}**: {column.meaning}" for column in headings]
-    return "\n".join(
-        [
-            f"# {plain(record['base']['name'])}: {played} of {config.iterations} iterations of self-play",
-            "",
-            f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
-            "(rejects.jsonl).",
-            "",
-            table([column.heading for column in headings], rows(run_dir, config)),
-            "",
-            *meanings,
-            "",
-        ]
-    )
+    lines = [
+        f"# {plain(record['base']['name'])}: {played} of {config.iterations} iterations of self-play",
+        "",
+        f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
+        "(rejects.jsonl).",
+        "",
+    ]
+    said = verdict(players(run_dir, config), config)
+    lines += [*(f"- {sentence}" for sentence in said), ""] if said else []
+    lines += [measured_on(run_dir, config), ""]
+    for results in tables(run_dir, config):
+        lines += [f"## {results.title}", "", markdown(results), ""]
+    return "\n".join(lines)
+
+
+def markdown(results: Results) -> str:
+    """A table and the meaning of its columns."""
+    meanings = "\n".join(f"- **{column.heading}**: {column.meaning}" for column in results.columns)
+    return f"{table([column.heading for column in results.columns], results.rows)}\n\n{meanings}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +226,8 @@ class Shown:
     after: str
 
 
-def before_after(run_dir: RunDir, prompts: Sequence[str], last: int, count: int) -> list[Shown]:
-    """The first held-out prompts, answered by the base and by the last iteration."""
-    before = Evaluation(**read_json(run_dir.base.evaluation)).completions
-    after = Evaluation(**read_json(run_dir.iteration(last).evaluation)).completions
+def before_after(run_dir: RunDir, prompts: Sequence[str], iteration: int, count: int) -> list[Shown]:
+    """The first held-out prompts, answered by the base and by an iteration."""
+    before = read_evaluation(run_dir.base.evaluation).completions
+    after = read_evaluation(run_dir.iteration(iteration).evaluation).completions
     return [Shown(*both) for both in zip(prompts[:count], before, after, strict=False)]

@@ -16,6 +16,8 @@ SNAPSHOTS = 2  # kept at once
 A_TOKEN = 8  # as a number in a list
 A_PAIR = 300  # its keys, and its score
 A_CHARACTER_OF_TEXT = 6  # of a completion, per token
+A_TOKEN_ALONE = 16  # on a line of its own
+AN_EVALUATED_ROW = 900  # its figures
 A_STEP = 400  # its metrics
 SMALL = 2**20  # all else: record, configuration, tables
 
@@ -46,7 +48,8 @@ def room(prepared: Prepared, run_dir: RunDir, adapter_bytes: int) -> int:
     pairs = A_TOKEN * tokens + A_PAIR * len(prepared.train)
     carried = A_PAIR * len(prepared.train) * config.train.mix_previous
     steps = A_STEP * config.train.epochs * len(prepared.train) * (1 + config.train.mix_previous)
-    evaluation = A_CHARACTER_OF_TEXT * capped * len(prepared.heldout)
+    answers = (A_TOKEN_ALONE + 3 * A_CHARACTER_OF_TEXT) * capped  # sampled, greedy and real
+    evaluation = (AN_EVALUATED_ROW + answers) * len(prepared.heldout)
     snapshots = int(SNAPSHOTS * (1 + OPTIMIZERS[config.train.optimizer] / 4) * adapter_bytes)  # its weights are fp32
     each = adapter_bytes + pairs + carried + steps // config.train.batch_size + evaluation
     return SMALL + to_train * each + (snapshots if to_train else 0)

@@ -3,7 +3,8 @@
 run.json                    what the run is: configuration, versions, data, base model, threads
 config.yaml                 the configuration as last started
 rejects.jsonl               rows left out, each with its reason
-SUMMARY.md                  the table of iterations
+SUMMARY.md                  the tables of players, and what they come to
+verdict.json                the same for programs: sentences, why the run ended early, which iteration is kept
 status.json                 where the run stands, while it works
 base/evaluation.json        the untouched model on the held-out rows
 warm-start/                 supervised training before iteration 0, if sft.epochs: as an iteration, without pairs
@@ -117,6 +118,10 @@ class RunDir:
     @property
     def summary(self) -> Path:
         return self.path / "SUMMARY.md"
+
+    @property
+    def verdict(self) -> Path:
+        return self.path / "verdict.json"
 
     @property
     def status(self) -> Path:

@@ -17,7 +17,7 @@ from qspin.errors import QspinError
 from qspin.files import full_disk_told
 from qspin.game import Game
 from qspin.learning import learn, trained_on, warm_start
-from qspin.measuring import measure
+from qspin.measuring import ends_before, measure
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.prepare import Prepared
 from qspin.progress import Progress
@@ -41,14 +41,19 @@ def run(prepared: Prepared, out: Path, progress: Progress) -> None:
 
 def play(game: Game) -> None:
     """Every round in turn; a phase passes over what the folder holds already."""
-    measure(game, game.dir.base, None)
+    measure(game, game.dir.base, None, opponent=None)
+    opponent = game.dir.base
     if game.config.sft.epochs:
         warm_start(game)
-        measure(game, game.dir.warm_start, None)
+        measure(game, game.dir.warm_start, None, opponent=opponent)
+        opponent = game.dir.warm_start
     for iteration in range(game.config.iterations):
+        if ends_before(game, iteration):  # the players are matched, or the last was a step back
+            break
         folder = game.dir.iteration(iteration)
         if not folder.adapter.is_dir():
             for earlier in trained_on(game.config, iteration):  # all but the last are there, unless damaged since
                 answer(game, earlier)  # generate: one completion per prompt, sampled from the opponent
             learn(game, iteration)  # score both under the opponent, train against it, commit the next opponent
-        measure(game, folder, iteration)  # evaluate on held-out rows
+        measure(game, folder, iteration, opponent=opponent)  # evaluate on held-out rows
+        opponent = folder

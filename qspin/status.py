@@ -65,6 +65,7 @@ class Standing:
     iterations_done: int
     status: Status | None  # as last written, its times left up to date; None before the first phase
     age: float | None  # seconds since it was written
+    kept: int | None = None  # the iteration that is exported unless another is named; of a finished run
 
 
 def look(run_dir: RunDir) -> Standing:
@@ -91,8 +92,11 @@ def look(run_dir: RunDir) -> Standing:
             return Standing("starting", process, done, None, None)
         assert status is not None and age is not None
         return Standing("running", process, done, aged(status, age), age)
-    finished = done > 0 and done >= _iterations(run_dir.config)
-    return Standing("finished" if finished else "stopped", None, done, status, age)
+    concluded = read_json(run_dir.verdict) if done and run_dir.verdict.is_file() else None
+    ended = concluded is not None and concluded["stop"] is not None and concluded["iterations"] == done
+    if done and (ended or done >= _iterations(run_dir.config)):
+        return Standing("finished", None, done, status, age, done - 1 if concluded is None else concluded["kept"])
+    return Standing("stopped", None, done, status, age)
 
 
 def _read(path: Path) -> tuple[Status | None, str | None, float | None]:

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.evaluate import Evaluation
-from qspin.files import read_json, read_jsonl
+from qspin.evaluation import read_evaluation, values
+from qspin.files import read_jsonl
 from qspin.progress import TrackerName
 from qspin.record import remembered
 from qspin.run_dir import IterationDir, RunDir
@@ -88,7 +88,8 @@ class Tracker:
     def _evaluation(self, folder: IterationDir, iteration: int | None) -> None:
         if folder.evaluation.is_file():
             self._start("evaluate", iteration)
-            figures = Evaluation(**read_json(folder.evaluation)).figures(self._config.evaluation.style)
+            evaluation = read_evaluation(folder.evaluation)
+            figures = values(evaluation, seed=self._config.seed, style=self._config.evaluation.style)
             self._log("eval", figures, self._told)
 
     def _start(self, name: str, iteration: int | None) -> None:

@@ -26,7 +26,7 @@ from qspin.status import Standing
 
 if TYPE_CHECKING:  # they import torch, which `qspin status` does without
     from qspin.chat import PieceKind
-    from qspin.report import Column, Shown
+    from qspin.report import Results, Shown
 
 PIECE_STYLES: dict[PieceKind, tuple[str, str]] = {  # two shades, so that neighbouring tokens can be told apart
     "prompt": ("black on bright_white", "black on white"),
@@ -41,11 +41,17 @@ FIGURES = {  # how a figure is shown, in this order; others come after them by t
     "accuracy": "accuracy {:.0%}",
     "nll": "NLL {:.3f}",
     "ended": "ended {:.0%}",
+    "two_sample_auc": "2-sample AUC {:.2f}",
+    "reward_auc": "reward AUC {:.2f}",
+    "f1": "F1 {:.2f}",
     "style": "style {:.0%}",
     "tokens": "{:.0f} tokens",
     "tokens/s": "{:.0f} tokens/s",
 }
-NOT_SHOWN = {"step", "epoch", "lr", "grad_norm"}  # for programs and trackers
+NOT_SHOWN = {  # for programs and trackers
+    "step", "epoch", "lr", "grad_norm", "length_auc", "greedy_tokens", "greedy_ended", "distinct_1", "distinct_2",
+    "gap", "kl",
+}  # fmt: skip
 NARROWEST_BAR = 10
 GIB = 1 << 30
 
@@ -259,7 +265,7 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
             done = standing.iterations_done
             lines = [
                 f"{where}, {done} iterations",
-                f"adapter: {run_dir.iteration(done - 1).adapter}",
+                f"adapter: {run_dir.iteration(standing.kept or 0).adapter}",
                 f"table: {run_dir.summary}",
             ]
     shown = [Text(visible(line)) for line in lines]
@@ -326,12 +332,20 @@ def _note(text: str) -> Text:
     return Text(visible(f"note: {text}"), style="yellow")
 
 
-def results_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="On held-out rows", title_justify="left")
-    for column in columns:
+def results_table(results: Results) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=results.title, title_justify="left", pad_edge=False, collapse_padding=True)
+    for column in results.columns:
         table.add_column(column.heading, overflow="fold")
-    for row in rows:
+    for row in results.rows:
         table.add_row(*(Text(visible(cell)) for cell in row))
+    return table
+
+
+def notes_table(notes: Iterable[str]) -> Table:
+    """Sentences, each after a dash."""
+    table = Table.grid(padding=(0, 1))
+    for note in notes:
+        table.add_row("-", Text(visible(note)))
     return table
 
 

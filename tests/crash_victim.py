@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sklearn.feature_extraction.text
+import sklearn.linear_model
+import sklearn.pipeline  # noqa: F401
 import torch
 from conftest import Silent
 

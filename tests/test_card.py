@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from made import after, made
 from markdown_it import MarkdownIt
 
 from qspin import report
@@ -24,7 +24,6 @@ from qspin.card import (
 )
 from qspin.config import RunConfig, changed_results, dump_config, load_config
 from qspin.errors import QspinError
-from qspin.evaluate import Evaluation
 from qspin.files import read_json, write_json, write_jsonl, write_text
 from qspin.markdown import plain
 from qspin.recipe import command, is_hub_id, recipe, recorded_config
@@ -80,11 +79,14 @@ def make_run(path: Path, base: dict[str, Any] = ON_HUB, **settings: Any) -> RunD
     )
     write_text(run.config, dump_config(config))
     write_jsonl(run.rejects, [{"code": code} for code in ("duplicate", "broken-json", "duplicate")])
-    players = [(run.base, [40.0, 20.0]), (run.iteration(0), [30.0, 15.0]), (run.iteration(1), [20.0, 12.0])]
-    for folder, nll in players:
-        player = Evaluation(nll, [10, 10], [8, 4], [True, False], ["<script>alert(1)</script>", "---"])
-        write_json(folder.evaluation, asdict(player))
-    for folder, _ in players[1:]:
+    texts = {"real_completions": ["real words are ten of them in this very row"] * 2}
+    texts |= {"completions": ["<script>alert(1)</script>", "---"]}
+    base = made(2, real_nll=[40.0, 20.0], **texts)
+    first = after(base, real_nll=[30.0, 15.0], **texts)
+    second = after(first, real_nll=[20.0, 12.0], **texts)
+    for folder, player in ((run.base, base), (run.iteration(0), first), (run.iteration(1), second)):
+        write_json(folder.evaluation, player.to_json())
+    for folder in (run.iteration(0), run.iteration(1)):
         write_jsonl(folder.metrics, [{"epoch": 0, "margin": 9.0}, {"epoch": 1, "margin": 1.25}])
     return run
 
@@ -135,9 +137,13 @@ class Page(HTMLParser):
         if self._in_cell:
             self.cells[-1][-1] += data
 
+    @property
+    def rows(self) -> list[list[str]]:
+        return [[cell.strip() for cell in row] for row in self.cells]
+
     def row(self, first: str) -> list[str]:
-        [found] = [[cell.strip() for cell in row] for row in self.cells if row[0].strip() == first]
-        return found
+        """The first that begins so."""
+        return next(row for row in self.rows if row[0] == first)
 
 
 # --- what the Hub reads ---
@@ -211,12 +217,13 @@ def test_a_base_in_a_folder_is_named_without_its_path(tmp_path: Path) -> None:
 def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     page = Page(card(run))
-    for row in report.rows(run, recorded_config(run)):
-        assert page.row(row[0]) == row
-    change = page.row("1")[2]
-    assert re.fullmatch(r"-1\.400 \[-\d\.\d{3}, -\d\.\d{3}\]", change)
-    assert page.row("1")[5] == "1.25", "the margin of the last epoch"
-    assert "This is player 1 of the table." in page.text
+    for table in report.tables(run, recorded_config(run)):
+        for row in table.rows:
+            assert [cell.strip() for cell in row] in page.rows
+    assert page.row("1")[2] == "-2.000 [-2.000, -2.000]", "the reported row: 20 nats less over 10 tokens"
+    assert any(row[1].startswith("1.25 / ") for row in page.rows), "the margin of the last epoch"
+    assert "This is player 1 of the tables." in page.text
+    assert "Measured on 1 of 2 held-out rows, with 95% bootstrap intervals" in page.text
 
 
 def test_rows_and_drops_are_counted_by_reason(tmp_path: Path) -> None:
@@ -343,7 +350,7 @@ def test_a_name_is_no_shell(tmp_path: Path) -> None:
 # --- nothing from outside is markup ---
 
 ALLOWED = {
-    "a", "code", "h1", "h2", "li", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
+    "a", "code", "h1", "h2", "h3", "li", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
 }  # fmt: skip
 PLACES = ("https://huggingface.co/some/base-7b", "https://arxiv.org/abs/", "https://example.org/")
 

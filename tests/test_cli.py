@@ -35,8 +35,9 @@ import qspin
 from qspin import run_dir as run_dir_module
 from qspin.cli import main
 from qspin.config import dump_config, load_config
-from qspin.evaluate import Evaluation
+from qspin.evaluation import panel, read_evaluation, values
 from qspin.files import check_folder, read_json, read_jsonl, sha256_of
+from qspin.players import chosen_iteration
 from qspin.run_dir import RunDir
 
 ANSI = "\x1b["
@@ -589,15 +590,15 @@ def test_progress_without_a_terminal_is_plain_lines(played: Played) -> None:
         for match in re.finditer(r"^(base|iteration \d/2) · (\w+): (\S+) .*0 s left", played.answer.out, re.MULTILINE)
     }
     assert finished == {
-        ("base", "evaluate"): "8/8",
+        ("base", "evaluate"): "12/12",
         ("iteration 1/2", "generate"): "20/20",
         ("iteration 1/2", "score"): "20/20",
         ("iteration 1/2", "train"): "40/40",
-        ("iteration 1/2", "evaluate"): "8/8",
+        ("iteration 1/2", "evaluate"): "16/16",
         ("iteration 2/2", "generate"): "20/20",
         ("iteration 2/2", "score"): "40/40",
         ("iteration 2/2", "train"): "80/80",
-        ("iteration 2/2", "evaluate"): "8/8",
+        ("iteration 2/2", "evaluate"): "16/16",
     }
 
 
@@ -607,12 +608,13 @@ def test_status_of_a_finished_run(played: Played) -> None:
     run = RunDir(played.out)
     assert answer.out.splitlines()[:4] == [
         f"{played.out}: finished, 2 iterations",
-        f"adapter: {run.iteration(1).adapter}",
+        f"adapter: {kept_adapter(run)}",
         f"table: {run.summary}",
-        "iteration 2/2 · evaluate  " + "━" * 158 + "  8/8 rows  100%",
+        "iteration 2/2 · evaluate  " + "━" * 156 + "  16/16 rows  100%",
     ]
-    evaluation = Evaluation(**read_json(run.iteration(1).evaluation))
-    assert f"NLL {evaluation.nll:.3f}" in answer.out
+    figures = values(read_evaluation(run.iteration(1).evaluation), seed=0, style=None)
+    assert f"NLL {figures['nll']:.3f}" in answer.out
+    assert f"2-sample AUC {figures['two_sample_auc']:.2f}" in answer.out
     assert re.search(r"^  prompt      What is \[red\]\d+\[/red\]\?$", answer.out, re.MULTILINE)
     assert re.search(r"^  completion  ", answer.out, re.MULTILINE)
 
@@ -629,46 +631,78 @@ def test_status_imports_nothing_heavy(played: Played) -> None:
     assert done.stdout.splitlines()[-1] == ""
 
 
-def test_the_output_ends_with_the_table_and_the_completions(played: Played) -> None:
-    _, title, shown = played.answer.out.partition("\nOn held-out rows")
+def kept_adapter(run: RunDir) -> Path:
+    return run.iteration(chosen_iteration(run, None)).adapter
+
+
+def test_the_output_ends_with_the_tables_the_verdict_and_the_completions(played: Played) -> None:
+    _, title, shown = played.answer.out.partition("\nHeld-out rows: likelihood, and the game")
     assert title
     table, title, completions = shown.partition("\nThe same prompts, before and after")
     assert title
-    for row in table_rows(played.out):
+    for row in [row for rows in summary_tables(played.out)[:2] for row in rows[2:]]:
         cells = [re.escape(cell) for cell in row if cell]
         assert re.search(r"^ *" + " +".join(cells) + r" *$", table, re.MULTILINE), row
+    assert "2-sample AUC: how surely a classifier tells its completions from the real ones; 0.5 is the best" in table
+    assert "Measured on 2 of 4 held-out rows, with 95% bootstrap intervals over rows" in table
     run = RunDir(played.out)
+    sentences = read_json(run.verdict)["sentences"]
+    assert sentences[0].startswith("Few rows: 2 of 4 held out are reported")
+    assert all(sentence in table for sentence in sentences)
     before, after = (read_json(folder.evaluation)["completions"] for folder in (run.base, run.iteration(1)))
     assert before != after
     asked = re.findall(r"What is \[red\]\d+\[/red\]\?", completions)
     assert len(asked) == 3, "evaluation.shown prompts, their brackets as they are"
-    assert completions.splitlines()[-1] == f"adapter: {run.iteration(1).adapter}   table: {run.summary}"
+    assert completions.splitlines()[-1] == f"adapter: {kept_adapter(run)}   table: {run.summary}"
 
 
-def table_rows(out: Path) -> list[list[str]]:
-    lines = [line for line in RunDir(out).summary.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+def summary_tables(out: Path) -> list[list[list[str]]]:
+    """The tables of SUMMARY.md: rows of cells, the heading and the line under it first."""
+    parts = RunDir(out).summary.read_text(encoding="utf-8").split("\n## ")[1:]
+    lines = ([line for line in part.splitlines() if line.startswith("|")] for part in parts)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table] for table in lines]
 
 
 def test_the_summary_has_a_row_for_each_player(played: Played) -> None:
-    summary = RunDir(played.out).summary.read_text(encoding="utf-8")
+    run = RunDir(played.out)
+    summary = run.summary.read_text(encoding="utf-8")
     assert summary.startswith(
         "# tiny-llama: 2 of 2 iterations of self-play\n\n"
         "20 training rows, 4 held out, 1 left out (rejects.jsonl).\n\n"
-        "| player | NLL | change | ended | style | tokens | margin | seconds |\n"
+        "- Few rows: "
     )
-    rows = table_rows(played.out)
-    assert [row[0] for row in rows] == ["base", "0", "1"]
-    run = RunDir(played.out)
+    game, writing, details, changes, training = summary_tables(played.out)
+    assert game[0] == ["player", "NLL", "change", "reward AUC"]
+    assert writing[0] == ["player", "2-sample AUC", "token F1", "tokens", "ended", "style"]
+    for table in (game, changes, training):
+        assert [row[0] for row in table[2:]] == ["base", "0", "1"]
+    for table in (writing, details):
+        assert [row[0] for row in table[2:]] == ["base", "0", "1", "real"]
     folders = [run.base, run.iteration(0), run.iteration(1)]
-    for row, folder in zip(rows, folders, strict=True):
-        player = Evaluation(**read_json(folder.evaluation))
-        assert row[1] == f"{sum(player.real_nll) / sum(player.real_tokens):.3f}"
-        assert row[3] == f"{100 * sum(player.ended) / 4:.0f}%"
+    for index, folder in enumerate(folders):
+        player = read_evaluation(folder.evaluation)
+        rows = player.rows("report")
+        assert len(rows) == 2
+        nll = sum(player.real_nll[row] for row in rows) / sum(player.real_tokens[row] for row in rows)
+        assert game[2 + index][1].startswith(f"{nll:.3f} [")
+        assert writing[2 + index][4].startswith(f"{50 * sum(player.ended[row] for row in rows):.0f}% [")
     # a model that is trained on nothing but these answers finds them likelier with each iteration
-    assert float(rows[0][1]) > float(rows[1][1]) > float(rows[2][1])
+    assert float(game[2][1].split()[0]) > float(game[3][1].split()[0]) > float(game[4][1].split()[0])
     margins = [[step["margin"] for step in read_jsonl(folder.metrics) if step["epoch"] == 1] for folder in folders[1:]]
-    assert [row[6] for row in rows] == ["", *(f"{statistics.mean(steps):.2f}" for steps in margins)]
+    assert [row[1].split(" / ")[0] for row in training[2:]] == ["", *(f"{statistics.mean(m):.2f}" for m in margins)]
+
+
+def test_an_iteration_is_scored_on_what_its_opponent_wrote(played: Played) -> None:
+    run = RunDir(played.out)
+    first, second, third = (read_evaluation(f.evaluation) for f in (run.base, run.iteration(0), run.iteration(1)))
+    assert first.opponent_logps == []
+    for before, after in ((first, second), (second, third)):
+        assert after.opponent_logps == before.generated_logps
+        assert after.opponent_real_nll == before.real_nll
+        assert after.policy_logps != before.generated_logps
+        assert (after.prompts, after.reported) == (before.prompts, before.reported)
+    # a player finds what it samples likelier than its successor, trained to tell it from real answers, does
+    assert panel(second, "report", seed=0)["kl"].value > 0
 
 
 def test_the_folder_is_as_its_module_says(played: Played) -> None:
@@ -745,7 +779,10 @@ def test_the_same_command_again_does_nothing_more(played: Played) -> None:
     assert contents(played.out) == before
     assert {name: (played.out / name).stat().st_mtime_ns for name in times} == times
     assert " · " not in answer.out, "no phase"
-    assert answer.out == re.sub(r"^.* · .*\n", "", played.answer.out, flags=re.MULTILINE)
+    # what was said after each iteration is not said again, but for the last one's, which stands under the tables
+    beginning, tables, rest = played.answer.out.partition("Held-out rows: ")
+    first = [line for line in beginning.splitlines(keepends=True) if line.startswith("note: /")]
+    assert answer.out == "".join(first) + tables + rest
 
 
 def test_another_beta_is_refused_with_the_difference(played: Played) -> None:
@@ -813,7 +850,7 @@ def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) ->
     kept = [name for name in before if name.startswith(("iteration-", "base/", "run.json", "rejects"))]
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"iteration-2"}
-    assert [row[0] for row in table_rows(out)] == ["base", "0", "1", "2"]
+    assert [row[0] for row in summary_tables(out)[0][2:]] == ["base", "0", "1", "2"]
     assert set(re.findall(r"^(\S+ ?\S*) · ", answer.out, re.MULTILINE)) == {"iteration 3/3"}
     # its policy starts as its opponent, and the pairs of iteration 1 are trained on again
     assert read_jsonl(RunDir(out).iteration(2).metrics)[0]["margin"] == 0
@@ -838,22 +875,22 @@ def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_p
     lines = [json.loads(line) for line in answer.out.splitlines()]
     phases = [(line["iteration"], line["phase"], line["total"]) for line in lines if line["event"] == "phase"]
     assert phases == [
-        (None, "evaluate", 8),
+        (None, "evaluate", 12),
         (0, "generate", 20),
         (0, "score", 20),
         (0, "train", 40),
-        (0, "evaluate", 8),
+        (0, "evaluate", 16),
         (1, "generate", 20),
         (1, "score", 40),
         (1, "train", 80),
-        (1, "evaluate", 8),
+        (1, "evaluate", 16),
     ]
     run = RunDir(tmp_path / "run")
     told = [line["figures"] for line in lines if line["event"] == "progress" and "step" in line["figures"]]
     assert told == [step for iteration in (0, 1) for step in read_jsonl(run.iteration(iteration).metrics)]
     evaluations = [line["figures"] for line in lines if "nll" in line.get("figures", {})]
     folders = [run.base, run.iteration(0), run.iteration(1)]
-    assert evaluations == [Evaluation(**read_json(folder.evaluation)).figures(".*") for folder in folders]
+    assert evaluations == [values(read_evaluation(folder.evaluation), seed=0, style=".*") for folder in folders]
     samples = [line for line in lines if line["event"] == "sample"]
     assert len(samples) == 2, "one of each generation"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
@@ -866,9 +903,9 @@ def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_p
     assert lines[0]["event"] == "note"
     assert {line["event"] for line in lines} == {"note", "phase", "progress", "sample", "end"}
     del lines[-1]["time"]
-    assert lines[-1] == {"event": "end", "adapter": str(run.iteration(1).adapter), "table": str(run.summary)}
+    assert lines[-1] == {"event": "end", "adapter": str(kept_adapter(run)), "table": str(run.summary)}
     # the table is for people
-    assert "On held-out rows" in answer.err
+    assert "Held-out rows: what it writes" in answer.err
 
 
 def test_an_error_is_not_a_line_of_json(played: Played) -> None:
@@ -892,12 +929,12 @@ def test_a_narrow_terminal_folds_and_loses_nothing(played: Played) -> None:
     assert answer.code == 0
     assert ANSI not in answer.out
     assert "…" not in answer.out
-    _, _, shown = answer.out.partition("\nOn held-out rows")
+    _, _, shown = answer.out.partition("\nHeld-out rows: likelihood, and the game")
     assert shown
     assert max(cell_len(line) for line in shown.splitlines() if "/" not in line) <= 60  # a path may stay whole
     there = Counter("".join(shown.split()))
-    headings = ["player", "NLL", "change", "ended", "style", "tokens", "margin", "seconds"]
-    wanted = Counter("".join("".join(row) for row in [headings, *table_rows(played.out)]).replace(" ", ""))
+    main = [row for rows in summary_tables(played.out)[:2] for row in (rows[0], *rows[2:])]
+    wanted = Counter("".join("".join(row) for row in main).replace(" ", ""))
     assert wanted <= there, "not a character of the table is lost"
 
 

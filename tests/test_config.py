@@ -416,6 +416,9 @@ FREE: dict[str, Any] = {
     "train.tokens_per_micro_batch": 99,
     "train.gradient_checkpointing": True,
     "train.snapshot_minutes": 0,
+    "evaluation.keep": "last",
+    "evaluation.best_by": "f1",
+    "evaluation.stop": "never",
 }  # fmt: skip
 DEFINING: dict[str, Any] = {
     "model.id": "a/b", "model.revision": "x", "model.package": "x", "model.dtype": "float32",

@@ -19,12 +19,13 @@ from qspin import spin
 from qspin.config import load_config
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
+from qspin.files import write_json
 from qspin.prepare import Prepared, prepare
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
 PASSING = {".lock", ".holder", "status.json", "seconds.json", "SUMMARY.md"}
-EACH_START = ["config.yaml", "rejects.jsonl", "SUMMARY.md"]  # written anew, never read by a run
+EACH_START = ["config.yaml", "rejects.jsonl", "SUMMARY.md", "verdict.json"]  # written anew, never read by a run
 FLIPS, CUTS = 200, 16
 LAST_STEP = 4  # that the run midway has finished in iteration 1
 
@@ -35,6 +36,10 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    @property
+    def taken_away(self) -> list[str]:
+        return [note for note in self.notes if "taken away" in note]
 
 
 class UntilStep(Silent):
@@ -185,7 +190,19 @@ def test_what_can_be_made_again_is_and_the_run_ends_in_the_same_bytes(
     progress = Notes()
     spin.run(prepared, out, progress)
     pieces = [re.sub(r"(step-\d+)/.*", r"\1", name) for name in damaged]
-    assert progress.notes == [f"{piece} was damaged and is taken away; {consequence}" for piece in pieces]
+    assert progress.taken_away == [f"{piece} was damaged and is taken away; {consequence}" for piece in pieces]
+    assert results(out) == results(finished)
+
+
+def test_an_evaluation_of_another_version_is_made_again(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    write_json(out / "iteration-0" / "evaluation.json", {"real_nll": [1.0], "real_tokens": [1]})
+    progress = Notes()
+    spin.run(prepared, out, progress)
+    assert progress.taken_away == [
+        f"iteration-0/evaluation.json is of another version of qspin and is taken away; {AGAIN}"
+    ]
     assert results(out) == results(finished)
 
 
@@ -197,8 +214,9 @@ def test_figures_of_a_training_that_is_over_are_lost_and_the_table_says_nothing(
     (out / "iteration-0" / "metrics.jsonl").write_text("")
     progress = Notes()
     spin.run(prepared, out, progress)
-    assert progress.notes == [f"iteration-0/metrics.jsonl was damaged and is taken away; {FIGURES}"]
-    margins = [line.split("|")[6].strip() for line in (out / "SUMMARY.md").read_text().splitlines() if "| " in line]
+    assert progress.taken_away == [f"iteration-0/metrics.jsonl was damaged and is taken away; {FIGURES}"]
+    _, _, training = (out / "SUMMARY.md").read_text().partition("## Training\n")
+    margins = [line.split("|")[2].strip() for line in training.splitlines() if "| " in line]
     assert margins[-2] == "" != margins[-1]
 
 

@@ -19,6 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from test_cli import call
 from test_gguf_file import texts
 
@@ -28,15 +29,15 @@ from qspin.base import find_base
 from qspin.compare import CHECK, Trained, drifted
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
-from qspin.evaluate import Evaluation
+from qspin.evaluation import read_evaluation
 from qspin.export import export
 from qspin.files import check_folder, read_json, read_plain_json, write_json
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
+from qspin.players import chosen_iteration
 from qspin.prepare import prepare
 from qspin.record import template_date
 from qspin.records import Message
-from qspin.report import chosen_iteration
 from qspin.run_dir import RunDir
 
 KEYS = {
@@ -115,8 +116,8 @@ def test_the_dequantised_merge_is_the_trained_model(run: RunDir, tmp_path: Path)
 
 def test_the_figures_are_those_of_evaluation(run: RunDir, tmp_path: Path) -> None:
     check = made(run, tmp_path / "out", "merged-16bit", iteration=0)
-    recorded = Evaluation(**read_json(run.iteration(0).evaluation))
-    assert check["nll_trained"] == pytest.approx(recorded.nll, abs=1e-5)
+    recorded = read_evaluation(run.iteration(0).evaluation)
+    assert check["nll_trained"] == pytest.approx(sum(recorded.real_nll) / sum(recorded.real_tokens), abs=1e-5)
     assert check["iteration"] == 0
     assert check["nll_difference"] == check["nll_exported"] - check["nll_trained"]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -215,12 +216,18 @@ def test_switches_of_the_template_are_the_exported_ones_defaults(
 def test_last_best_and_numbers(run: RunDir, tmp_path: Path) -> None:
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     assert [chosen_iteration(copy, wanted) for wanted in ("last", "0", "1")] == [1, 0, 1]
+    config = yaml.safe_load(copy.config.read_text())
+    config["evaluation"] |= {"best_by": "nll", "keep": "best"}
+    copy.config.write_text(yaml.safe_dump(config))
     for best in (0, 1):
         for index in (0, 1):
             evaluation = read_json(copy.iteration(index).evaluation)
             evaluation["real_nll"] = [float(index != best)] * len(evaluation["real_tokens"])
             write_json(copy.iteration(index).evaluation, evaluation)
-        assert chosen_iteration(copy, "best") == best
+        assert chosen_iteration(copy, "best") == chosen_iteration(copy, None) == best
+    config["evaluation"]["keep"] = "last"
+    copy.config.write_text(yaml.safe_dump(config))
+    assert chosen_iteration(copy, None) == 1
     for wrong in ("2", "-1", "first", "01"):
         with pytest.raises(QspinError, match=r"^--iteration: .* is not finished in .*; last, best or 0 to 1 are"):
             chosen_iteration(copy, wrong)

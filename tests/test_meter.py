@@ -51,15 +51,15 @@ def play(meter: Meter, clock: Clock, name: str, iteration: int | None, total: in
 
 def test_the_work_of_a_run_is_that_of_its_phases() -> None:
     assert [(item.folder.path.name, item.phase, item.iteration, item.units) for item in work()] == [
-        ("base", "evaluate", None, 40),
+        ("base", "evaluate", None, 60),
         ("iteration-0", "generate", 0, 100),
         ("iteration-0", "score", 0, 100),
         ("iteration-0", "train", 0, 200),
-        ("iteration-0", "evaluate", 0, 40),
+        ("iteration-0", "evaluate", 0, 80),
         ("iteration-1", "generate", 1, 100),
         ("iteration-1", "score", 1, 200),
         ("iteration-1", "train", 1, 400),
-        ("iteration-1", "evaluate", 1, 40),
+        ("iteration-1", "evaluate", 1, 80),
     ]
 
 
@@ -74,9 +74,9 @@ def test_pairs_grow_as_long_as_earlier_ones_are_mixed_in() -> None:
 def test_a_warm_start_is_work_too() -> None:
     phases = [(item.folder.path.name, item.phase, item.units) for item in work(**{"sft.epochs": 3})]
     assert phases[:4] == [
-        ("base", "evaluate", 40),
+        ("base", "evaluate", 60),
         ("warm-start", "warm start", 300),
-        ("warm-start", "evaluate", 40),
+        ("warm-start", "evaluate", 80),
         ("iteration-0", "generate", 100),
     ]
 
@@ -97,7 +97,7 @@ def test_nothing_is_known_before_something_was_measured(meter: Meter, clock: Clo
 
 
 def test_the_run_is_known_once_every_kind_of_phase_was_seen(meter: Meter, clock: Clock) -> None:
-    play(meter, clock, "evaluate", None, 40, pace=0.5)
+    play(meter, clock, "evaluate", None, 60, pace=0.5)
     play(meter, clock, "generate", 0, 100, pace=1)
     play(meter, clock, "score", 0, 100, pace=2)
     begin(meter, "train", 0, 200)
@@ -105,7 +105,7 @@ def test_the_run_is_known_once_every_kind_of_phase_was_seen(meter: Meter, clock:
     clock.now += 12
     meter.advance(4)  # 3 s a pair
     left = 196 * 3
-    to_come = 40 * 0.5 + 100 * 1 + 200 * 2 + 400 * 3 + 40 * 0.5
+    to_come = 80 * 0.5 + 100 * 1 + 200 * 2 + 400 * 3 + 80 * 0.5
     assert status(meter).phase_seconds_left == pytest.approx(left)
     assert status(meter).run_seconds_left == pytest.approx(left + to_come)
     clock.now += 7  # and it gets less between two steps
@@ -168,9 +168,9 @@ def test_a_phase_that_is_made_again_is_still_to_come(clock: Clock) -> None:
     """Memory ran out in training: scoring starts over, and training comes after it once more."""
     meter = Meter(work(), {"generate": 1, "score": 1, "train": 1, "evaluate": 1}, 2, lambda: MEMORY, clock)
     begin(meter, "train", 1, 400)
-    assert status(meter).run_seconds_left == 440
+    assert status(meter).run_seconds_left == 480
     begin(meter, "score", 1, 200)
-    assert status(meter).run_seconds_left == 640
+    assert status(meter).run_seconds_left == 680
     assert meter.ended is not None
     assert not meter.ended.complete
 
@@ -180,10 +180,10 @@ def test_two_phases_of_one_name_are_told_apart_by_their_order(clock: Clock) -> N
     paces = {"evaluate": 1, "warm start": 2, "generate": 0, "score": 0, "train": 0}
     meter = Meter(work(iterations=1, **{"sft.epochs": 1}), paces, 1, lambda: MEMORY, clock)
     left = []
-    for name in ("evaluate", "warm start", "evaluate", "generate"):
-        begin(meter, name, 0 if name == "generate" else None, 100 if name == "warm start" else 40)
+    for name, total in (("evaluate", 60), ("warm start", 100), ("evaluate", 80), ("generate", 100)):
+        begin(meter, name, 0 if name == "generate" else None, total)
         left.append(status(meter).run_seconds_left)
-    assert left == [40 + 200 + 40 + 40, 200 + 40 + 40, 40 + 40, 40]
+    assert left == [60 + 200 + 80 + 80, 200 + 80 + 80, 80 + 80, 80]
 
 
 def test_a_broken_off_phase_teaches_no_pace(meter: Meter, clock: Clock) -> None:
@@ -230,37 +230,37 @@ def spend(folder: IterationDir, *, evaluated: bool, **seconds: float) -> None:
 def test_paces_come_from_the_seconds_of_finished_phases(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert measured(work(run)) == {}
-    spend(run.base, evaluated=True, evaluate=20)
-    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
+    spend(run.base, evaluated=True, evaluate=30)
+    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=160)
     assert measured(work(run)) == {"evaluate": 2, "generate": 1, "score": 0.5, "train": 2}
 
 
 def test_the_pace_of_a_warm_start_is_that_of_its_training(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    spend(run.warm_start, evaluated=True, train=50, evaluate=20)
+    spend(run.warm_start, evaluated=True, train=50, evaluate=40)
     assert measured(work(run, **{"sft.epochs": 1})) == {"warm start": 0.5, "evaluate": 0.5}
 
 
 def test_the_last_time_counts_and_half_a_phase_does_not(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    spend(run.base, evaluated=True, evaluate=20)
-    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
+    spend(run.base, evaluated=True, evaluate=30)
+    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=160)
     spend(run.iteration(1), evaluated=False, generate=300, score=20)
     assert measured(work(run)) == {"evaluate": 2, "generate": 3, "score": 0.5, "train": 2}
 
 
 def test_a_run_that_goes_on_knows_its_time_at_once(tmp_path: Path, clock: Clock) -> None:
     run = RunDir(tmp_path)
-    spend(run.base, evaluated=True, evaluate=20)
-    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=80)
+    spend(run.base, evaluated=True, evaluate=30)
+    spend(run.iteration(0), evaluated=True, generate=100, score=50, train=400, evaluate=160)
     meter = Meter(to_do(work(run)), measured(work(run)), 2, lambda: MEMORY, clock)
     begin(meter, "generate", 1, 100)
-    assert status(meter).run_seconds_left == 100 * 1 + 200 * 0.5 + 400 * 2 + 40 * 2
+    assert status(meter).run_seconds_left == 100 * 1 + 200 * 0.5 + 400 * 2 + 80 * 2
 
 
 def test_a_run_that_goes_on_after_its_warm_start_has_not_that_to_do(tmp_path: Path, clock: Clock) -> None:
     run, sft = RunDir(tmp_path), {"sft.epochs": 1}
-    spend(run.base, evaluated=True, evaluate=20)
+    spend(run.base, evaluated=True, evaluate=30)
     spend(run.warm_start, evaluated=False, train=300)
     meter = Meter(
         to_do(work(run, iterations=1, **sft)),
@@ -269,8 +269,8 @@ def test_a_run_that_goes_on_after_its_warm_start_has_not_that_to_do(tmp_path: Pa
         lambda: MEMORY,
         clock,
     )
-    begin(meter, "evaluate", None, 40)
-    assert status(meter).run_seconds_left == 40 + 40
+    begin(meter, "evaluate", None, 80)
+    assert status(meter).run_seconds_left == 80 + 80
 
 
 def test_a_status_ages(meter: Meter, clock: Clock) -> None:

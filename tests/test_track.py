@@ -18,7 +18,8 @@ import pytest
 from qspin import spin
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl
+from qspin.evaluation import read_evaluation, values
+from qspin.files import read_jsonl
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Audience, TrackerName
 from qspin.run_dir import RunDir
@@ -130,11 +131,10 @@ def expected(run_dir: RunDir) -> Scalars:
         found.setdefault(tag, []).append((step, pytest.approx(value)))
 
     def evaluation(path: Path, iteration: int | None) -> None:
-        value = read_json(path)
-        add("eval/nll", sum(value["real_nll"]) / sum(value["real_tokens"]))
-        add("eval/ended", sum(value["ended"]) / 4)
-        add("eval/tokens", sum(value["generated_tokens"]) / 4)
-        add("eval/style", 1.0)
+        player = read_evaluation(path)
+        for name, figure in values(player, seed=0, style="(?s).*").items():
+            add(f"eval/{name}", figure)
+        assert len(player.rows("report")) == 2
         if iteration is not None:
             add("eval/iteration", iteration)
 

@@ -84,8 +84,8 @@ def play(progress: Progress, clock: Clock) -> None:
         }
 
     progress.note("mine.jsonl: 1600 good rows of 1604, format prompt-completion")
-    phase("evaluate", None, 2 * HELDOUT, "rows", 110)
-    progress.advance(0, nll=3.822, ended=0.1, tokens=46.0)
+    phase("evaluate", None, 3 * HELDOUT, "rows", 165)
+    progress.advance(0, nll=3.822, two_sample_auc=0.74, length_auc=0.7, f1=0.151, tokens=46.0, ended=0.1)
     for iteration, pairs in ((0, ROWS), (1, 2 * ROWS)):
         phase("generate", iteration, ROWS, "rows", 1700, lambda _share: {"tokens/s": 31.0})
         progress.sampled(PROMPT, COMPLETION)
@@ -93,8 +93,10 @@ def play(progress: Progress, clock: Clock) -> None:
         did = 1.0 if iteration == 0 else 0.6
         phase("train", iteration, 2 * pairs, "pairs", 1.25 * 2 * pairs, trained, did)
         if iteration == 0:
-            phase("evaluate", iteration, 2 * HELDOUT, "rows", 115)
-            progress.advance(0, nll=3.068, ended=0.83, tokens=22.0)
+            phase("evaluate", iteration, 4 * HELDOUT, "rows", 230)
+            progress.advance(
+                0, nll=3.068, two_sample_auc=0.83, reward_auc=0.91, f1=0.09, tokens=22.0, ended=0.83, kl=0.2
+            )
 
 
 def capture(width: int, meter: Meter, clock: Clock) -> str:
@@ -139,7 +141,7 @@ def test_the_panel_has_all_that_one_wants_to_know(meter: Meter, clock: Clock) ->
     # 1.25 s a pair; the run goes on with an evaluation and a third iteration like the second
     assert "0.8 pairs/s" in text
     assert f"phase {span(0.4 * 7500)} left" in text
-    assert f"run {span(0.4 * 7500 + 115 + 1700 + 1800 + 7500 + 115)} left" in text
+    assert f"run {span(0.4 * 7500 + 230 + 1700 + 1800 + 7500 + 230)} left" in text
     assert "memory 5.2 of 15.5 GiB" in text
     for figure in ("loss 0.483", "margin +0.840", "real reward +0.300", "generated reward -0.540", "accuracy 77%"):
         assert figure in text
@@ -158,7 +160,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int, met
     assert len(sample) == (2 if width == 200 else 3)
     if width >= 40:
         assert not any("…" in line for line in figures), "parts go to a line of their own"
-        assert "run 3 h 57 min left" in "\n".join(figures)
+        assert "run 4 h 01 min left" in "\n".join(figures)
     assert ("━" in lines[0]) == (width > 40), "a bar only where there is room for one"
 
 
@@ -242,7 +244,7 @@ def test_a_live_terminal_is_left_clean(meter: Meter, clock: Clock) -> None:
     assert "phase 50 min left" in out
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor is shown again"
     lines = screen(out)
-    assert lines[1].startswith("base · evaluate  200 rows in 1 min 50 s  1.82 rows/s  NLL 3.822  ended 10%")
+    assert lines[1].startswith("base · evaluate  300 rows in 2 min 45 s  1.82 rows/s  NLL 3.822  ended 10%")
     assert lines[-2] == "iteration 2/3 · train  3600/6000 pairs in 75 min  0.8 pairs/s  loss 0.483"
     assert lines[-1] == "  margin +0.840  real reward +0.300  generated reward -0.540  accuracy 77%"
     assert not [line for line in lines if "left" in line or "completion" in line.split()]
@@ -271,7 +273,7 @@ def test_phases_leave_a_line_each(meter: Meter, clock: Clock) -> None:
     for phase in capture(100, meter, clock).splitlines():
         assert "…" not in phase or phase.startswith("  ")
     play(meter, clock)
-    meter.phase("evaluate", iteration=1, total=200, done=0, unit="rows")
+    meter.phase("evaluate", iteration=1, total=400, done=0, unit="rows")
     assert meter.ended is not None
     [line] = ended_lines(meter.ended, 200)
     assert line.plain == (
@@ -458,7 +460,7 @@ def test_what_is_seen_of_a_run_from_outside(
 ) -> None:
     play(meter, clock)
     status = now(meter) if state not in {"not started", "starting"} else None
-    standing = Standing(state, process, 3, status, 12.0 if status else None)
+    standing = Standing(state, process, 3, status, 12.0 if status else None, 2 if state == "finished" else None)
     lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
     assert lines[0] == first
     text = "\n".join(lines)

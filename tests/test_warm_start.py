@@ -23,7 +23,7 @@ from qspin.optimisation import Metrics
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
-from qspin.report import rows as report_rows
+from qspin.report import tables
 from qspin.run_dir import RunDir
 from qspin.scoring import pair_logps
 from qspin.warm_start import train_supervised
@@ -175,9 +175,9 @@ def test_self_play_begins_with_what_it_ended_with(run: RunDir, prepared: Prepare
 
 
 def test_it_is_evaluated_and_shown(run: RunDir, prepared: Prepared) -> None:
-    table = {row[0]: row for row in report_rows(run, prepared.config)}
+    table = {row[0]: row for row in tables(run, prepared.config)[0].rows}
     assert list(table) == ["base", "sft", "0"]
-    assert float(table["sft"][1]) < float(table["base"][1])
+    assert float(table["sft"][1].split()[0]) < float(table["base"][1].split()[0])
     assert table["sft"][2].startswith("-")
     assert run.summary.read_text().startswith(f"# {prepared.base.name}: 1 of 1 iterations")
     assert not run.warm_start.snapshots.exists()

@@ -1,0 +1,96 @@
+"""The players of a run that have been measured, in their order, and which iteration of them is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qspin.config import RunConfig, load_config
+from qspin.errors import QspinError
+from qspin.evaluation import NEAR_HALF, Evaluation, Half, figure, read_evaluation
+from qspin.run_dir import IterationDir, RunDir
+
+BestBy = Literal["two_sample_auc", "nll", "f1"]
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Someone who has been measured."""
+
+    name: str  # base, sft, or the iteration's number
+    folder: IterationDir
+    evaluation: Evaluation
+
+    @property
+    def told(self) -> str:
+        """Its name in a sentence."""
+        return {"base": "the base", "sft": "the warm start"}.get(self.name, f"iteration {self.name}")
+
+
+def players(run_dir: RunDir, config: RunConfig) -> list[Player]:
+    """The base, a warm start, and the iterations up to the first that has not been measured."""
+    folders = {"base": run_dir.base}
+    folders |= {"sft": run_dir.warm_start} if config.sft.epochs else {}
+    count = 0
+    while run_dir.iteration(count).evaluation.is_file():
+        folders[str(count)] = run_dir.iteration(count)
+        count += 1
+    return [
+        Player(name, folder, read_evaluation(folder.evaluation))
+        for name, folder in folders.items()
+        if folder.evaluation.is_file()
+    ]
+
+
+def loss_of(player: Player, by: BestBy, half: Half, seed: int) -> float:
+    """A figure as something of which less is better."""
+    value = figure(player.evaluation, by, half, seed=seed).value
+    if by in NEAR_HALF:
+        return abs(value - 0.5)
+    return -value if by == "f1" else value
+
+
+def best(candidates: Sequence[Player], config: RunConfig) -> Player:
+    """By `evaluation.best_by`, on the half to choose by; of two that are alike the one with the lower NLL.
+
+    Players that a classifier always knows are alike in their AUC, which is common while they are far from the data.
+    """
+
+    def loss(player: Player) -> tuple[float, float]:
+        by, seed = config.evaluation.best_by, config.seed
+        return loss_of(player, by, "choose", seed), loss_of(player, "nll", "choose", seed)
+
+    return min(candidates, key=loss)
+
+
+def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
+    """`last`, `best` or a number → a finished iteration; None is what the run's `evaluation.keep` says.
+
+    Raises:
+        QspinError: the folder is not one of a run, or there is no such iteration.
+    """
+    if not run_dir.record.is_file():
+        raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
+    done = range(_done(run_dir))
+    if not done:
+        raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
+    if wanted is not None and wanted not in {"last", "best", *map(str, done)}:
+        raise QspinError(
+            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
+        )
+    if wanted is not None and wanted.isdigit():
+        return int(wanted)
+    config = load_config(run_dir.config)  # as last started: what is kept may be changed
+    if (wanted or config.evaluation.keep) == "last":
+        return done[-1]
+    iterations = [player for player in players(run_dir, config) if player.name.isdigit()]
+    return int(best(iterations, config).name)
+
+
+def _done(run_dir: RunDir) -> int:
+    """How many iterations are finished."""
+    count = 0
+    while run_dir.iteration(count).done:
+        count += 1
+    return count
