@@ -75,6 +75,7 @@ class SlotModel:
                 base.weights(),
                 revision=base.revision,
                 trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
+                use_safetensors=True,  # never a pickle
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation="eager",  # for the reference below, then ours

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from qspin.base import find_base
+from qspin.config import load_config
+from qspin.errors import QspinError
+from qspin.model import SlotModel
 
 # Plays a run; whatever unpickles a class, or saves and loads with torch, is written down. `datasets` names its caches
 # by pickling what it is given, into memory: that is no file, and nothing is read back.
@@ -74,3 +82,13 @@ def test_control_each_way_to_a_pickle_is_seen(tiny_folder: Callable[[str], Path]
     found = reached(tiny_folder("llama"), tmp_path, control="; ".join(CONTROLS[name] for name in CONTROLS if name))
     for name in CONTROLS:
         assert any(name in line for line in found), name
+
+
+def test_a_base_that_is_a_pickle_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder("llama"), tmp_path / "model"))
+    [weights] = folder.glob("*.safetensors")
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    config = load_config(None, {"model.id": str(folder)})
+    with pytest.raises(QspinError, match=r"^model\.id: .* can't be loaded: .*model\.safetensors"):
+        SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=torch.device("cpu"))
