@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+import multiprocessing
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from qspin.config import RunConfig, load_config, preset_names
 from qspin.errors import QspinError
 from qspin.generation import Request, generate
 from qspin.machine import GIB, Machine, card
-from qspin.memory import keep_freed_memory, peak
+from qspin.memory import peak
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, plan_batches
 from qspin.plan import Plan, make_plan, nearest_change, with_settings
@@ -256,16 +258,19 @@ def test_a_shape_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
 # --- against what runs take on this machine
 
 
-@pytest.fixture
-def mapped() -> Iterator[None]:
-    """Every larger tensor in memory of its own, so that what is resident is what tensors take: a heap has holes."""
+def in_own_process(work: Callable[..., tuple[int, int]], *arguments: Any) -> tuple[int, int]:
+    """Planned and measured bytes, in a process that has done nothing else, as a run is.
+
+    Every larger tensor is in memory of its own there, so that what is resident is what tensors take: a heap has holes.
+    """
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("glibc's malloc is asked to")
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
-    libc.malloc_trim(0)
-    yield
-    keep_freed_memory()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), map_large_tensors) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def map_large_tensors() -> None:
+    ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
 
 
 def some_pairs(lengths: list[tuple[int, int, int]]) -> list[Pair]:
@@ -299,9 +304,13 @@ def planned_training(plan: Plan) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("mapped")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_embedded_model_takes_what_was_planned(checkpointing: bool, tmp_path: Path) -> None:
+    planned, measured = in_own_process(embedded_training, checkpointing, tmp_path)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def embedded_training(checkpointing: bool, folder: Path) -> tuple[int, int]:
     lengths = [(40, 100, 110)] * 4
     config = load_config(
         "smollm2-135m",
@@ -315,13 +324,16 @@ def test_the_embedded_model_takes_what_was_planned(checkpointing: bool, tmp_path
     model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
     here = replace(HERE, itemsize=model.dtype.itemsize)
     plan = make_plan(config, here, Rows(tuple((prompt, real) for prompt, real, _ in lengths), 0, "made up"))
-    measured = measured_training(model, some_pairs(lengths), config, tmp_path)
-    assert planned_training(plan) == pytest.approx(measured, rel=0.15)
+    return planned_training(plan), measured_training(model, some_pairs(lengths), config, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("mapped")
 def test_a_model_of_a_billion_weights_takes_what_was_planned(tmp_path: Path) -> None:
+    planned, measured = in_own_process(training_of_a_billion, tmp_path)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+def training_of_a_billion(tmp_path: Path) -> tuple[int, int]:
     """Llama 3.2 1B's shape with random weights, from a folder that tells its own shape."""
     folder = tmp_path / "model"
     save_random(
@@ -350,8 +362,7 @@ def test_a_model_of_a_billion_weights_takes_what_was_planned(tmp_path: Path) -> 
     assert planned_base["4-bit weights and their constants"] + planned_base[
         f"{8 * here.itemsize}-bit embeddings, head, norms"
     ] == pytest.approx(measured_base, rel=0.01)
-    measured = measured_training(model, some_pairs(lengths), config, tmp_path / "snapshots")
-    assert planned_training(plan) == pytest.approx(measured, rel=0.15)
+    return planned_training(plan), measured_training(model, some_pairs(lengths), config, tmp_path / "snapshots")
 
 
 def save_random(config: Any, folder: Path) -> None:
@@ -384,8 +395,12 @@ def tensors_held(model: SlotModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("mapped")
 def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
+    planned, measured = in_own_process(embedded_generation)
+    assert planned == pytest.approx(measured, rel=0.2)
+
+
+def embedded_generation() -> tuple[int, int]:
     config = load_config("smollm2-135m", {"generation.max_new_tokens": 40, "generation.width": 64})
     model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
     here = replace(HERE, itemsize=model.dtype.itemsize)
@@ -405,4 +420,4 @@ def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
         )
     parts = dict(plan.phases[0].parts)
     names = ("base unpacked", "keys, values and logits of rows", "a pass without gradients")
-    assert sum(parts[name] for name in names) == pytest.approx(measured.above, rel=0.2)
+    return sum(parts[name] for name in names), measured.above
