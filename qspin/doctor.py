@@ -41,7 +41,7 @@ Level = Literal["ok", "warning", "problem"]
 STYLES: dict[Level, str] = {"ok": "green", "warning": "bold yellow", "problem": "bold red"}
 INDENT = len("problem  ")
 
-MODULES = {"pyyaml": "yaml"}  # of packages whose module has another name
+MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name
 RUN = "qspin.spin"  # importing it imports what every run computes with
 CHAIN = ("torch", "bitsandbytes", "accelerate", "transformers", "peft", RUN)  # each imports some of those before it
 

@@ -121,6 +121,6 @@ def test_everything_that_is_imported_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(str(node.module).partition(".")[0])
     imported -= {*sys.stdlib_module_names, "qspin"}
-    names = {"yaml": "pyyaml", "llama_cpp": "llama_cpp_python"}
+    names = {"yaml": "pyyaml", "llama_cpp": "llama_cpp_python", "sklearn": "scikit_learn"}
     assert {names.get(name, name) for name in imported} <= declared
     assert {"torch", "yaml", "jinja2"} <= imported, "the search finds imports"
