@@ -28,7 +28,7 @@ from qspin.compare import Trained
 from qspin.errors import QspinError
 from qspin.export import export
 from qspin.generation import Request, generate
-from qspin.report import chosen_iteration
+from qspin.players import chosen_iteration
 from qspin.run_dir import RunDir
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

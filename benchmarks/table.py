@@ -6,6 +6,7 @@ python benchmarks/table.py
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,30 @@ def exports() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def planned_memory() -> str:
+    """What training and decoding take above the loaded model, for docs/fitting.md."""
+    result = _read("plan")
+    rows = [("MB", "tensors, planned", "measured", "with holes, planned", "measured, in a run's heap"), ("---",) * 5]
+    for name, case in result["memory"].items():
+        mapped, kept = case["mapped"], case["kept"]
+        figures = (mapped["planned"], mapped["measured"], kept["planned_with_holes"], kept["measured"])
+        rows.append((name, *(f"{size / 1e6:.0f}" for size in figures)))
+    decoding = (result["decoding"][key] / 1e6 for key in ("planned", "measured"))
+    rows.append(("SmolLM2-135M decoding 64 rows", *(f"{size:.0f}" for size in decoding), "", ""))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def planned_seconds() -> str:
+    """What the phases of a short run take, for docs/fitting.md."""
+    runs = _read("plan")["runs"]
+    rows = [("seconds", "planned", "measured"), ("---",) * 3]
+    for phase in runs[0]:
+        rows.append((phase, *(f"{statistics.median(run[phase][side] for run in runs):.1f}" for side in (0, 1))))
+    totals = (statistics.median(sum(both[side] for both in run.values()) for run in runs) for side in (0, 1))
+    rows.append(("in all", *(f"{total:.1f}" for total in totals)))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def _read(name: str) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((RESULTS / f"{name}-cpu.json").read_text())
     return content
@@ -106,4 +131,4 @@ def _ratio(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), parts(), growth(), exports(), sep="\n\n")
+    print(table(), parts(), growth(), exports(), planned_memory(), planned_seconds(), sep="\n\n")

@@ -38,6 +38,10 @@ class Figure(NamedTuple):
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def told(self, spec: str = ".2f") -> str:
+        """The estimate with its interval in brackets, each number in a format."""
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
 
 def estimate(statistic: Statistic, rows: int, seed: int, confidence: float = 0.95) -> Figure:
     """A statistic of so many rows and its bootstrap interval, percentile method (Efron 1979; 1981)."""

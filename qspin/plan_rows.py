@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 
 from qspin.config import DataConfig, RunConfig
-from qspin.data import load_records
 from qspin.errors import QspinError
 
 ASSUMED_ROWS = 1000
@@ -68,17 +67,10 @@ def rows_of_data(config: RunConfig) -> Rows:
 
 
 def _rows_by_characters(config: RunConfig) -> Rows:
-    data = config.data
-    assert data.source is not None
-    dataset = load_records(
-        data.source,
-        split=data.split,
-        config=data.config,
-        format=data.format,
-        columns=data.columns,
-        turns=data.turns,
-        limit=data.limit,
-    )
+    from qspin.prepare import load_rows
+
+    assert config.data.source is not None
+    dataset = load_rows(config, config.data.source, config.data.limit)
 
     def tokens(text: str) -> int:
         return math.ceil(len(text) / CHARACTERS) + 5  # with the marks that a template puts around a turn
@@ -87,6 +79,6 @@ def _rows_by_characters(config: RunConfig) -> Rows:
     return Rows(
         lengths=tuple(lengths),
         prefix=0,
-        source=f"{data.source}: {len(dataset.records)} rows, a token taken for {CHARACTERS} characters since the "
-        "model's tokenizer is not here",
+        source=f"{config.data.source}: {len(dataset.records)} rows, a token taken for {CHARACTERS} characters since "
+        "the model's tokenizer is not here",
     )

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 import qspin
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.errors import QspinError
-from qspin.files import read_json, write_json, write_jsonl, write_text
+from qspin.files import read_json, write_json, write_text
 from qspin.model import SlotModel
-from qspin.prepare import Prepared
+from qspin.prepare import Prepared, write_rejects
 from qspin.run_dir import RunDir
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -42,7 +42,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
         record = _new_record(prepared)
         write_json(run_dir.record, record)
     write_text(run_dir.config, dump_config(prepared.config))
-    write_jsonl(run_dir.rejects, ({"source": source, **reject.to_json()} for source, reject in prepared.rejects))
+    write_rejects(run_dir.rejects, prepared.rejects)
     threads: int = record["threads"]
     return threads
 

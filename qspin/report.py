@@ -42,20 +42,11 @@ class Results:
         return [f"{column.heading}: {column.meaning}" for column in self.columns[1:]]
 
 
-def _two(figure: Figure) -> str:
-    return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+def _told(spec: str) -> Format:
+    return lambda figure: figure.told(spec)
 
 
-def _three(figure: Figure) -> str:
-    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]"
-
-
-def _signed(figure: Figure) -> str:
-    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"
-
-
-def _whole(figure: Figure) -> str:
-    return f"{figure.value:.0f} [{figure.low:.0f}, {figure.high:.0f}]"
+_two, _three, _signed, _whole = map(_told, (".2f", ".3f", "+.3f", ".0f"))
 
 
 def _share(figure: Figure) -> str:

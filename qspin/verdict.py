@@ -80,7 +80,7 @@ def _few_rows(player: Evaluation) -> Iterator[str]:
 
 def _comparison(before: Player, last: Player, better: dict[str, Figure], worse: dict[str, Figure]) -> str:
     def listed(changes: dict[str, Figure]) -> str:
-        return ", ".join(f"{RATED[name]} ({_signed(found)})" for name, found in changes.items())
+        return ", ".join(f"{RATED[name]} ({found.told('+.3f')})" for name, found in changes.items())
 
     found = [f"{word} in {listed(changes)}" for word, changes in (("better", better), ("worse", worse)) if changes]
     name = last.told[0].upper() + last.told[1:]
@@ -110,13 +110,13 @@ def _causes(
     if _matched(reward, sample):
         yield (
             f"The players are matched: the reward tells real from its opponent's completions no better than chance "
-            f"(AUC {_plain(reward)}), and so does a classifier with its own (AUC {_plain(sample)}). These rows have "
+            f"(AUC {reward.told()}), and so does a classifier with its own (AUC {sample.told()}). These rows have "
             "nothing left to teach."
         )
     elif reward.holds(0.5) and abs(sample.value - 0.5) > PLAIN and not sample.holds(0.5):
         yield (
-            f"It learned nothing that holds on other rows: the reward's AUC is {_plain(reward)}, no better than "
-            f"chance, while a classifier still tells its completions from the real ones (AUC {_plain(sample)}). "
+            f"It learned nothing that holds on other rows: the reward's AUC is {reward.told()}, no better than "
+            f"chance, while a classifier still tells its completions from the real ones (AUC {sample.told()}). "
             "Raise train.lr, lora.rank or train.epochs."
         )
     elif worse and not better:
@@ -127,7 +127,7 @@ def _causes(
             yield f"It got worse: {step} (KL) from {before.told}, which is no large step."
     elif not better and not worse and kl.value < SMALL_STEP:
         yield (
-            f"Slow convergence: it can tell real completions from its opponent's (AUC {_plain(reward)}), but went only "
+            f"Slow convergence: it can tell real completions from its opponent's (AUC {reward.told()}), but went only "
             f"{kl.value:.2g} nats a token (KL) from it. Raise train.lr, lora.rank or train.epochs."
         )
 
@@ -139,10 +139,10 @@ def _choice(measured: Sequence[Player], config: RunConfig) -> Iterator[str]:
         return
     first, chosen = measured[0], best(iterations, config)
     theirs = figure(chosen.evaluation, by, "choose", seed=config.seed)
-    said = f"By {RATED[by]} on the rows to choose by, {chosen.told} is the best ({_plain(theirs)})"
+    said = f"By {RATED[by]} on the rows to choose by, {chosen.told} is the best ({theirs.told()})"
     if loss_of(first, by, "choose", config.seed) <= loss_of(chosen, by, "choose", config.seed):
         theirs = figure(first.evaluation, by, "choose", seed=config.seed)
-        said += f" of the iterations, and {first.told} is no worse ({_plain(theirs)})"
+        said += f" of the iterations, and {first.told} is no worse ({theirs.told()})"
     yield f"{said}."
     match stop(measured, config):
         case "matched":
@@ -179,11 +179,3 @@ def _margin(player: Player, figures: dict[str, Figure], config: RunConfig) -> st
         return ""
     margin = at_iteration(config.train.beta, int(player.name)) * figures["gap"].value
     return f"its margin on held-out rows is {margin:.2f}, and "
-
-
-def _plain(figure: Figure) -> str:
-    return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
-
-
-def _signed(figure: Figure) -> str:
-    return f"{figure.value:+.3f} [{figure.low:+.3f}, {figure.high:+.3f}]"

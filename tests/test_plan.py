@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
-import multiprocessing
 import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from bench_plan import A_BILLION, Case, generation, save_random, training
 from conftest import HOUSE_STYLE, ROOT
-from safetensors.torch import save_file
+from harness import in_fresh_process
 from test_cli import call
 
 from qspin.base import find_base
-from qspin.config import RunConfig, load_config, preset_names
+from qspin.config import load_config, preset_names
 from qspin.errors import QspinError
-from qspin.generation import Request, generate
 from qspin.machine import GIB, Machine, card
-from qspin.memory import peak
 from qspin.model import SlotModel
-from qspin.packing import lengths_of, plan_batches
 from qspin.plan import Plan, make_plan, nearest_change, with_settings
 from qspin.plan_rows import Rows, assumed_rows, rows_of_data
-from qspin.records import Pair
-from qspin.scoring import score_pairs
-from qspin.training import Task, train
 
 CPU = torch.device("cpu")
 CARDS = (8, 12, 16, 24)
@@ -258,129 +249,45 @@ def test_a_shape_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
 # --- against what runs take on this machine
 
 
-def in_own_process(work: Callable[..., tuple[int, int]], *arguments: Any) -> tuple[int, int]:
-    """Planned and measured bytes, in a process that has done nothing else, as a run is.
-
-    Every larger tensor is in memory of its own there, so that what is resident is what tensors take: a heap has holes.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("glibc's malloc is asked to")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), map_large_tensors) as pool:
-        return pool.submit(work, *arguments).result()
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
 
 
-def map_large_tensors() -> None:
-    ctypes.CDLL(None).mallopt(-3, 128 << 10)  # M_MMAP_THRESHOLD
-
-
-def some_pairs(lengths: list[tuple[int, int, int]]) -> list[Pair]:
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 500, (count,), generator=generator).tolist())
-
-    return [Pair(str(n), 0, *(tokens(count) for count in group), ended=True) for n, group in enumerate(lengths)]
-
-
-def measured_training(model: SlotModel, pairs: list[Pair], config: RunConfig, folder: Path) -> int:
-    """The peak of two optimiser steps of two micro-batches above the loaded model: by the last of them, gradients and
-    the optimiser's state are there too."""
-    budget = config.train.tokens_per_micro_batch
-    assert isinstance(budget, int)
-    plan = plan_batches([lengths_of(pair) for pair in pairs], batch_size=len(pairs), token_budget=budget, seed=0)
-    assert (len(plan), len(plan[0]), config.train.epochs) == (1, 2, 2)
-    scores = {score.key: score for part in score_pairs(model, pairs, plan[0]) for score in part}
-    task = Task(pairs, scores, plan, iteration=0, seed=0)
-    ctypes.CDLL(None).malloc_trim(0)
-    with peak(CPU) as measured:
-        train(model, task, config.train, snapshots=folder, on_step=lambda _metrics, _pairs: None)
-    return measured.above
-
-
-def planned_training(plan: Plan) -> int:
-    parts = dict(plan.phases[2].parts)
-    names = ("gradients", "optimiser (adamw)", "activations kept", "a layer's backward pass, or the head")
-    return sum(parts[name] for name in names)
-
-
+@needs_glibc
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_embedded_model_takes_what_was_planned(checkpointing: bool, tmp_path: Path) -> None:
-    planned, measured = in_own_process(embedded_training, checkpointing, tmp_path)
-    assert planned == pytest.approx(measured, rel=0.15)
+def test_the_embedded_model_takes_what_was_planned(checkpointing: bool) -> None:
+    case = Case(billion=False, lengths=(40, 100, 110), pairs=2, checkpointing=checkpointing, steps=2)
+    found = in_fresh_process(training, case, True)
+    assert found.planned == pytest.approx(found.measured, rel=0.15)
 
 
-def embedded_training(checkpointing: bool, folder: Path) -> tuple[int, int]:
-    lengths = [(40, 100, 110)] * 4
-    config = load_config(
-        "smollm2-135m",
-        {
-            "generation.max_new_tokens": 110,
-            "train.tokens_per_micro_batch": 500,
-            "train.batch_size": 4,
-            "train.gradient_checkpointing": checkpointing,
-        },
-    )
-    model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
-    here = replace(HERE, itemsize=model.dtype.itemsize)
-    plan = make_plan(config, here, Rows(tuple((prompt, real) for prompt, real, _ in lengths), 0, "made up"))
-    return planned_training(plan), measured_training(model, some_pairs(lengths), config, folder)
+@needs_glibc
+@pytest.mark.slow
+def test_a_model_of_a_billion_weights_takes_what_was_planned() -> None:
+    case = Case(billion=True, lengths=(10, 40, 50), pairs=1, checkpointing=False, steps=2)
+    found = in_fresh_process(training, case, True)
+    assert found.planned == pytest.approx(found.measured, rel=0.15)
+
+
+@needs_glibc
+@pytest.mark.slow
+def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
+    found = in_fresh_process(generation, 64)
+    assert found.planned == pytest.approx(found.measured, rel=0.2)
 
 
 @pytest.mark.slow
-def test_a_model_of_a_billion_weights_takes_what_was_planned(tmp_path: Path) -> None:
-    planned, measured = in_own_process(training_of_a_billion, tmp_path)
-    assert planned == pytest.approx(measured, rel=0.15)
-
-
-def training_of_a_billion(tmp_path: Path) -> tuple[int, int]:
-    """Llama 3.2 1B's shape with random weights, from a folder that tells its own shape."""
-    folder = tmp_path / "model"
-    save_random(
-        transformers.LlamaConfig(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            tie_word_embeddings=True,
-        ),
-        folder,
-    )
-    lengths = [(10, 40, 50)] * 2
-    settings = {"model.id": str(folder), "generation.max_new_tokens": 50, "train.tokens_per_micro_batch": 100}
-    config = load_config(None, settings)
-    base = find_base(config.model)
-    model = SlotModel.load(base, config.model, config.lora, seed=0, device=CPU)
-    here = replace(HERE, itemsize=model.dtype.itemsize)
-    plan = make_plan(config, here, Rows(tuple((prompt, real) for prompt, real, _ in lengths), 0, "made up"))
+def test_a_base_of_a_billion_weights_takes_what_was_planned(tmp_path: Path) -> None:
+    """From a folder that tells its own shape."""
+    save_random(A_BILLION, tmp_path / "model")
+    config = load_config(None, {"model.id": str(tmp_path / "model")})
+    model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=torch.device("cpu"))
+    plan = make_plan(config, replace(HERE, itemsize=model.dtype.itemsize), assumed_rows(10))
     assert plan.shape.parameters == 1_235_814_400  # meta-llama/Llama-3.2-1B's
-    planned_base = dict(plan.phases[0].parts)
-    measured_base = sum(tensor.nbytes for tensor in tensors_held(model))
-    assert planned_base["4-bit weights and their constants"] + planned_base[
-        f"{8 * here.itemsize}-bit embeddings, head, norms"
-    ] == pytest.approx(measured_base, rel=0.01)
-    return planned_training(plan), measured_training(model, some_pairs(lengths), config, tmp_path / "snapshots")
-
-
-def save_random(config: Any, folder: Path) -> None:
-    """A model of random bf16 weights, quickly: one small block over and over."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
-    block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
-    folder.mkdir()
-    weights = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
+    parts = dict(plan.phases[0].parts)
+    loaded = ("4-bit weights and their constants", f"{8 * model.dtype.itemsize}-bit embeddings, head, norms")
+    held = sum(tensor.nbytes for tensor in tensors_held(model))
+    assert sum(parts[name] for name in loaded) == pytest.approx(held, rel=0.01)
 
 
 def tensors_held(model: SlotModel) -> list[torch.Tensor]:
@@ -392,32 +299,3 @@ def tensors_held(model: SlotModel) -> list[torch.Tensor]:
         tensor for state in states for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)
     ]
     return found + [constants.absmax for layers in model._layers for _, constants, _ in layers.packed]
-
-
-@pytest.mark.slow
-def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
-    planned, measured = in_own_process(embedded_generation)
-    assert planned == pytest.approx(measured, rel=0.2)
-
-
-def embedded_generation() -> tuple[int, int]:
-    config = load_config("smollm2-135m", {"generation.max_new_tokens": 40, "generation.width": 64})
-    model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
-    here = replace(HERE, itemsize=model.dtype.itemsize)
-    prompts = [pair.prompt_ids for pair in some_pairs([(100, 1, 1)] * 64)]
-    plan = make_plan(config, here, Rows(((100, 1),) * 64, 0, "made up"))
-    ctypes.CDLL(None).malloc_trim(0)
-    with peak(CPU) as measured:
-        generate(
-            model,
-            [Request(prompt, number) for number, prompt in enumerate(prompts)],
-            max_new_tokens=40,
-            temperature=1.0,
-            top_p=1.0,
-            width=64,
-            stop_ids=frozenset(),
-            on_step=lambda _tokens, _rows: None,
-        )
-    parts = dict(plan.phases[0].parts)
-    names = ("base unpacked", "keys, values and logits of rows", "a pass without gradients")
-    return sum(parts[name] for name in names), measured.above
