@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from qspin.flash import FlashAttention, Spans, can_flash, in_one_order
 
 IMPLEMENTATION = "qspin"  # the name under which `attend` is registered with transformers
 
@@ -83,29 +84,24 @@ class Packed:
         self.prefix = prefix
         spans = tuple(_spans(self.groups, prefix))
         self.queries = [span.queries for span in spans]
-        places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
-        ends = list(itertools.accumulate(map(len, places)))
-        self.keys = [slice(end - len(own), end) for own, end in zip(places, ends, strict=True)]  # into key_places
-        self.key_places = torch.cat(places).to(device)  # (S,) the keys of all spans, one span after the other
+        self.places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
+        ends = list(itertools.accumulate(map(len, self.places)))
+        self.keys = [slice(end - len(own), end) for own, end in zip(self.places, ends, strict=True)]  # into key_places
+        self.key_places = torch.cat(self.places).to(device)  # (S,) the keys of all spans, one span after the other
+        self._flash: Spans | None = None
         self._masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:  # noqa: ARG002
-        if query.device.type == "cpu" or rules.softcap is not None:
-            output: Tensor = _SpanAttention.apply(query, key, value, self, rules)  # type: ignore[no-untyped-call]
-            return output
-        keys, values = key[:, self.key_places], value[:, self.key_places]
-        outputs = [
-            functional.scaled_dot_product_attention(
-                query[:, queries][None],
-                keys[:, seen][None],
-                values[:, seen][None],
-                attn_mask=mask,
-                scale=rules.scaling,
-                enable_gqa=len(query) != len(key),
-            )[0]
-            for queries, seen, mask in zip(self.queries, self.keys, self.masks(rules, query.dtype), strict=True)
-        ]
-        return torch.cat(outputs, dim=1).transpose(0, 1)
+        if rules.softcap is None and can_flash(query):
+            if self._flash is None:
+                lengths = [queries.stop - queries.start for queries in self.queries]
+                self._flash = Spans(lengths, self.places, self.prefix, self.device)
+            flashed: Tensor = FlashAttention.apply(  # type: ignore[no-untyped-call]
+                query, key, value, self._flash, rules.scaling, rules.window
+            )
+            return flashed
+        output: Tensor = _SpanAttention.apply(query, key, value, self, rules)  # type: ignore[no-untyped-call]
+        return output
 
     def masks(self, rules: Rules, dtype: torch.dtype, repeats: int = 1) -> list[Tensor]:
         """For each span (repeats·t, s), additive: 0 where a query may look, -inf elsewhere."""
@@ -163,8 +159,9 @@ def group_positions(group: Lengths) -> Tensor:
 
 
 class _SpanAttention(torch.autograd.Function):
-    """softmax(q·kᵀ)·v of each span as plain products: on a CPU these beat the fused kernel at the lengths of chat
-    rows, its backward above all (benchmarks/bench_attention.py), and they know soft-caps.
+    """softmax(q·kᵀ)·v of each span as plain products, wherever the flash kernel is not to be had: on a CPU these beat
+    the fused kernel at the lengths of chat rows, its backward above all (benchmarks/bench_attention.py), and they know
+    soft-caps.
 
     The query heads that share a key head are rows of one product. Keys and values are gathered once for all spans,
     and their gradients, to which several spans add, are summed in fp32.
@@ -220,7 +217,8 @@ class _SpanAttention(torch.autograd.Function):
             grad_query[:, queries] = (grad_scores @ keys[:, seen]).view(heads, -1, size)
         grad_gathered[:kv_heads] *= rules.scaling
         total = torch.zeros(2 * kv_heads, length, size, device=key.device)
-        total = total.index_add_(1, row.key_places, grad_gathered.float()).to(key.dtype)
+        with in_one_order():
+            total = total.index_add_(1, row.key_places, grad_gathered.float()).to(key.dtype)
         return grad_query.mul_(rules.scaling), total[:kv_heads], total[kv_heads:], None, None
 
 

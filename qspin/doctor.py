@@ -121,7 +121,7 @@ def examine() -> Iterator[Finding]:
             if used.level != "problem":  # else nothing can be asked of the device
                 yield computing()
                 yield nf4()
-        yield unsloth(_version("unsloth"))
+                yield backend()
         if "psutil" not in broken:
             yield memory()
         yield disk(Path.cwd())
@@ -218,9 +218,13 @@ def _broken_import(module: str, need: Requirement | None, error: str) -> Finding
     return Finding(need.name, "problem", f"can't be imported{where}: {error}", f"{advice}:", command)
 
 
-def unsloth(version: str | None) -> Finding:
-    unused = "" if version is None else f"; Unsloth {version} is installed, and not used"
-    return Finding("backend", "ok", f"runs go through transformers and PEFT, on a GPU too{unused}")
+def backend() -> Finding:
+    """Whose kernels a run takes."""
+    from qspin.config import ModelConfig
+    from qspin.model import choose_backend
+
+    name, reason = choose_backend(ModelConfig(), _device())
+    return Finding("backend", "ok", f"{name} ({reason})")
 
 
 def embedded_model(package: str, version: str | None) -> Finding:

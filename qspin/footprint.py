@@ -220,18 +220,14 @@ class Footprint:
     def _attention_kept(self, batch: Batch) -> int:
         """Queries, keys, values, and what attention makes of them.
 
-        Our own spans, on CPUs and with soft-caps, keep the weights (H·Σ t·s), and the capped scores. On a GPU it is
-        PyTorch's kernels: where query heads share a key head and there is a mask, none but the plain one, in fp32,
-        with keys and values repeated; else the memory-efficient one, with its sums and results.
+        Our own spans keep the weights (H·Σ t·s), and the capped scores; the flash kernel one sum a query and head.
         """
         _, _, queries, keys = self._widths
         heads = self.shape.heads
+        inputs = self.itemsize * (queries + 2 * keys) * batch.tokens
         if self._own_attention:
-            weights = heads * batch.scores * (2 if self._softcap else 1)
-            return self.itemsize * ((queries + 2 * keys) * batch.tokens + weights)
-        if self._plain_kernel:
-            return 4 * (queries * (batch.tokens + 2 * batch.seen) + heads * batch.scores)
-        return self.itemsize * (2 * queries * batch.tokens + 2 * keys * batch.seen) + 4 * heads * batch.tokens
+            return inputs + self.itemsize * heads * batch.scores * (2 if self._softcap else 1)
+        return inputs + 4 * heads * batch.tokens
 
     def _backward(self, batch: Batch) -> int:
         """What a layer's backward pass takes beside what is kept: the most of its steps.
@@ -239,17 +235,18 @@ class Footprint:
         The final norm computes five times D in fp32. In the MLP it is the down projection (activation, product and
         its gradient; W), the gate (activation and three gradients), or gate and up (two gradients; on a CPU both W at
         once). In attention, gathered keys and values with their gradients, also in fp32, and scores and their
-        gradient of one span; by then what the MLP kept is let go.
+        gradient of one span, or the flash kernel's fp32 gradient of queries and its gradients of keys and values of
+        every query head; by then what the MLP kept is let go.
         """
         width, inner, queries, keys = self._widths
         s, tokens = self.itemsize, batch.tokens
         matrix = width * inner
         mlp = max(3 * inner * tokens + matrix, 4 * inner * tokens, 2 * inner * tokens + self._stacked * matrix)
-        if self._plain_kernel:
-            span = 4 * (2 * self.shape.heads * batch.largest + 2 * queries * batch.seen)
+        if self._own_attention:
+            inside = s * 2 * self.shape.heads * batch.largest * (2 if self._softcap else 1)
         else:
-            span = s * 2 * self.shape.heads * batch.largest * (2 if self._softcap else 1)
-        attention = s * (2 * queries * tokens + 4 * keys * batch.seen) + max(span, 8 * keys * (batch.seen + tokens))
+            inside = 4 * queries * tokens + s * 2 * queries * batch.seen
+        attention = s * (2 * queries * tokens + 4 * keys * batch.seen) + max(inside, 8 * keys * (batch.seen + tokens))
         let_go = s * (2 * inner + width) * tokens
         return max(20 * width * tokens, s * (mlp + 2 * width * tokens), s * width * tokens + attention - let_go)
 
@@ -263,9 +260,8 @@ class Footprint:
         width, inner, queries, keys = self._widths
         s, tokens = self.itemsize, batch.tokens
         mlp = max((2 * width + 4 * inner) * tokens, (2 * width + 2 * inner) * tokens + self._stacked * width * inner)
-        if self._plain_kernel:
-            spans = 4 * (2 * self.shape.heads * batch.largest + queries * (batch.tokens + 2 * batch.seen))
-        else:
+        spans = 0
+        if self._own_attention:
             spans = s * self.shape.heads * ((2 if self._softcap else 1) * batch.scores + batch.largest)
         attention = s * ((2 * width + 3 * queries + 4 * keys) * tokens + 2 * keys * batch.seen) + spans
         head = s * width * (tokens + batch.predicted) + self._head(batch.predicted, training=False)
@@ -376,11 +372,8 @@ class Footprint:
 
     @property
     def _own_attention(self) -> bool:
-        return self.device == "cpu" or self._softcap
-
-    @property
-    def _plain_kernel(self) -> bool:
-        return not self._own_attention and self.shape.heads != self.shape.kv_heads
+        """Where `flash.can_flash` says no; of GPUs older than Ampere a plan knows nothing."""
+        return self.device == "cpu" or self._softcap or self.itemsize == 4
 
     @property
     def _stacked(self) -> int:
@@ -388,9 +381,10 @@ class Footprint:
         return 2 if self.device == "cpu" or self.shape.family == "phi3" else 1
 
     def _masks(self, batch: Batch) -> int:
-        """One a span, if no two are of the same lengths; for our own attention, a row for each query head."""
-        repeats = self.shape.heads // self.shape.kv_heads if self._own_attention else 1
-        return self.itemsize * repeats * batch.scores
+        """One a span, if no two are of the same lengths, a row for each query head that shares a key head."""
+        if not self._own_attention:
+            return 0
+        return self.itemsize * self.shape.heads // self.shape.kv_heads * batch.scores
 
 
 class _Widths(NamedTuple):

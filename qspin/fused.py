@@ -1,8 +1,9 @@
 """Two pieces of a decoder layer that keep less for the backward pass than autograd would: RMS norm and gated MLP.
 
-Both compute forward through the model's own modules, so that whatever a family does there is what happens; only
-what is kept, and the backward pass itself, are ours. A norm keeps its input, an MLP its gate and up; the 4-bit layers
-after them, which need their own input for the gradient of A, are told how to make it again from those.
+Both compute forward as the model's own modules do, through them or through a kernel that was found to do the same, so
+that whatever a family does there is what happens; only what is kept, and the backward pass itself, are ours. A norm
+keeps its input, an MLP its gate and up; the 4-bit layers after them, which need their own input for the gradient of A,
+are told how to make it again from those.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from qspin.kernels import ActivationName, GatedKernel, Kernels
 from qspin.lora import remade
 
 Activation = Callable[[Tensor], Tensor]
 
 
-def fuse_norm(norm: nn.Module) -> None:
+def fuse_norm(norm: nn.Module, kernels: Kernels) -> None:
     """Make an RMS norm keep only its input; a norm that is not x / rms(x) · scale stays as it is."""
     weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(weight, Tensor) or not isinstance(eps, float) or weight.requires_grad:
@@ -30,15 +33,21 @@ def fuse_norm(norm: nn.Module) -> None:
         found = own(probe[None])[0]
         unit = probe.float() * torch.rsqrt(probe.float().pow(2).mean() + eps)
         # Llama's scale is its weight, Gemma's 1 + weight
-        for scale in (weight.float(), 1 + weight.float()):
+        for one_plus, scale in enumerate((weight.float(), 1 + weight.float())):
             if torch.allclose(found.float(), unit * scale, rtol=2 * torch.finfo(weight.dtype).eps, atol=1e-6):
-                norm.forward = functools.partial(_normed, own, scale, eps)
+                kernel = kernels.rms_norm(norm, one_plus=bool(one_plus))
+                normed = functools.partial(_normed, own, scale, eps) if kernel is None else kernel
+                norm.forward = functools.partial(_told, normed, own if kernel is None else kernel)
                 return
+
+
+def _told(normed: Activation, again: Activation, x: Tensor) -> Tensor:
+    return remade(normed(x), again, x.detach())
 
 
 def _normed(own: Activation, scale: Tensor, eps: float, x: Tensor) -> Tensor:
     y: Tensor = _RMSNorm.apply(x, own, scale, eps)  # type: ignore[no-untyped-call]
-    return remade(y, own, x.detach())
+    return y
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,18 +70,35 @@ class _RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad_unit, x_fp32, along, value=-1).mul_(inverse).to(x.dtype), None, None, None
 
 
-def fuse_gated_mlp(mlp: nn.Module) -> None:
+def fuse_gated_mlp(mlp: Any, kernels: Kernels) -> None:
     """Make down(act(gate(x)) · up(x)) keep gate and up only; an MLP of another shape stays as it is."""
     if {name for name, _ in mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        mlp.forward = functools.partial(_gated_mlp, mlp)
+        kernel = kernels.gated(_activation_name(mlp.act_fn))
+        mlp.forward = functools.partial(_gated_mlp, mlp, kernel)
 
 
-def _gated_mlp(mlp: Any, x: Tensor) -> Tensor:
+def _gated_mlp(mlp: Any, kernel: GatedKernel | None, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-    activated = _Activated(mlp.act_fn)
-    product: Tensor = _Gated.apply(gate, up, activated)  # type: ignore[no-untyped-call]
-    y: Tensor = mlp.down_proj(remade(product, activated.product, gate.detach(), up.detach()))
+    if kernel is None:
+        activated = _Activated(mlp.act_fn)
+        product, again = _Gated.apply(gate, up, activated), activated.product  # type: ignore[no-untyped-call]
+    else:
+        product, again = _GatedByKernel.apply(gate, up, kernel), kernel.forward  # type: ignore[no-untyped-call]
+    y: Tensor = mlp.down_proj(remade(product, again, gate.detach(), up.detach()))
     return y
+
+
+def _activation_name(function: Activation) -> ActivationName | None:
+    """Which of those that kernels exist for, by what it computes."""
+    probe = torch.linspace(-4, 4, 65)
+    names: dict[ActivationName, Tensor] = {
+        "silu": functional.silu(probe),
+        "gelu": functional.gelu(probe),
+        "gelu_tanh": functional.gelu(probe, approximate="tanh"),
+    }
+    with torch.no_grad():
+        found = function(probe)
+    return next((name for name, value in names.items() if torch.allclose(found, value, rtol=0, atol=1e-6)), None)
 
 
 class _Activated:
@@ -113,3 +139,18 @@ class _Gated(torch.autograd.Function):
         leaf, activation = ctx.activated.again(gate)
         (grad_gate,) = torch.autograd.grad(activation, leaf, grad * up)
         return grad_gate, grad * activation.detach(), None
+
+
+class _GatedByKernel(torch.autograd.Function):
+    """act(gate) · up, both ways by a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernel: GatedKernel) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kernel = kernel
+        return kernel.forward(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # last to read gate and up: down's input has been made of them already
+        return *ctx.kernel.backward(grad, *ctx.saved_tensors), None

@@ -9,8 +9,9 @@ import torch
 
 from qspin.adapters import Adapter, load_adapter
 from qspin.budget import rows_at_once
-from qspin.config import RunConfig
-from qspin.model import SlotModel
+from qspin.config import BackendName, RunConfig
+from qspin.errors import QspinError
+from qspin.model import SlotModel, choose_backend
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress
@@ -41,7 +42,10 @@ class Game:
         config = prepared.config
         torch.set_num_threads(open_run(prepared, run_dir))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = SlotModel.load(prepared.base, config.model, config.lora, seed=config.seed, device=device)
+        backend = _backend(prepared, run_dir, device, progress)
+        model = SlotModel.load(
+            prepared.base, config.model, config.lora, seed=config.seed, device=device, backend=backend
+        )
         verify_base(run_dir, model)
         check_room(prepared, run_dir, sum(parameter.nbytes for parameter in model.parameters.values()))
         # an optimiser that this device lacks should be heard of now, not after hours of generating
@@ -61,6 +65,20 @@ class Game:
         if iteration > 0:
             return load_adapter(self.dir.iteration(iteration - 1).adapter)
         return load_adapter(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
+
+
+def _backend(prepared: Prepared, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
+    """As chosen when the run began: kernels round differently."""
+    chosen, reason = choose_backend(prepared.config.model, device)
+    backend: BackendName = remembered(run_dir, "backend", lambda: chosen)
+    if backend != chosen:
+        raise QspinError(
+            f"{run_dir.path} began with the {backend} backend, which is not to be had here ({reason}); bring it back, "
+            "or choose another --out"
+        )
+    if device.type == "cuda":
+        progress.note(f"backend: {backend} ({reason})")
+    return backend
 
 
 def _width(prepared: Prepared, run_dir: RunDir, model: SlotModel) -> int:

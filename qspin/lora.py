@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qspin.errors import QspinError
+from qspin.kernels import Kernels
 
 Linear = Callable[[Tensor], Tensor]
 MakeAgain = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
@@ -38,9 +39,9 @@ def remade(tensor: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tenso
     return tensor
 
 
-def fuse_lora(layers: Sequence[Any], adapter: str) -> FusedLayers:
+def fuse_lora(layers: Sequence[Any], adapter: str, kernels: Kernels) -> FusedLayers:
     """Make PEFT's `lora.Linear4bit` layers that read the same input compute together."""
-    fused = FusedLayers(layers, adapter)
+    fused = FusedLayers(layers, adapter, kernels)
     for index, layer in enumerate(layers):
         layer.forward = functools.partial(fused.output, index)
     return fused
@@ -70,7 +71,8 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
 class FusedLayers:
     """n layers of `out` features each, of rank r and with the same `in`."""
 
-    def __init__(self, layers: Sequence[Any], adapter: str) -> None:
+    def __init__(self, layers: Sequence[Any], adapter: str, kernels: Kernels) -> None:
+        self._kernels = kernels
         bases = [layer.base_layer for layer in layers]
         self.packed = _stacked([base.weight for base in bases])
         self.biases = [base.bias for base in bases]
@@ -146,9 +148,9 @@ class FusedLayers:
         return tuple(y.view(*x.shape[:-1], -1) for y in torch.split(ys, self.outs, 1))
 
     def matrices(self) -> Iterator[Tensor]:
-        """(out, in) in the compute type for each layer, fresh tensors that live as long as their products."""
+        """(out, in) in the compute type for each layer, each good until the next is asked for."""
         for data, constants, layers in self.packed:
-            matrix: Tensor = bnb.dequantize_4bit(data, constants)
+            matrix = self._kernels.dequantise(data, constants)
             yield from torch.split(matrix, [self.outs[layer] for layer in layers])
 
     def low_rank(self, dtype: torch.dtype, *, training: bool) -> tuple[Tensor, list[Tensor]]:

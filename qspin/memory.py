@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import threading
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ def refusals_told() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc use freed blocks again instead of giving them back to the system.
+    """Let malloc use freed blocks again instead of giving them back to the system, and CUDA's allocator pieces of any
+    size: to be called before the first tensor.
 
     By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which a CPU run
     does thousands of times a step. The largest stay mapped: beside the products that they are for this costs little,

@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
+import io
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,12 @@ from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
 from qspin.base import Base, unreachable
-from qspin.config import LoraConfig, ModelConfig
+from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.footprint import Footprint, read_shape
 from qspin.fused import fuse_gated_mlp, fuse_norm
+from qspin.kernels import Kernels
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
 
@@ -63,13 +67,25 @@ class SlotModel:
         self._softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
 
     @staticmethod
-    def load(base: Base, model: ModelConfig, lora: LoraConfig, *, seed: int, device: torch.device) -> SlotModel:
+    def load(
+        base: Base,
+        model: ModelConfig,
+        lora: LoraConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        backend: BackendName = "transformers",
+    ) -> SlotModel:
         """Quantise the base to NF4 and put a fresh adapter (B = 0: it plays as the base) into the slot.
+
+        Args:
+            backend: see `choose_backend`.
 
         Raises:
             QspinError: the base can't be loaded, or its architecture computes logits in a way not known here.
         """
         dtype = compute_dtype(model, device)
+        kernels = _unsloth_kernels() if backend == "unsloth" else Kernels()
         try:
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
                 base.weights(),
@@ -102,7 +118,7 @@ class SlotModel:
             ),
             adapter_name=SLOT,
         )
-        layers = _prepare(peft_model)
+        layers = _prepare(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._check_logits(reference)
         return loaded
@@ -288,7 +304,30 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _prepare(peft_model: Any) -> list[FusedLayers]:
+def choose_backend(model: ModelConfig, device: torch.device) -> tuple[BackendName, str]:
+    """Who computes norms, gates and 4-bit weights: torch itself, or Unsloth's kernels on a GPU; and why.
+
+    Raises:
+        QspinError: the one asked for can't be had.
+    """
+    missing = "it needs a GPU" if device.type == "cpu" else "it is not installed: pip install 'qspin[unsloth]'"
+    if device.type == "cpu" or importlib.util.find_spec("unsloth") is None:
+        if model.backend == "unsloth":
+            raise QspinError(f"model.backend: no unsloth here, {missing}; or set model.backend=transformers")
+        return "transformers", missing.replace("it ", "Unsloth ", 1)
+    if model.backend == "transformers":
+        return "transformers", "as model.backend says"
+    return "unsloth", "a GPU, and Unsloth is installed" if model.backend == "auto" else "as model.backend says"
+
+
+def _unsloth_kernels() -> Kernels:
+    # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        from qspin.unsloth_kernels import UnslothKernels
+    return UnslothKernels()
+
+
+def _prepare(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:
     """Our own layers and attention in the place of the model's; no dropout anywhere, and no repacking of the base."""
     fused = []
     peft_model.get_base_model().config._attn_implementation = IMPLEMENTATION
@@ -297,14 +336,14 @@ def _prepare(peft_model: Any) -> list[FusedLayers]:
     _no_repacking(peft_model)
     for module in peft_model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            fuse_norm(module)
-        fuse_gated_mlp(module)
+            fuse_norm(module, kernels)
+        fuse_gated_mlp(module, kernels)
         adapted = {n: m for n, m in module.named_children() if isinstance(m, peft.tuners.lora.Linear4bit)}
         for names in SAME_INPUT:
             together = [adapted.pop(name) for name in names if name in adapted]
             if together:
-                fused.append(fuse_lora(together, SLOT))
-        fused += [fuse_lora([layer], SLOT) for layer in adapted.values()]
+                fused.append(fuse_lora(together, SLOT, kernels))
+        fused += [fuse_lora([layer], SLOT, kernels) for layer in adapted.values()]
     return fused
 
 

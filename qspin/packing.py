@@ -31,7 +31,7 @@ class Row:
     layout: Packed
     predictors: Tensor  # (C,) places in the row whose hidden state predicts a completion token
     targets: Tensor  # (C,) those tokens
-    owners: Tensor  # (C,) whose: 2·pair for the real completion, 2·pair + 1 for the generated one
+    lengths: Tensor  # (2·B,) tokens of each completion in turn, a pair's real one before its generated one
     pairs: int  # B
 
 
@@ -81,18 +81,16 @@ def pack_row(pairs: Sequence[Pair], device: torch.device, prefix: int = 0) -> Ro
     input_ids = list(pairs[0].prompt_ids[:prefix])
     predictors: list[int] = []
     targets: list[int] = []
-    owners: list[int] = []
-    for index, (pair, group) in enumerate(zip(pairs, groups, strict=True)):
+    for pair, group in zip(pairs, groups, strict=True):
         last_prompt = len(input_ids) + group.prompt - 1
         input_ids += pair.prompt_ids[prefix:]
-        for side, completion in enumerate((pair.real_ids, pair.generated_ids)):
+        for completion in (pair.real_ids, pair.generated_ids):
             if not completion:
                 continue
             start = len(input_ids)
             input_ids += completion
             predictors += [last_prompt, *range(start, start + len(completion) - 1)]
             targets += completion
-            owners += [2 * index + side] * len(completion)
     return Row(
         input_ids=torch.tensor(input_ids, device=device),
         position_ids=torch.cat([torch.arange(prefix), *(group_positions(group) + prefix for group in groups)]).to(
@@ -101,6 +99,8 @@ def pack_row(pairs: Sequence[Pair], device: torch.device, prefix: int = 0) -> Ro
         layout=Packed(groups, device, prefix),
         predictors=torch.tensor(predictors, device=device),
         targets=torch.tensor(targets, device=device),
-        owners=torch.tensor(owners, device=device),
+        lengths=torch.tensor(
+            [len(own) for pair in pairs for own in (pair.real_ids, pair.generated_ids)], device=device
+        ),
         pairs=len(groups),
     )

@@ -24,8 +24,9 @@ def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:
     """
     hidden = model.hidden(row.input_ids, row.position_ids, row.layout)  # (T, D)
     token_logps = _TokenLogps.apply(hidden[row.predictors], row.targets, model)  # type: ignore[no-untyped-call]  # (C,)
-    sums = torch.zeros(2 * row.pairs, dtype=torch.float32, device=hidden.device)
-    sums = sums.index_add(0, row.owners, token_logps)
+    # each sum in order of its tokens, where index_add on a GPU adds in order of arrival; unsafe leaves out a check of
+    # the lengths that would wait for the GPU
+    sums = torch.segment_reduce(token_logps, "sum", lengths=row.lengths, unsafe=True)
     return sums[0::2], sums[1::2]
 
 

@@ -45,8 +45,10 @@ PAIRS = [
 ]
 
 
-def tiny(*, device: footprint.Device = "cpu", checkpointing: bool = False, **shape: Any) -> Footprint:
-    return Footprint(TINY.model_copy(update=shape), 4, None, device, 4, checkpointing)
+def tiny(
+    *, device: footprint.Device = "cpu", itemsize: int = 4, checkpointing: bool = False, **shape: Any
+) -> Footprint:
+    return Footprint(TINY.model_copy(update=shape), 4, None, device, itemsize, checkpointing)
 
 
 # --- by hand
@@ -102,14 +104,12 @@ def test_activations_by_hand() -> None:
     assert tiny(checkpointing=True).working(batch) == layer + 4 * a_layer
 
 
-def test_a_gpus_kernels_keep_other_things_than_ours() -> None:
+def test_a_gpus_kernel_keeps_no_weights_of_attention() -> None:
     batch = Batch.of([(10, 20, 30)])
-    without = tiny().kept(batch) - 3 * 4 * ((64 + 2 * 32) * 60 + 4 * 2100) - 4 * 2 * 2100
-    shared_keys = without + 3 * 4 * (64 * (60 + 2 * 70) + 4 * 2100) + 4 * 2100
-    assert tiny(device="cuda").kept(batch) == shared_keys
-    assert tiny(device="cuda", family="gemma2").kept(batch) == tiny(family="gemma2").kept(batch)  # soft-caps: ours
-    own_keys = tiny(device="cuda", kv_heads=4)
-    assert own_keys.kept(batch) < tiny(kv_heads=4).kept(batch)
+    wide = tiny(itemsize=2).kept(batch) - 3 * 2 * 4 * 2100 - 2 * 2 * 2100  # weights and masks
+    assert tiny(device="cuda", itemsize=2).kept(batch) == wide + 3 * 4 * 4 * 60  # a sum a query and head
+    assert tiny(device="cuda", family="gemma2", itemsize=2).kept(batch) == tiny(family="gemma2", itemsize=2).kept(batch)
+    assert tiny(device="cuda").kept(batch) == tiny().kept(batch)  # fp32: ours
 
 
 def test_logits_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

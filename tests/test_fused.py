@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qspin.fused import fuse_gated_mlp, fuse_norm
+from qspin.kernels import Kernels
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair
@@ -92,11 +93,11 @@ class BiasedRMSNorm(nn.Module):
 
 def test_what_is_not_the_usual_form_stays_as_it_is() -> None:
     norm = BiasedRMSNorm()
-    fuse_norm(norm)
+    fuse_norm(norm, Kernels())
     assert not isinstance(norm.forward, functools.partial)
     trained = nn.RMSNorm(8, eps=1e-6)  # its weight has a gradient, which ours wouldn't make
-    fuse_norm(trained)
+    fuse_norm(trained, Kernels())
     assert not isinstance(trained.forward, functools.partial)
     mlp: Any = nn.ModuleDict({"up_proj": nn.Linear(2, 2), "down_proj": nn.Linear(2, 2), "act_fn": nn.ReLU()})
-    fuse_gated_mlp(mlp)
+    fuse_gated_mlp(mlp, Kernels())
     assert not isinstance(mlp.forward, functools.partial)

@@ -10,10 +10,10 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 LAYERS = [  # each may import what stands above it
     {"errors"},
     {"safe_text"},
-    {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel"},
+    {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "footprint"},
     {"formats"},
-    {"data", "chat", "run_dir", "memory"},
+    {"data", "chat", "run_dir", "memory", "unsloth_kernels"},
     {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation"},
     {"fused", "status", "gguf_file", "players"},
     {"model", "packing", "kv_cache"},
@@ -32,7 +32,8 @@ LAYERS = [  # each may import what stands above it
 HEAVY = {
     "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
-    "bitsandbytes": {"lora", "optimisation", "doctor", "merge"},
+    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor", "merge"},
+    "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qspin.kernels import Kernels
 from qspin.lora import fuse_lora, remade
 
 IN, OUT, RANK, ALPHA = 128, 80, 4, 10  # scaling 2.5
@@ -33,7 +34,7 @@ def fused_layer(
     layer.lora_A.float()  # fp32 masters, which get_peft_model sees to
     layer.lora_B.float()
     torch.nn.init.normal_(b_of(layer), std=0.3)
-    fuse_lora([layer], "default")
+    fuse_lora([layer], "default", Kernels())
     return layer
 
 
@@ -115,7 +116,7 @@ def test_layers_that_read_the_same_input_compute_as_each_would_alone(double_quan
 
     alone = computed()
     packed = [layer.base_layer.weight.data.clone() for layer in layers]
-    fuse_lora(layers, "default")
+    fuse_lora(layers, "default", Kernels())
     together = computed()
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=5e-5)
     # one by one, in another order, and twice
@@ -131,7 +132,7 @@ def test_unpacked_layers_compute_as_packed_ones(biases: tuple[bool, ...], rows: 
         fused_layer(bias=bias, seed=seed, out=out)
         for seed, (bias, out) in enumerate(zip(biases, (80, 40, 64), strict=True))
     ]
-    together = fuse_lora(layers, "default")
+    together = fuse_lora(layers, "default", Kernels())
     x = torch.randn(1, rows, IN)
     with torch.no_grad():
         packed = [layer(x) for layer in layers]

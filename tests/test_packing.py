@@ -101,18 +101,18 @@ def test_a_row_by_hand() -> None:
     # place 1 holds the last prompt token, which predicts both 20 and 30; the last token of each side predicts nothing
     assert row.predictors.tolist() == [1, 2, 3, 1, 5, 7, 7]
     assert row.targets.tolist() == [20, 21, 22, 30, 31, 23, 32]
-    assert row.owners.tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert row.lengths.tolist() == [3, 2, 1, 1]
     assert row.pairs == 2
     assert row.layout.groups == (Lengths(2, 3, 2), Lengths(1, 1, 1))
 
 
-def test_an_empty_generated_side_leaves_its_owner_out() -> None:
+def test_an_empty_generated_side_predicts_nothing() -> None:
     row = pack_row([pair("a", (10, 11), (20, 21), ()), pair("b", (12,), (23,), (32,))], CPU)
     assert row.input_ids.tolist() == [10, 11, 20, 21, 12, 23, 32]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 1]
     assert row.predictors.tolist() == [1, 2, 4, 4]
     assert row.targets.tolist() == [20, 21, 23, 32]
-    assert row.owners.tolist() == [0, 0, 2, 3]  # 1 would be the empty side
+    assert row.lengths.tolist() == [2, 0, 1, 1]
     assert row.pairs == 2
     assert row.layout.groups == (Lengths(2, 2, 0), Lengths(1, 1, 1))
 
@@ -125,7 +125,7 @@ def test_a_row_with_a_prefix_by_hand() -> None:
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 4, 2, 3, 3, 4]
     assert row.predictors.tolist() == [3, 4, 3, 7, 7, 9]
     assert row.targets.tolist() == [20, 21, 30, 23, 32, 33]
-    assert row.owners.tolist() == [0, 0, 1, 2, 3, 3]
+    assert row.lengths.tolist() == [2, 1, 1, 2]
     assert row.pairs == 2
     assert row.layout.prefix == 2
     assert row.layout.groups == (Lengths(2, 2, 1), Lengths(1, 1, 2))

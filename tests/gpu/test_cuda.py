@@ -1,0 +1,289 @@
+"""What holds on a GPU, for both backends: kernels against plain arithmetic, and the invariants on whole runs.
+
+`pytest tests/gpu` needs nothing but a CUDA device; without one it is left out. Unsloth's half needs Unsloth.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.util
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Silent, moved_adapter
+from torch import Tensor, nn
+from torch.nn import functional
+
+from qspin import spin
+from qspin.attention import Lengths, Packed, Rules, _SpanAttention
+from qspin.base import find_base
+from qspin.budget import rows_at_once, token_budget
+from qspin.config import BackendName, LoraConfig, ModelConfig, load_config
+from qspin.files import read_json, read_jsonl, remove
+from qspin.fused import _GatedByKernel
+from qspin.generation import Completion, Request, generate
+from qspin.kernels import Kernels
+from qspin.memory import OutOfMemory, free_bytes, refusals_told
+from qspin.model import SlotModel, _unsloth_kernels
+from qspin.packing import lengths_of, pack_row, plan_batches
+from qspin.prepare import Prepared, prepare
+from qspin.records import Pair
+from qspin.run_dir import RunDir
+from qspin.scoring import pair_logps, score_pairs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here was tried"),
+]
+CUDA = torch.device("cuda")
+BACKENDS = [
+    "transformers",
+    pytest.param(
+        "unsloth", marks=pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="no Unsloth here")
+    ),
+]
+unsloth_only = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="no Unsloth here")
+PAIRS = [
+    Pair(str(n), 0, tuple(range(5, 15 + n)), tuple(range(20, 45 + n)), tuple(range(50, 80 - n)), ended=True)
+    for n in range(6)
+]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def load(
+    folder: Path, backend: BackendName, *, dtype: str = "bfloat16", moved: bool = True, seed: int = 3
+) -> SlotModel:
+    config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    model = SlotModel.load(find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=CUDA, backend=backend)
+    if moved:
+        model.set_adapter(moved_adapter(model, seed=seed))
+    return model
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("prefix", [0, 17])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(9, 3, 64), (8, 8, 128)])
+def test_flash_attention_is_attention(prefix: int, window: int | None, heads: int, kv_heads: int, size: int) -> None:
+    row = Packed([Lengths(30, 50, 70), Lengths(5, 9, 1), Lengths(64, 20)], CUDA, prefix)
+    tokens = prefix + sum(group.total for group in row.groups)
+    rules = Rules(size**-0.5, window, None)
+    torch.manual_seed(0)
+    shapes = ((heads, tokens, size), (kv_heads, tokens, size), (kv_heads, tokens, size))
+    inputs = [torch.randn(shape, device=CUDA, dtype=torch.bfloat16) for shape in shapes]
+    grad = torch.randn(tokens, heads, size, device=CUDA, dtype=torch.bfloat16)
+
+    def both(attend: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = attend(*leaves)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
+
+    wanted = both(lambda *x: _SpanAttention.apply(*x, row, rules), torch.float32)
+    found = both(lambda q, k, v: row.attend(0, q, k, v, rules), torch.bfloat16)
+    again = both(lambda q, k, v: row.attend(0, q, k, v, rules), torch.bfloat16)
+    for one, other, reference in zip(found, again, wanted, strict=True):
+        assert relative(one, reference) < 1e-2
+        assert torch.equal(one, other), "sums in order of arrival"
+
+
+@unsloth_only
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh"])
+def test_gated_kernels(name: Any) -> None:
+    functions = {"silu": functional.silu, "gelu": functional.gelu}
+    function = functions.get(name, lambda x: functional.gelu(x, approximate="tanh"))
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(1, 70, 192, device=CUDA, dtype=torch.bfloat16) for _ in range(3))
+    leaves = [x.float().requires_grad_() for x in (gate, up)]
+    wanted = function(leaves[0]) * leaves[1]
+    wanted_grads = torch.autograd.grad(wanted, leaves, grad.float())
+    ours = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+    found = _GatedByKernel.apply(*ours, _unsloth_kernels().gated(name))
+    assert relative(found, wanted) < 1e-2
+    for one, other in zip(torch.autograd.grad(found, ours, grad.clone()), wanted_grads, strict=True):
+        assert relative(one, other) < 1e-2
+
+
+@unsloth_only
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_norm_kernel(one_plus: bool) -> None:
+    norm = nn.RMSNorm(192, eps=1e-6, device=CUDA, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    norm.weight.data.uniform_(-0.5, 1.5)
+    norm.requires_grad_(False)
+    x, grad = (torch.randn(1, 70, 192, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+    leaf, ours = x.float().requires_grad_(), x.clone().requires_grad_()
+    scale = norm.weight.float() + one_plus
+    wanted = leaf * torch.rsqrt(leaf.pow(2).mean(-1, keepdim=True) + 1e-6) * scale
+    kernel = _unsloth_kernels().rms_norm(norm, one_plus=one_plus)
+    assert kernel is not None
+    found = kernel(ours)
+    assert relative(found, wanted) < 1e-2
+    (found_grad,), (wanted_grad,) = (
+        torch.autograd.grad(found, ours, grad),
+        torch.autograd.grad(wanted, leaf, grad.float()),
+    )
+    assert relative(found_grad, wanted_grad) < 1e-2
+
+
+@unsloth_only
+def test_dequantised_weights_are_the_same(tiny_folder: Callable[[str], Path]) -> None:
+    model = load(tiny_folder("llama"), "unsloth")
+    kernels = model._layers[0]._kernels
+    for layers in model._layers:
+        for data, constants, _ in layers.packed:
+            assert torch.equal(kernels.dequantise(data, constants), Kernels().dequantise(data, constants))
+
+
+# --- the model ---
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_log_probs_and_gradients(
+    backend: BackendName, architecture: str, checkpointing: bool, tiny_folder: Callable[[str], Path]
+) -> None:
+    """16 bits with every kernel, against fp32 with none."""
+
+    def work(model: SlotModel) -> tuple[Tensor, Tensor]:
+        model.use_gradient_checkpointing(checkpointing)
+        real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
+        (real - generated).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
+        return torch.cat([real, generated]).detach(), gradients
+
+    logps, gradients = work(load(tiny_folder(architecture), backend))
+    wanted_logps, wanted_gradients = work(load(tiny_folder(architecture), "transformers", dtype="float32"))
+    assert relative(logps, wanted_logps) < 2e-3
+    assert relative(gradients, wanted_gradients) < 5e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_are_what_training_starts_from(backend: BackendName, tiny_folder: Callable[[str], Path]) -> None:
+    model = load(tiny_folder("llama"), backend)
+    micro_batches = [[0, 1, 2], [3, 4, 5]]
+    scores = [score for part in score_pairs(model, PAIRS, micro_batches) for score in part]
+    for checkpointing in (False, True):
+        model.use_gradient_checkpointing(checkpointing)
+        for micro_batch, offset in zip(micro_batches, (0, 3), strict=True):
+            real, generated = pair_logps(model, pack_row([PAIRS[i] for i in micro_batch], CUDA))
+            own = scores[offset : offset + 3]
+            assert real.tolist() == [score.opponent_real_logps for score in own]
+            assert generated.tolist() == [score.opponent_generated_logps for score in own]
+
+
+def greedy(model: SlotModel) -> list[Completion]:
+    requests = [Request(tuple(range(3, 12 + n)), n) for n in range(5)]
+    return generate(
+        model, requests, max_new_tokens=12, temperature=0, top_p=1.0, width=4, stop_ids=frozenset(),
+        on_step=lambda _new, _work: None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_is_swapped_in_plays(backend: BackendName, tiny_folder: Callable[[str], Path]) -> None:
+    """Kernels keep what they made of weights; none may decode as the player before."""
+    model = load(tiny_folder("llama"), backend, seed=3)
+    first, second = moved_adapter(model, seed=3), moved_adapter(model, seed=4)
+    played = [greedy(model)]
+    for adapter in (second, first):
+        pair_logps(model, pack_row(PAIRS, CUDA))[0].sum().backward()
+        model.set_adapter(adapter)
+        played.append(greedy(model))
+    assert played[0] == played[2] != played[1]
+    assert played[1] == greedy(load(tiny_folder("llama"), backend, seed=4))
+
+
+# --- memory ---
+
+
+def test_work_stays_within_a_share_of_the_card(tiny_folder: Callable[[str], Path]) -> None:
+    model = load(tiny_folder("llama"), "transformers")
+    total = torch.cuda.get_device_properties(0).total_memory
+    share = torch.cuda.memory_reserved() + 600 * 2**20
+    torch.cuda.set_per_process_memory_fraction(share / total)
+    try:
+        assert free_bytes(CUDA) < 700 * 2**20
+        assert rows_at_once(model, 128) >= 1
+        with pytest.raises(OutOfMemory), refusals_told():
+            torch.empty(2**30, dtype=torch.uint8, device=CUDA)
+        many = [replace(pair, record_id=str(n)) for n in range(400) for pair in PAIRS[:1]]
+        lengths = [lengths_of(pair) for pair in many]
+        budget = token_budget(
+            model, many, lambda b: plan_batches(lengths, batch_size=400, token_budget=b, seed=0), 0, "adamw"
+        )
+        (longest,) = plan_batches(lengths, batch_size=400, token_budget=budget, seed=0)
+        for micro_batch in longest:  # runs out of memory if the budget was too large
+            real, _ = pair_logps(model, pack_row([many[i] for i in micro_batch], CUDA))
+            real.sum().backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Prepared]:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(backend: str) -> Prepared:
+        settings: dict[str, Any] = {
+            "model.id": str(tiny_folder("llama")),
+            "model.backend": backend,
+            "data.source": str(path),
+            "data.heldout_rows": 4,
+            "generation.max_new_tokens": 10,
+            "train.batch_size": 4,
+            "train.lr": 0.02,
+            "train.epochs": 4,
+            "iterations": 2,
+            "evaluation.stop": "never",
+        }
+        return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
+
+    return make
+
+
+def play(prepared: Prepared, out: Path) -> RunDir:
+    spin.run(prepared, out, Silent())
+    return RunDir(out)
+
+
+def adapter_bytes(run: RunDir) -> list[bytes]:
+    return [(run.iteration(t).adapter / "adapter_model.safetensors").read_bytes() for t in (0, 1)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_and_its_resumption(backend: str, prepared: Callable[..., Prepared], tmp_path: Path) -> None:
+    ready = prepared(backend)
+    run = play(ready, tmp_path / "run")
+    assert read_json(run.record)["backend"] == backend
+    for iteration in (0, 1):
+        first, *_, last = read_jsonl(run.iteration(iteration).metrics)
+        assert (first["margin"], first["loss"]) == (0.0, pytest.approx(math.log(2), abs=1e-6))
+        assert last["margin"] > 0
+    whole = adapter_bytes(run)
+    assert whole == adapter_bytes(play(ready, tmp_path / "again"))
+
+    # what a run looks like that died after a shard of iteration 1 was generated
+    half = RunDir(Path(shutil.copytree(run.path, tmp_path / "half")))
+    last = half.iteration(1)
+    for path in (last.adapter, last.evaluation, last.metrics, last.training_plan):
+        remove(path)
+    remove(last.scores(0).parent)
+    assert whole == adapter_bytes(play(ready, half.path))

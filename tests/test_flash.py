@@ -1,0 +1,36 @@
+"""What surrounds the flash kernel: which keys a span sees, and whose gradients are summed. The kernel: gpu/."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qspin.attention import Lengths, Packed
+from qspin.flash import Spans
+
+CPU = torch.device("cpu")
+
+
+def spans_of(row: Packed) -> Spans:
+    return Spans([queries.stop - queries.start for queries in row.queries], row.places, row.prefix, CPU)
+
+
+def test_lengths_and_keys_by_hand() -> None:
+    spans = spans_of(Packed([Lengths(2, 1, 2), Lengths(1, 2)], CPU, prefix=1))
+    # the row: prefix 0 · prompt 1 2, real 3, generated 4 5 · prompt 6, real 7 8
+    assert spans.query_ends.tolist() == [0, 1, 4, 6, 9]
+    assert spans.key_places.tolist() == [0, 0, 1, 2, 3, 0, 1, 2, 4, 5, 0, 6, 7, 8]
+    assert spans.key_ends.tolist() == [0, 1, 5, 10, 14]
+    assert (spans.most_queries, spans.most_keys) == (3, 5)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_gradients_go_to_the_places_that_were_read(prefix: int) -> None:
+    spans = spans_of(Packed([Lengths(2, 3, 4), Lengths(5, 1), Lengths(1, 2, 2)], CPU, prefix))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 20 + prefix, 8, generator=generator, requires_grad=True)
+    gathered = spans.gather(x)
+    grad = torch.randn(gathered.shape, generator=generator)
+    gathered.backward(grad)
+    assert x.grad is not None
+    torch.testing.assert_close(spans.gather_backward(grad), x.grad)
