@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -26,15 +27,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `keep_freed_memory` does
 
 import torch
-import transformers
+import transformers.utils.logging
 from harness import say, write
 
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
+from qspin.footprint import Batch
 from qspin.generation import Request, generate
 from qspin.machine import copy_rate, product_rate
 from qspin.memory import OutOfMemory, refusals_told
@@ -70,36 +72,63 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 BATCH = 16  # pairs a step
 NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
+PEER_FIXED = 56  # pairs of one length that a peer trains on before the real ones: seven steps of eight
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A part of the GPU, and what is done in it."""
+
+    cap: float  # GiB for torch's allocator
+    rows: tuple[str, ...]  # kinds of `make_rows` to train on
+    checkpointing: bool
+    generate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One process: who, on what, under which cap, on rows of which lengths."""
+    """One process of ours: a model, a backend, and shares in turn, the smallest first: it is loaded in that."""
 
-    name: str
     model: str
-    who: str  # a backend of qspin, or a peer
-    cap: float  # GiB for torch's allocator
-    rows: tuple[str, ...]  # kinds of `make_rows`
+    backend: str
+    shares: dict[str, Share]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One process of TRL's."""
+
+    model: str
+    on: str
+    cap: float
+    rows: str
     checkpointing: bool
-    generate: bool = False
-    batch: int = BATCH  # the peer's
-    trl: bool = False
+    batch: int
+    generate: bool
 
 
-CASES = (
-    Case("6 GiB", "mistral-7b", "unsloth", 6.0, ("256+256+256",), checkpointing=True, generate=True),
-    Case("22 GiB", "mistral-7b", "unsloth", 22.0, ("256+256+256", "real"), checkpointing=False, generate=True),
-    Case("22 GiB, checkpointing", "mistral-7b", "unsloth", 22.0, ("256+256+256", "real"), checkpointing=True),
-    Case("22 GiB, torch's kernels", "mistral-7b", "transformers", 22.0, ("256+256+256",), checkpointing=True,
-         generate=True),
-    Case("TRL on Unsloth, 22 GiB", "mistral-7b", "unsloth", 22.0, ("256+256+256", "real"), checkpointing=True,
-         generate=True, batch=8, trl=True),
-    Case("11 GiB, 2,048 tokens", "mistral-7b", "unsloth", 11.0, ("1024+512+512",), checkpointing=True),
-    Case("8 GiB", "llama-3.1-8b", "unsloth", 8.0, ("256+256+256",), checkpointing=True, generate=True),
-    Case("TRL on transformers, 22 GiB", "mistral-7b", "transformers", 22.0, ("256+256+256",), checkpointing=True,
-         batch=8, trl=True),
-)  # fmt: skip
+FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
+BOTH = "both"  # a peer's: some of FIXED, then REAL
+CASES = {
+    "qspin": Case("mistral-7b", "unsloth", {
+        "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
+        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
+        "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+    "qspin, torch's kernels": Case("mistral-7b", "transformers", {
+        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
+    }),
+    "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
+        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+}  # fmt: skip
+PEERS = {
+    "TRL on Unsloth": Peer("mistral-7b", "unsloth", 22.0, BOTH, checkpointing=True, batch=8, generate=True),
+    "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, checkpointing=False, batch=4, generate=False),
+    "TRL on transformers": Peer("mistral-7b", "transformers", 22.0, BOTH, checkpointing=True, batch=8, generate=True),
+}
 
 
 def main() -> None:
@@ -108,6 +137,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="token counts of real rows")
     parser.add_argument("--measure-lengths", type=Path, help="file of prompts and answers to count the tokens of")
     parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--shares", nargs="*", help="and of qspin's shares in them")
     parser.add_argument("--profile", action="store_true", help="tables of the kernels that took the time, in --scratch")
     parser.add_argument("--timeout", type=float, default=200, help="seconds a case may take")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
@@ -117,9 +147,7 @@ def main() -> None:
         options.lengths.write_text(json.dumps(measure_lengths(options.measure_lengths)))
         return
     if options.case:
-        job = json.loads(options.case)
-        case = Case(**{**job["case"], "rows": tuple(job["case"]["rows"])})
-        print(json.dumps(ours(case, Path(job["folder"]), job["rows"], profile=options.profile)))
+        print(json.dumps(ours(options.case, options)))
         return
     results: dict[str, Any] = {}
     device = torch.device("cuda")
@@ -129,48 +157,44 @@ def main() -> None:
     }
     say(str(rates))
     torch.cuda.empty_cache()
-    for case in CASES:
-        if options.only and case.name not in options.only:
+    for name, case in {**CASES, **PEERS}.items():
+        if options.only and name not in options.only:
             continue
         folder = options.scratch / case.model
         if not folder.is_dir():
             say(f"making {case.model}: {make_model(case.model, folder):.0f} s")
-        rows = {kind: make_rows(kind, options.lengths, options.scratch) for kind in case.rows}
         started = time.perf_counter()
-        results[case.name] = dataclasses.asdict(case) | run_case(case, folder, rows, options)
-        say(f"{case.name}: {time.perf_counter() - started:.0f} s; {json.dumps(results[case.name]['measured'])}")
+        command = _peer(case, options) if isinstance(case, Peer) else _ours(name, options)
+        measured = _spoken(command, options.timeout)
+        results[name] = dataclasses.asdict(case) | {"measured": measured}
+        say(f"{name}: {time.perf_counter() - started:.0f} s; {json.dumps(measured)}")
         if options.write:
             write("gpu", {"rates": rates, "cases": results})
 
 
-def run_case(case: Case, folder: Path, rows: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
-    """In processes of its own; what went wrong, if it did."""
-    if case.trl:
-        measured = {
-            kind: _spoken(_peer(case, folder, path, first=not index), options.timeout)
-            for index, (kind, path) in enumerate(rows.items())
-        }
-        return {"measured": measured}
-    job = json.dumps({"case": dataclasses.asdict(case), "folder": str(folder), "rows": rows})
-    command = [sys.executable, str(HERE / "bench_gpu.py"), "--case", job]
-    return {"measured": _spoken([*command, *(["--profile"] if options.profile else [])], options.timeout)}
+def _ours(name: str, options: argparse.Namespace) -> list[str]:
+    command = [sys.executable, str(HERE / "bench_gpu.py"), "--case", name, "--scratch", str(options.scratch)]
+    command += ["--shares", *options.shares] if options.shares else []
+    return [*command, "--lengths", str(options.lengths), *(["--profile"] if options.profile else [])]
 
 
-def _peer(case: Case, folder: Path, rows: str, *, first: bool) -> list[str]:
-    command = [sys.executable, str(HERE / "gpu_peer.py"), "--peer", case.who, "--model", str(folder), "--rows", rows]
-    command += ["--cap-gb", str(case.cap), "--batch", str(case.batch), "--out", str(folder.parent / "peer.json")]
+def _peer(case: Peer, options: argparse.Namespace) -> list[str]:
+    rows = make_rows(case.rows, options.lengths, options.scratch)
+    command = [sys.executable, str(HERE / "gpu_peer.py"), "--peer", case.on, "--rows", rows, "--cap-gb", str(case.cap)]
+    command += ["--model", str(options.scratch / case.model), "--batch", str(case.batch)]
     command += ["--checkpointing"] if case.checkpointing else []
-    return command + (["--generate", "16", str(NEW), str(PROMPT)] if case.generate and first else [])
+    command += ["--generate", "16", str(NEW), str(PROMPT)] if case.generate else []
+    return [*command, "--out", str(options.scratch / "peer.json")]
 
 
 def _spoken(command: Sequence[str], timeout: float) -> Any:
-    """What a process says in its last line, as JSON, or in the file after --out."""
+    """What a process says in its last line, as JSON, or in the file after --out; what went wrong, if it did."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
         return {"timeout": timeout, "output": str(error.stdout)[-2000:]}
     if done.returncode:
-        return {"error": (done.stdout[-1500:] + done.stderr[-3000:])}
+        return {"error": done.stdout[-1000:] + done.stderr[-3000:]}
     if "--out" in command:
         return json.loads(Path(command[command.index("--out") + 1]).read_text())
     return json.loads(done.stdout.splitlines()[-1])
@@ -190,13 +214,14 @@ def make_model(name: str, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def make_rows(kind: str, lengths: Path | None, scratch: Path) -> str:
+def make_rows(kind: str, lengths: Path, scratch: Path) -> str:
     """Pairs of random tokens: 'p+r+g' is one length, 'real' those of real rows; the path of their file."""
-    if kind == "real":
-        assert lengths is not None, "real rows need --lengths"
-        shapes = json.loads(lengths.read_text())
+    real = [tuple(shape) for shape in json.loads(lengths.read_text())]
+    if kind in (REAL, BOTH):
+        fixed = [(256, 256, 256)] * PEER_FIXED if kind == BOTH else []
+        shapes = [*fixed, *real]
     else:
-        shapes = [[int(part) for part in kind.split("+")]] * (6 * BATCH)
+        shapes = [tuple(int(part) for part in kind.split("+"))] * (6 * BATCH)
     path, chance = scratch / f"rows-{kind}.jsonl", random.Random(0)
     with path.open("w") as file:
         for shape in shapes:
@@ -210,49 +235,60 @@ def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
     from qspin.config import load_config
     from qspin.prepare import prepare
 
-    settings = {"data.source": str(data), "data.limit": 200, "data.heldout_rows": 8, "data.max_completion_tokens": 512}
-    rows = prepare(load_config("smollm2-135m", settings)).train
+    settings = {"data.source": str(data), "data.limit": 200, "data.heldout_rows": 8}
+    settings |= {"data.max_prompt_tokens": 512, "data.max_completion_tokens": 512}
+    rows = prepare(load_config("smollm2-135m", settings), datetime.date(2026, 1, 1)).train
     others = [len(row.real_ids) for row in rows]
     random.Random(0).shuffle(others)
     return [(len(row.prompt_ids), len(row.real_ids), other) for row, other in zip(rows, others, strict=True)]
 
 
-def ours(case: Case, folder: Path, rows: dict[str, str], *, profile: bool) -> dict[str, Any]:
-    device = torch.device("cuda")
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(case.cap * GIB / total)
-    config = ModelConfig(id=str(folder))
+def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    case, device = CASES[name], torch.device("cuda")
+    config = ModelConfig(id=str(options.scratch / case.model))
     found: dict[str, Any] = {}
-    try:
-        with refusals_told():
-            started = time.perf_counter()
-            model = SlotModel.load(
-                find_base(config),
-                config,
-                LoraConfig(),
-                seed=0,
-                device=device,
-                backend=case.who,  # type: ignore[arg-type]
-            )
-            found["load"] = _peaks(started) | {"left": torch.cuda.memory_allocated() / GIB}
-            torch.cuda.empty_cache()
-            if case.generate:
-                width = rows_at_once(model, PROMPT + NEW)
-                generation(model, 4, 4, 8)  # kernels are compiled at their first call
-                if profile:
-                    with _profiled("decode"):
-                        generation(model, width, width, 8)
-                found["generate"] = {"width": width} | generation(model, width, width, NEW)
-                found["generate, 16 at once"] = generation(model, 16, 16, NEW)
-                torch.cuda.empty_cache()
-            for kind, path in rows.items():
-                pairs = read_pairs(path)
-                found[kind] = training(model, pairs, case)
-                if profile:
-                    with _profiled(f"train-{kind}"):
-                        training(model, pairs[: 2 * BATCH], case)
-    except OutOfMemory as error:
-        found["out of memory"] = str(error)
+    model: SlotModel | None = None
+    for label, share in case.shares.items():
+        if options.shares and label not in options.shares:
+            continue
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(share.cap * GIB / torch.cuda.get_device_properties(0).total_memory)
+        results = found[label] = {}
+        try:
+            with refusals_told():
+                if model is None:
+                    started = time.perf_counter()
+                    model = SlotModel.load(
+                        find_base(config), config, LoraConfig(), seed=0, device=device,
+                        backend=case.backend,  # type: ignore[arg-type]
+                    )  # fmt: skip
+                    found["load"] = _peaks(started) | {"left, GiB": torch.cuda.memory_allocated() / GIB}
+                if share.generate:
+                    results["generate"] = generations(model, options.profile and label != "6 GiB")
+                for kind in share.rows:
+                    pairs = read_pairs(make_rows(kind, options.lengths, options.scratch))
+                    results[kind] = training(model, pairs, share)
+                    if options.profile and label != "6 GiB":
+                        with _profiled(f"{label}-{kind}"):
+                            training(model, pairs[: 2 * BATCH], share)
+        except OutOfMemory as error:
+            results["out of memory"] = str(error)
+            if model is None:
+                break
+    return found
+
+
+def generations(model: SlotModel, profile: bool) -> dict[str, Any]:
+    """As wide as memory holds, and 16 wide."""
+    width = rows_at_once(model, PROMPT + NEW)
+    generation(model, 4, 4, 8)  # kernels are compiled at their first call
+    if profile:
+        with _profiled("decode"):
+            generation(model, width, width, 8)
+    found = {"width": width, "wide": generation(model, width, width, NEW)}
+    if width > 16:
+        found["16 at once"] = generation(model, 16, 16, NEW)
+    torch.cuda.empty_cache()
     return found
 
 
@@ -274,6 +310,7 @@ def generation(model: SlotModel, rows: int, width: int, new: int) -> dict[str, f
     def on_step(_new: int, _work: float) -> None:
         steps.append(time.perf_counter())
 
+    loaded = torch.cuda.memory_allocated()
     started = _fresh()
     generate(
         model, requests, max_new_tokens=new, temperature=1.0, top_p=1.0, width=width, stop_ids=frozenset(),
@@ -281,11 +318,16 @@ def generation(model: SlotModel, rows: int, width: int, new: int) -> dict[str, f
     )  # fmt: skip
     found = _peaks(started)
     decoding = [after - before for before, after in itertools.pairwise(steps[-100:])]
-    return found | {"tokens/s": rows * new / found["seconds"], "step, ms": 1e3 * statistics.median(decoding)}
+    planned = model.footprint.prefill(PROMPT + new) + width * model.footprint.row(PROMPT + new)
+    return found | {
+        "planned, GiB": (loaded + planned) / GIB,
+        "tokens/s": rows * new / found["seconds"],
+        "step, ms": 1e3 * statistics.median(decoding),
+    }
 
 
-def training(model: SlotModel, pairs: list[Pair], case: Case) -> dict[str, Any]:
-    config = TrainConfig(batch_size=BATCH, epochs=1, gradient_checkpointing=case.checkpointing)
+def training(model: SlotModel, pairs: list[Pair], share: Share) -> dict[str, Any]:
+    config = TrainConfig(batch_size=BATCH, epochs=1, gradient_checkpointing=share.checkpointing)
     lengths = [lengths_of(pair) for pair in pairs]
     tokens = [length.total for length in lengths]
 
@@ -293,8 +335,9 @@ def training(model: SlotModel, pairs: list[Pair], case: Case) -> dict[str, Any]:
         return plan_batches(lengths, batch_size=BATCH, token_budget=budget, seed=0)
 
     found: dict[str, Any] = {}
+    loaded = torch.cuda.memory_allocated()
     started = _fresh()
-    model.use_gradient_checkpointing(case.checkpointing)
+    model.use_gradient_checkpointing(share.checkpointing)
     budget = token_budget(model, pairs, plan, 0, config.optimizer)
     found["budget"] = _peaks(started) | {"tokens": budget}
     batches = plan(budget)
@@ -310,6 +353,10 @@ def training(model: SlotModel, pairs: list[Pair], case: Case) -> dict[str, Any]:
             model, task, config, snapshots=Path(snapshots), on_step=lambda _m, _p: ends.append(time.perf_counter())
         )
     found["train"] = _peaks(started)
+    longest = max((m for b in batches for m in b), key=lambda m: sum(tokens[i] for i in m))
+    held = Batch.of([(lengths[i].prompt, lengths[i].real, lengths[i].generated) for i in longest])
+    planned = model.footprint.gradients() + model.footprint.optimizer(config.optimizer)
+    found["train"]["planned, GiB"] = (loaded + planned + model.footprint.activations(held)) / GIB
     sizes = [sum(map(len, batch)) for batch in batches]
     work = [sum(tokens[i] for m in batch for i in m) for batch in batches]
     seconds = [after - before for before, after in itertools.pairwise(ends)]
@@ -351,4 +398,5 @@ def _profiled(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
     main()

@@ -1,14 +1,16 @@
-"""Two pieces of a decoder layer that keep less for the backward pass than autograd would: RMS norm and gated MLP.
+"""Pieces of a decoder layer that keep less for the backward pass than autograd would, RMS norm and gated MLP, or are
+computed by one kernel in the place of many.
 
-Both compute forward as the model's own modules do, through them or through a kernel that was found to do the same, so
-that whatever a family does there is what happens; only what is kept, and the backward pass itself, are ours. A norm
-keeps its input, an MLP its gate and up; the 4-bit layers after them, which need their own input for the gradient of A,
-are told how to make it again from those.
+The first two compute forward as the model's own modules do, through them or through a kernel that was found to do the
+same, so that whatever a family does there is what happens; only what is kept, and the backward pass itself, are ours.
+A norm keeps its input, an MLP its gate and up; the 4-bit layers after them, which need their own input for the gradient
+of A, are told how to make it again from those.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qspin.kernels import ActivationName, GatedKernel, Kernels
+from qspin.kernels import ActivationName, GatedKernel, Kernels, Rotate
 from qspin.lora import remade
 
 Activation = Callable[[Tensor], Tensor]
+ROTARY = "apply_rotary_pos_emb"  # as transformers calls it in every family's module
 
 
 def fuse_norm(norm: nn.Module, kernels: Kernels) -> None:
@@ -99,6 +102,30 @@ def _activation_name(function: Activation) -> ActivationName | None:
     with torch.no_grad():
         found = function(probe)
     return next((name for name, value in names.items() if torch.allclose(found, value, rtol=0, atol=1e-6)), None)
+
+
+def fuse_rotary(attention: nn.Module, kernels: Kernels) -> None:
+    """Have a kernel rotate queries and keys; a family that does it in another way than Llama keeps its own.
+
+    The function is one of the family's modelling code, so that it is replaced for every model of the family.
+    """
+    home = sys.modules[type(attention).__module__]
+    own = getattr(home, ROTARY, None)
+    if own is None or getattr(own, "replaced", False):
+        return
+    kernel = kernels.rotary(own)
+    if kernel is not None and _rotates_halves(own):
+        kernel.replaced = True  # type: ignore[attr-defined]
+        setattr(home, ROTARY, kernel)
+
+
+def _rotates_halves(rotary: Rotate) -> bool:
+    """Whether it is x·cos + (−x₂, x₁)·sin, of x = (x₁, x₂) halves of a head."""
+    q, k, cos, sin = torch.randn(4, 1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    found = rotary(q, k, cos[:, 0], sin[:, 0])
+    turned = [torch.cat([-x[..., 4:], x[..., :4]], -1) for x in (q, k)]
+    wanted = [x * cos[:, :1] + turn * sin[:, :1] for x, turn in zip((q, k), turned, strict=True)]
+    return all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted, strict=True))
 
 
 class _Activated:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import bitsandbytes.functional as bnb
 from torch import Tensor, nn
 
+Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -41,4 +42,8 @@ class Kernels:
 
     def gated(self, activation: ActivationName | None) -> GatedKernel | None:  # noqa: ARG002
         """None: nothing better than the activation's own function."""
+        return None
+
+    def rotary(self, own: Rotate) -> Rotate | None:  # noqa: ARG002
+        """What does as a model's own rotary embedding does; None: nothing better."""
         return None

@@ -37,7 +37,7 @@ from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.footprint import Footprint, read_shape
-from qspin.fused import fuse_gated_mlp, fuse_norm
+from qspin.fused import fuse_gated_mlp, fuse_norm, fuse_rotary
 from qspin.kernels import Kernels
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
@@ -338,6 +338,8 @@ def _prepare(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:
         if type(module).__name__.endswith("RMSNorm"):
             fuse_norm(module, kernels)
         fuse_gated_mlp(module, kernels)
+        if type(module).__name__.endswith("Attention"):
+            fuse_rotary(module, kernels)
         adapted = {n: m for n, m in module.named_children() if isinstance(m, peft.tuners.lora.Linear4bit)}
         for names in SAME_INPUT:
             together = [adapted.pop(name) for name in names if name in adapted]

@@ -1,4 +1,5 @@
-"""Unsloth's fused Triton kernels in the place of torch's: dequantisation in one launch, RMS norm, gated MLP.
+"""Unsloth's fused Triton kernels in the place of torch's: dequantisation in one launch, RMS norm,
+gated MLP, rotary embedding.
 
 Importing this imports Unsloth, which needs a GPU, takes some seconds and patches other libraries; only model.py does,
 when the backend is chosen.
@@ -13,7 +14,7 @@ from typing import Any
 import unsloth.kernels as triton
 from torch import Tensor, nn
 
-from qspin.kernels import ActivationName, GatedKernel, Kernels
+from qspin.kernels import ActivationName, GatedKernel, Kernels, Rotate
 
 
 class _Gated:
@@ -47,3 +48,13 @@ class UnslothKernels(Kernels):
 
     def gated(self, activation: ActivationName | None) -> GatedKernel | None:
         return None if activation is None else self._gated[activation]
+
+    def rotary(self, own: Rotate) -> Rotate | None:
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+            # a row of many positions has a cosine for each; a head of which a part is rotated has fewer
+            if not q.is_cuda or unsqueeze_dim != 1 or len(q) != 1 or cos.shape != (1, q.shape[2], q.shape[3]):
+                return own(q, k, cos, sin, unsqueeze_dim)
+            rotated: tuple[Tensor, Tensor] = triton.fast_rope_embedding(q, k, cos, sin)
+            return rotated
+
+        return rotate
