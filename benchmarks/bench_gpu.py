@@ -11,7 +11,6 @@ generated] token counts of real rows (`--measure-lengths rows.jsonl` makes it, w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +141,13 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=200, help="seconds a case may take")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_lengths:
         options.lengths.write_text(json.dumps(measure_lengths(options.measure_lengths)))
         return
     if options.case:
-        print(json.dumps(ours(options.case, options)))
+        ours(options.case, options)
         return
     results: dict[str, Any] = {}
     device = torch.device("cuda")
@@ -164,8 +164,9 @@ def main() -> None:
         if not folder.is_dir():
             say(f"making {case.model}: {make_model(case.model, folder):.0f} s")
         started = time.perf_counter()
+        out = options.scratch / f"{'-'.join(name.split())}.json"
         command = _peer(case, options) if isinstance(case, Peer) else _ours(name, options)
-        measured = _spoken(command, options.timeout)
+        measured = measured_by([*command, "--out", str(out)], out, options.timeout)
         results[name] = dataclasses.asdict(case) | {"measured": measured}
         say(f"{name}: {time.perf_counter() - started:.0f} s; {json.dumps(measured)}")
         if options.write:
@@ -183,21 +184,18 @@ def _peer(case: Peer, options: argparse.Namespace) -> list[str]:
     command = [sys.executable, str(HERE / "gpu_peer.py"), "--peer", case.on, "--rows", rows, "--cap-gb", str(case.cap)]
     command += ["--model", str(options.scratch / case.model), "--batch", str(case.batch)]
     command += ["--checkpointing"] if case.checkpointing else []
-    command += ["--generate", "16", str(NEW), str(PROMPT)] if case.generate else []
-    return [*command, "--out", str(options.scratch / "peer.json")]
+    return command + (["--generate", "16", str(NEW), str(PROMPT)] if case.generate else [])
 
 
-def _spoken(command: Sequence[str], timeout: float) -> Any:
-    """What a process says in its last line, as JSON, or in the file after --out; what went wrong, if it did."""
+def measured_by(command: Sequence[str], out: Path, timeout: float) -> dict[str, Any]:
+    """What a process kept in its file, up to where it ended, and how it went wrong if it did."""
+    out.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired as error:
-        return {"timeout": timeout, "output": str(error.stdout)[-2000:]}
-    if done.returncode:
-        return {"error": done.stdout[-1000:] + done.stderr[-3000:]}
-    if "--out" in command:
-        return json.loads(Path(command[command.index("--out") + 1]).read_text())
-    return json.loads(done.stdout.splitlines()[-1])
+        wrong = {"error": done.stdout[-1000:] + done.stderr[-3000:]} if done.returncode else {}
+    except subprocess.TimeoutExpired:
+        wrong = {"error": f"not done after {timeout:.0f} s"}
+    return (json.loads(out.read_text()) if out.is_file() else {}) | wrong
 
 
 def make_model(name: str, folder: Path) -> float:
@@ -221,7 +219,8 @@ def make_rows(kind: str, lengths: Path, scratch: Path) -> str:
         fixed = [(256, 256, 256)] * PEER_FIXED if kind == BOTH else []
         shapes = [*fixed, *real]
     else:
-        shapes = [tuple(int(part) for part in kind.split("+"))] * (6 * BATCH)
+        shape = tuple(int(part) for part in kind.split("+"))
+        shapes = [shape] * (BATCH * (6 if sum(shape) < 1024 else 3))
     path, chance = scratch / f"rows-{kind}.jsonl", random.Random(0)
     with path.open("w") as file:
         for shape in shapes:
@@ -243,7 +242,7 @@ def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
     return [(len(row.prompt_ids), len(row.real_ids), other) for row, other in zip(rows, others, strict=True)]
 
 
-def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def ours(name: str, options: argparse.Namespace) -> None:
     case, device = CASES[name], torch.device("cuda")
     config = ModelConfig(id=str(options.scratch / case.model))
     found: dict[str, Any] = {}
@@ -264,27 +263,25 @@ def ours(name: str, options: argparse.Namespace) -> dict[str, Any]:
                     )  # fmt: skip
                     found["load"] = _peaks(started) | {"left, GiB": torch.cuda.memory_allocated() / GIB}
                 if share.generate:
-                    results["generate"] = generations(model, options.profile and label != "6 GiB")
+                    results["generate"] = generations(model)
+                    options.out.write_text(json.dumps(found))
                 for kind in share.rows:
                     pairs = read_pairs(make_rows(kind, options.lengths, options.scratch))
                     results[kind] = training(model, pairs, share)
-                    if options.profile and label != "6 GiB":
-                        with _profiled(f"{label}-{kind}"):
-                            training(model, pairs[: 2 * BATCH], share)
+                    options.out.write_text(json.dumps(found))
+                if options.profile:
+                    _profile(model, pairs[: 2 * BATCH], share, label)
         except OutOfMemory as error:
             results["out of memory"] = str(error)
+            options.out.write_text(json.dumps(found))
             if model is None:
                 break
-    return found
 
 
-def generations(model: SlotModel, profile: bool) -> dict[str, Any]:
+def generations(model: SlotModel) -> dict[str, Any]:
     """As wide as memory holds, and 16 wide."""
     width = rows_at_once(model, PROMPT + NEW)
     generation(model, 4, 4, 8)  # kernels are compiled at their first call
-    if profile:
-        with _profiled("decode"):
-            generation(model, width, width, 8)
     found = {"width": width, "wide": generation(model, width, width, NEW)}
     if width > 16:
         found["16 at once"] = generation(model, 16, 16, NEW)
@@ -386,15 +383,17 @@ def _peaks(started: float) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _profiled(name: str) -> Iterator[None]:
-    """Which kernels took the time, into profile-NAME.txt of the working folder."""
+def _profile(model: SlotModel, pairs: list[Pair], share: Share, label: str) -> None:
+    """Which kernels took the time of a few steps, into profile-*.txt of the working folder."""
+    work = {"decode": lambda: generation(model, 16, 16, 8), "train": lambda: training(model, pairs, share)}
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profiler:
-        yield
-    averages = profiler.key_averages()
-    tables = (averages.table(sort_by=key, row_limit=30) for key in ("self_device_time_total", "self_cpu_time_total"))
-    Path(f"profile-{name}.txt").write_text("".join(tables))
+    for name, piece in work.items():
+        with torch.profiler.profile(activities=kinds) as profiler:
+            piece()
+        averages = profiler.key_averages()
+        keys = ("self_device_time_total", "self_cpu_time_total")
+        tables = [averages.table(sort_by=key, row_limit=30) for key in keys]
+        Path(f"profile-{label}-{name}.txt").write_text("".join(tables))
 
 
 if __name__ == "__main__":

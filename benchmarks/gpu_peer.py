@@ -106,6 +106,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any]) -> None:
     result["loaded_bytes"] = torch.cuda.memory_allocated()
     if rows:
         result["training"] = train(options, model, tokenizer, rows, window)
+        options.out.write_text(json.dumps(result, indent=2))
     if options.generate:
         result["generation"] = generate(options, model)
 

@@ -43,7 +43,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here was tried"),
 ]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CUDA = torch.device("cuda")
 BACKENDS = [
     "transformers",
     pytest.param(
@@ -56,17 +56,18 @@ PAIRS = [
     for n in range(6)
 ]
 
+# log-probs and gradients of PAIRS in bfloat16 against fp32 on a CPU, ‖difference‖ / ‖fp32‖: these models are wild
+ROUNDING = {"llama": (4.0e-3, 0.17), "mistral": (5.3e-3, 0.21), "qwen3": (2.0e-3, 0.16), "gemma2": (1.9e-3, 0.12)}
+
 
 def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def load(
-    folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3, device: torch.device = CUDA
-) -> SlotModel:
+def load(folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3) -> SlotModel:
     config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
     model = SlotModel.load(
-        find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=device, backend=backend
+        find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=CUDA, backend=backend
     )
     model.set_adapter(moved_adapter(model, seed=seed))
     return model
@@ -171,28 +172,24 @@ def test_rotary_kernel() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "gemma2"])
+@pytest.mark.parametrize("architecture", ROUNDING)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_log_probs_and_gradients(
     backend: BackendName, architecture: str, checkpointing: bool, tiny_folder: Callable[[str], Path]
 ) -> None:
-    """16 bits with every kernel are about as far from fp32 as 16 bits on a CPU."""
+    """16 bits with every kernel are about as far from fp32 with none as 16 bits on a CPU are."""
 
-    def work(backend: BackendName, dtype: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        model = load(tiny_folder(architecture), backend, dtype=dtype, device=device)
+    def work(model: SlotModel) -> tuple[Tensor, Tensor]:
         model.use_gradient_checkpointing(checkpointing)
-        real, generated = pair_logps(model, pack_row(PAIRS, device, prefix=4))
+        real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
         (real - generated).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
-        return torch.cat([real, generated]).detach().cpu(), gradients.cpu()
+        return torch.cat([real, generated]).detach(), gradients
 
-    wanted = work("transformers", "float32", CPU)
-    on_cpu = work("transformers", "bfloat16", CPU)
-    on_gpu = work(backend, "bfloat16", CUDA)
-    fp32_on_gpu = work("transformers", "float32", CUDA)
-    for ours, theirs, exact, reference in zip(on_gpu, on_cpu, fp32_on_gpu, wanted, strict=True):
-        assert relative(ours, reference) < 1.5 * relative(theirs, reference)
-        assert relative(exact, reference) < 1e-4
+    found = work(load(tiny_folder(architecture), backend))
+    wanted = work(load(tiny_folder(architecture), "transformers", dtype="float32"))
+    for one, other, on_a_cpu in zip(found, wanted, ROUNDING[architecture], strict=True):
+        assert relative(one, other) < 1.5 * on_a_cpu
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
