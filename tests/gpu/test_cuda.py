@@ -66,9 +66,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 def load(folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3) -> SlotModel:
     config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
-    model = SlotModel.load(
-        find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=CUDA, backend=backend
-    )
+    model = SlotModel.load(find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=CUDA, backend=backend)
     model.set_adapter(moved_adapter(model, seed=seed))
     return model
 
