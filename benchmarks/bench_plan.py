@@ -178,7 +178,8 @@ def generation(rows: int) -> Bytes:
 
 def planned_run(data: Path | None, rows: int) -> dict[str, tuple[float, float]]:
     """Planned and measured seconds of each phase of one iteration, the base's evaluation among them."""
-    settings = {"data.source": data, "data.limit": rows + HELDOUT, "data.heldout_rows": HELDOUT, "iterations": 1}
+    source = data and str(data)
+    settings = {"data.source": source, "data.limit": rows + HELDOUT, "data.heldout_rows": HELDOUT, "iterations": 1}
     config = load_config("quickstart" if data is None else "smollm2-135m", {k: v for k, v in settings.items() if v})
     planned = make_plan(config, this_machine(config.model), rows_of_data(config))
     with tempfile.TemporaryDirectory() as scratch:

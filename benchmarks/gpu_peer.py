@@ -55,7 +55,7 @@ def main() -> None:
         "batch": options.batch,
         "checkpointing": options.checkpointing,
         "oom": False,
-        "unsloth_settings": {name: value for name, value in os.environ.items() if name.startswith("UNSLOTH_")},
+        "settings": {name: os.environ[name] for name in ENVIRONMENT if name.startswith("UNSLOTH_D")},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
     try:
@@ -78,7 +78,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="pairs to train on; none, no training")
     parser.add_argument("--cap-gb", type=float, required=True, help="GiB that PyTorch may take of the GPU")
     parser.add_argument("--batch", type=int, default=8, help="pairs an optimizer step, in one go (default 8)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--checkpointing",
+        choices=("none", "plain", "unsloth"),
+        default="none",
+        help="recompute activations in the backward pass; unsloth: and keep layers' inputs in main memory meanwhile",
+    )
     parser.add_argument("--warmup", type=int, default=2, help="first steps, not timed (default 2)")
     parser.add_argument("--generate", type=int, nargs=3, metavar=("WIDTH", "NEW", "PROMPT_LENGTH"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
@@ -161,7 +166,7 @@ def load_unsloth(options: argparse.Namespace, window: int) -> tuple[Any, Any]:
         target_modules=LINEARS,
         lora_dropout=0,
         bias="none",
-        use_gradient_checkpointing="unsloth" if options.checkpointing else False,
+        use_gradient_checkpointing={"none": False, "plain": True, "unsloth": "unsloth"}[options.checkpointing],
     )
     return model, tokenizer
 
@@ -249,7 +254,7 @@ def train(
                 learning_rate=5e-5,
                 bf16=True,
                 optim="adamw_8bit" if options.peer == "unsloth" else "adamw_torch_fused",
-                gradient_checkpointing=options.checkpointing,
+                gradient_checkpointing=options.checkpointing != "none",
                 beta=0.1,
                 loss_type=["sigmoid"],
                 max_length=window,

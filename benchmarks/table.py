@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+GIB = 1 << 30
+FIXED_STEPS = 5  # of a peer on a GPU, on rows of one length: seven, less two that compile kernels
+
+
+def peer_rates(peer: dict[str, Any]) -> dict[str, float]:
+    """Pairs a second on rows of one length and on real ones, three steps left out where new lengths begin."""
+    batch, seconds = peer["batch"], peer["measured"]["training"]["each_step_seconds"]  # the first two left out
+    timed = {"256+256+256": seconds[:FIXED_STEPS], "real": seconds[FIXED_STEPS + 3 :]}
+    return {kind: batch * len(steps) / sum(steps) for kind, steps in timed.items()}
 
 
 def table() -> str:
@@ -110,8 +119,66 @@ def planned_seconds() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def _read(name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}-cpu.json").read_text())
+def gpu() -> str:
+    """A 7B model's work on one GPU beside TRL on Unsloth, for README.md and docs/performance.md."""
+    cases = _read("gpu", "cuda")["cases"]
+    ours, plain, peer = (cases[name] for name in ("qspin", "qspin, torch's kernels", "TRL on Unsloth"))
+    theirs, measured = peer_rates(peer), ours["measured"]
+    memory = peer["measured"]["training"]["peak_reserved_bytes"] / GIB
+    rows = [("", "qspin", "GiB", "TRL on Unsloth", "GiB", "ratio"), ("---",) * 6]
+    trained = {
+        "256 + 256 + 256 tokens": (measured["22 GiB"], "256+256+256"),
+        "the same, in 6 GiB": (measured["6 GiB"], "256+256+256"),
+        "the same, without Unsloth's kernels": (plain["measured"]["22 GiB"], "256+256+256"),
+        "the same, qspin recomputing nothing": (measured["22 GiB, all kept"], "256+256+256"),
+        "real lengths": (measured["22 GiB"], "real"),
+        "the same, qspin recomputing nothing ": (measured["22 GiB, all kept"], "real"),
+    }
+    for label, (share, kind) in trained.items():
+        found = share[kind]["train"]
+        rows.append(_beside(f"train, pairs a second: {label.strip()}", found, "pairs/s", theirs[kind], memory))
+    generation = peer["measured"]["generation"]
+    speed, memory = generation["new_tokens_a_second"], generation["peak_reserved_bytes"] / GIB
+    for label, share, kind in (("16 rows at once", "6 GiB", "wide"), ("all that 22 GiB hold, 212", "22 GiB", "wide")):
+        found = measured[share]["generate"][kind]
+        rows.append(_beside(f"generate, tokens a second: {label}", found, "tokens/s", speed, memory))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def gpu_like_for_like() -> str:
+    """The rows of `gpu` in which both sides are set alike, for README.md."""
+    head, line, train, *_, generate, _ = gpu().splitlines()
+    return "\n".join((head, line, train, generate))
+
+
+def gpu_memory() -> str:
+    """What phases take under caps on one GPU against what was planned, for docs/fitting.md."""
+    measured = _read("gpu", "cuda")["cases"]["qspin"]["measured"]
+    rows = [("cap on the allocator", "phase", "planned, GiB", "measured", "reserved"), ("---",) * 5]
+    for share, results in measured.items():
+        if share == "load":
+            continue
+        phases = {}
+        if "generate" in results:
+            phases[f"generate, {results['generate']['width']} rows"] = results["generate"]["wide"]
+        phases |= {f"train, {kind}": found["train"] for kind, found in results.items() if kind != "generate"}
+        for phase, found in phases.items():
+            figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
+            rows.append((share, phase, *(f"{size:.2f}" for size in figures)))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _beside(what: str, found: dict[str, Any], key: str, theirs: float, memory: float) -> tuple[str, ...]:
+    ours, taken = found[key], found["reserved, GiB"]
+    return what, _three(ours), f"{taken:.1f}", _three(theirs), f"{memory:.1f}", _ratio(ours / theirs)
+
+
+def _three(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _read(name: str, device: str = "cpu") -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}-{device}.json").read_text())
     return content
 
 
@@ -131,4 +198,4 @@ def _ratio(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), parts(), growth(), exports(), planned_memory(), planned_seconds(), sep="\n\n")
+    print(table(), parts(), growth(), exports(), planned_memory(), planned_seconds(), gpu(), gpu_memory(), sep="\n\n")

@@ -121,9 +121,8 @@ class Trained:
     def model(self) -> SlotModel:
         torch.set_num_threads(self.record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
         base, config = self.prepared.base, self.prepared.config
-        model = SlotModel.load(
-            base, config.model, config.lora, seed=config.seed, device=self.device, backend=self.record["backend"]
-        )
+        backend = self.record.get("backend", "transformers")  # the only one when runs did not tell
+        model = SlotModel.load(base, config.model, config.lora, seed=config.seed, device=self.device, backend=backend)
         model.set_adapter(load_adapter(self.adapter))
         return model
 

@@ -16,6 +16,8 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -321,6 +323,8 @@ def choose_backend(model: ModelConfig, device: torch.device) -> tuple[BackendNam
 
 
 def _unsloth_kernels() -> Kernels:
+    # it writes code that it generates into a folder, of the working directory unless told otherwise
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
     # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         from qspin.unsloth_kernels import UnslothKernels

@@ -135,7 +135,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     shares = f"{PASSES[machine.device]:.0%} in scoring and training, {DECODING[machine.device]:.0%} in decoding"
     yield f"of {rates}, which are {basis}, a run reaches {shares}"
     if machine.device == "cuda":
-        yield "nothing here was measured on a GPU; what CUDA itself takes differs by driver"
+        yield "no such card was measured; what CUDA itself takes differs by driver"
 
 
 def _duration(seconds: float) -> str:

@@ -22,6 +22,10 @@ def test_tables_of_speed_are_the_results(page: str) -> None:
     assert shown in (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_readme_shows_the_gpu_too() -> None:
+    assert table.gpu_like_for_like() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("name", "page"),
     [
@@ -30,6 +34,8 @@ def test_tables_of_speed_are_the_results(page: str) -> None:
         ("exports", "exporting"),
         ("planned_memory", "fitting"),
         ("planned_seconds", "fitting"),
+        ("gpu", "performance"),
+        ("gpu_memory", "fitting"),
     ],
 )
 def test_the_other_tables_are_the_results(name: str, page: str) -> None:
@@ -70,6 +76,7 @@ def test_there_are_results() -> None:
         "parts-cpu",
         "export-cpu",
         "plan-cpu",
+        "gpu-cuda",
     }
 
 

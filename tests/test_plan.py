@@ -137,7 +137,7 @@ def test_disk_holds_the_base_the_adapters_and_the_pairs() -> None:
     ("name", "gigabytes", "settings", "key"),
     [
         ("smollm2-1.7b-instruct", 8, {"train__tokens_per_micro_batch": 16384}, "train.tokens_per_micro_batch"),
-        ("mistral-nemo-instruct", 24, {"train__gradient_checkpointing": False}, "train.gradient_checkpointing"),
+        ("zephyr-7b-sft", 12, {"train__gradient_checkpointing": False}, "train.gradient_checkpointing"),
     ],
 )
 def test_the_nearest_change_is_named_and_fits(name: str, gigabytes: float, settings: dict[str, Any], key: str) -> None:
