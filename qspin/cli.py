@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from qspin.config import RunConfig
-    from qspin.meter import Meter
     from qspin.prepare import Prepared
     from qspin.run_dir import RunDir
 
@@ -94,7 +92,9 @@ def run(
     if dry_run:
         _show_plan(prepared)
     else:
-        _play(prepared, out, as_json=as_json, tracker=tracker)
+        from qspin.watching import watch_run
+
+        watch_run(prepared, out, as_json=as_json, tracker=tracker)
 
 
 @app.command()
@@ -249,6 +249,42 @@ def doctor() -> None:
     raise typer.Exit(int(any(finding.level == "problem" for finding in findings)))
 
 
+@app.command()
+def sweep(
+    source: Annotated[
+        str | None, typer.Argument(metavar="PRESET|CONFIG.yaml", help="a preset's name, or a configuration file")
+    ] = None,
+    *,
+    vary: Annotated[
+        list[str], typer.Option(metavar="KEY=VALUE,VALUE", help="a setting and its values; several make a grid")
+    ],
+    data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,
+    out: Annotated[
+        Path, typer.Option(help="a folder for all runs; the same command goes on where it stopped", callback=_a_name)
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of all runs, as for run")
+    ] = None,
+) -> None:
+    """Play a run for each combination of settings, sharing what is the same, and compare them."""
+    from qspin.config import parse_override
+    from qspin.sweep import grid, parse_vary
+
+    overrides: dict[str, Any] = {} if data is None else {"data.source": data}
+    overrides |= dict(parse_override(text) for text in settings or [])
+    cells = grid(source, overrides, dict(parse_vary(text) for text in vary))
+    for cell in cells:
+        cell.run_dir(out).check_usable()
+    _quiet_libraries()
+
+    from qspin.watching import watch_sweep
+
+    def prepare(config: RunConfig, run_dir: RunDir) -> Prepared:
+        return _prepare(config, run_dir, keep_rejects=True)
+
+    watch_sweep(cells, out, prepare)
+
+
 def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool) -> Prepared:
     """Rows that a run stops at are listed where one that goes on lists those it leaves out."""
     from qspin.data import LeftOut
@@ -265,69 +301,27 @@ def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool) -> Prepa
         raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
 
 
-def _play(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
-    from rich.console import Console
-
-    from qspin import report, spin, view
-    from qspin.players import chosen_iteration, players
-    from qspin.progress import Audience, Progress
+@app.command()
+def baseline(
+    folder: RunFolder,
+    *,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="a learning rate to try, once or more; sft.lr unless one is named")
+    ] = None,
+) -> None:
+    """Train on the same rows without self-play, for as many steps, and set it beside the run's iterations."""
+    from qspin.config import load_config
     from qspin.run_dir import RunDir
-    from qspin.status import StatusFile
-    from qspin.verdict import verdict
+    from qspin.watching import watch_baseline
 
-    config, run_dir = prepared.config, RunDir(out)
-    meter = _meter(prepared, run_dir)
-    console = Console(stderr=as_json)
-    lines = view.JsonView(sys.stdout, meter) if as_json else None
-    listeners: list[Progress] = [meter, StatusFile(run_dir.status, meter)]
-    with contextlib.ExitStack() as stack:
-        if lines is not None:
-            listeners.append(lines)
-            sys.stdout = sys.stderr  # for good: what libraries print, some of them as they exit, is for people
-        else:
-            shown = view.for_people(console, meter)
-            stack.enter_context(shown)
-            listeners.append(shown)
-        if tracker is not None:
-            from qspin.track import Tracker
-
-            listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
-        progress = Audience(*listeners)
-        for note in prepared.notes:
-            progress.note(note)
-        if config.train.loss == "correlation":
-            progress.note(
-                "the correlation loss is unbounded below; the run stops when real completions lose "
-                f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
-            )
-        spin.run(prepared, out, progress)
-    for table in report.tables(run_dir, config)[: report.MAIN]:
-        console.print(view.results_table(table))
-        console.print(view.notes_table(table.notes), style="dim")
-        console.print()
-    console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
-    console.print(view.notes_table(verdict(players(run_dir, config), config)))
-    console.print()
-    kept = chosen_iteration(run_dir, None)
-    answers = report.before_after(run_dir, prepared.heldout_prompts, kept, config.evaluation.shown)
-    if answers:
-        console.print(view.completions_table(answers))
-    adapter = run_dir.iteration(kept).adapter
-    if lines is not None:
-        lines.end(adapter, run_dir.summary)
-    else:
-        _tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
-
-
-def _meter(prepared: Prepared, run_dir: RunDir) -> Meter:
-    import torch
-
-    from qspin.memory import used_and_total
-    from qspin.meter import Meter, measured, to_do, workload
-
-    work = workload(run_dir, prepared.config, len(prepared.train), len(prepared.heldout))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Meter(to_do(work), measured(work), prepared.config.iterations, lambda: used_and_total(device))
+    run_dir = RunDir(folder)
+    run_dir.check_run()
+    config = load_config(run_dir.config)
+    rates = lr or [config.sft.lr]
+    if not all(0 < rate < 1 for rate in rates):
+        raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
+    _quiet_libraries()
+    watch_baseline(_prepare(config, run_dir, keep_rejects=False), folder, rates)
 
 
 @app.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import torch
 from qspin.adapters import Adapter, load_adapter
 from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
+from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
+from qspin.files import full_disk_told
+from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import SlotModel, choose_backend
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
@@ -18,6 +23,26 @@ from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
 from qspin.room import check_room
 from qspin.run_dir import RunDir
+
+
+@contextlib.contextmanager
+def under_way(prepared: Prepared, out: Path, progress: Progress) -> Iterator[Game]:
+    """A run's folder as ours alone, what was damaged in it taken away, and the game to go on with.
+
+    Raises:
+        QspinError: another process works in it; as `Game.open`; memory or the disk ran out.
+    """
+    keep_freed_memory()
+    run_dir = RunDir(out)
+    try:
+        with run_dir.lock(), refusals_told(), full_disk_told(out):
+            for note in take_away_damaged(run_dir):
+                progress.note(note)
+            yield Game.open(prepared, run_dir, progress)
+    except OutOfMemory as error:
+        raise QspinError(
+            f"out of memory ({error}); close other programs, set generation.width lower, or take a smaller model"
+        ) from None
 
 
 @dataclass(slots=True)

@@ -55,7 +55,44 @@ def learn(game: Game, iteration: int) -> None:
 
 def warm_start(game: Game) -> None:
     """For a base that was never fine-tuned: its adapter learns the real completions, and is the first opponent."""
-    folder, config = game.dir.warm_start, game.config
+    sft, seed = game.config.sft, game.config.seed
+    _learn_real(
+        game,
+        game.dir.warm_start,
+        lr=sft.lr,
+        order=lambda plan: step_order(len(plan), sft.epochs, seed),
+        start=game.start,
+        phase="warm start",
+        iteration=None,
+    )
+
+
+def learn_alike(game: Game, folder: IterationDir, index: int, *, lr: float, start: Adapter) -> None:
+    """What iteration `index` did, supervised: as many steps on batches as large, of real completions alone."""
+    steps = len(read_json(game.dir.iteration(index).training_plan)["batches"]) * game.config.train.epochs
+    seed = game.config.seed + index
+    _learn_real(
+        game,
+        folder,
+        lr=lr,
+        order=lambda plan: step_order(len(plan), -(-steps // len(plan)), seed)[:steps],
+        start=start,
+        phase="supervised",
+        iteration=index,
+    )
+
+
+def _learn_real(
+    game: Game,
+    folder: IterationDir,
+    *,
+    lr: float,
+    order: Callable[[Plan], list[int]],
+    start: Adapter,
+    phase: str,
+    iteration: int | None,
+) -> None:
+    """Train on the real completions of all rows, and commit the adapter."""
     rows = [Pair(e.record_id, 0, e.prompt_ids, e.real_ids, (), ended=True) for e in game.prepared.train]
 
     def work(plan: Plan, prefix: int) -> None:
@@ -64,15 +101,23 @@ def warm_start(game: Game) -> None:
             folder,
             plan,
             lambda on_step: train_supervised(
-                game.model, rows, plan, config, prefix=prefix, snapshots=folder.snapshots, on_step=on_step
+                game.model,
+                rows,
+                plan,
+                game.config.train,
+                lr=lr,
+                order=order(plan),
+                prefix=prefix,
+                snapshots=folder.snapshots,
+                on_step=on_step,
             ),
-            phase="warm start",
-            iteration=None,
-            order=step_order(len(plan), config.sft.epochs, config.seed),
+            phase=phase,
+            iteration=iteration,
+            order=order(plan),
         )
 
-    _fit(game, folder, rows, work, start=game.start)
-    game.budget = None  # found for rows half as long as those to come
+    _fit(game, folder, rows, work, start=start)
+    game.budget = None  # found for rows half as long as pairs are
 
 
 def _pairs(game: Game, iteration: int) -> list[Pair]:

@@ -33,7 +33,8 @@ def measure(game: Game, folder: IterationDir, iteration: int | None, *, opponent
         game.progress.advance(0, **values(result, seed=game.config.seed, style=style))
         write_json(folder.evaluation, result.to_json())
         folder.add_seconds("evaluate", time.monotonic() - started)
-        if iteration is not None and iteration + 1 < game.config.iterations:  # what is said of the last ends the run
+        # a round of the baseline is no move of the game, and what is said of the last iteration ends the run
+        if iteration is not None and folder == game.dir.iteration(iteration) and iteration + 1 < game.config.iterations:
             for sentence in verdict(players(game.dir, game.config), game.config):
                 game.progress.note(sentence)
     try:

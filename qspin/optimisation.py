@@ -37,9 +37,8 @@ def optimise(
     plan: Plan,
     config: TrainConfig,
     *,
-    epochs: int,
     lr: float,
-    seed: int,
+    order: Sequence[int],
     record_ids: Sequence[str],
     snapshots: Path,
     on_step: Callable[[Metrics, int], None],
@@ -49,6 +48,7 @@ def optimise(
     Args:
         config: optimiser, warmup, weight decay, clipping, checkpointing and how often to keep a snapshot.
         lr: peak rate.
+        order: which effective batch of the plan each step takes (`step_order`).
         record_ids: of the pairs that the plan's indices name, for errors.
         snapshots: folder for snapshots; the caller removes it once the result is committed.
         on_step: hears of each step's metrics and number of pairs, those before the snapshot left out.
@@ -64,7 +64,6 @@ def optimise(
     model.use_gradient_checkpointing(config.gradient_checkpointing)
     parameters = list(model.parameters.values())
     optimizer = make_optimizer(config, parameters, model.device)
-    order = step_order(len(plan), epochs, seed)
     metrics = _restore(model, optimizer, snapshots)
     saved_at, between_steps = time.monotonic(), True
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from qspin.errors import QspinError
 from qspin.evaluation import NEAR_HALF, Evaluation, Half, figure, read_evaluation
 from qspin.run_dir import IterationDir, RunDir
 
+ROUND = "s"  # begins the name of a round of supervised training, the baseline
 BestBy = Literal["two_sample_auc", "nll", "f1"]
 
 
@@ -18,13 +20,15 @@ BestBy = Literal["two_sample_auc", "nll", "f1"]
 class Player:
     """Someone who has been measured."""
 
-    name: str  # base, sft, or the iteration's number
+    name: str  # base, sft, the iteration's number, or s and a round's
     folder: IterationDir
     evaluation: Evaluation
 
     @property
     def told(self) -> str:
         """Its name in a sentence."""
+        if self.name.startswith(ROUND):
+            return f"round {self.name.removeprefix(ROUND)} of supervised training"
         return {"base": "the base", "sft": "the warm start"}.get(self.name, f"iteration {self.name}")
 
 
@@ -41,6 +45,31 @@ def players(run_dir: RunDir, config: RunConfig) -> list[Player]:
         for name, folder in folders.items()
         if folder.evaluation.is_file()
     ]
+
+
+def rivals(run_dir: RunDir) -> dict[float, list[Player]]:
+    """The rounds of the supervised baseline that were measured, by their learning rate."""
+    found: dict[float, list[Player]] = {}
+    for rate in sorted(float(path.name.removeprefix("lr-")) for path in run_dir.path.glob("supervised/lr-*")):
+        folders = (run_dir.supervised(rate, index) for index in itertools.count())
+        measured = itertools.takewhile(lambda folder: folder.evaluation.is_file(), folders)
+        rounds = [
+            Player(f"{ROUND}{index}", folder, read_evaluation(folder.evaluation))
+            for index, folder in enumerate(measured)
+        ]
+        found |= {rate: rounds} if rounds else {}
+    return found
+
+
+def best_rival(run_dir: RunDir, config: RunConfig) -> tuple[float, list[Player]] | None:
+    """The rate with the best round, and its rounds; None without a baseline. Rates are chosen as iterations are."""
+    found = rivals(run_dir)
+    if not found:
+        return None
+    winners = {rate: best(rounds, config) for rate, rounds in found.items()}
+    winner = best(list(winners.values()), config)
+    rate = next(rate for rate, player in winners.items() if player is winner)
+    return rate, found[rate]
 
 
 def loss_of(player: Player, by: BestBy, half: Half, seed: int) -> float:
@@ -70,9 +99,8 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
     Raises:
         QspinError: the folder is not one of a run, or there is no such iteration.
     """
-    if not run_dir.record.is_file():
-        raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
-    done = range(_done(run_dir))
+    run_dir.check_run()
+    done = range(finished(run_dir))
     if not done:
         raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
     if wanted is not None and wanted not in {"last", "best", *map(str, done)}:
@@ -88,7 +116,7 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
     return int(best(iterations, config).name)
 
 
-def _done(run_dir: RunDir) -> int:
+def finished(run_dir: RunDir) -> int:
     """How many iterations are finished."""
     count = 0
     while run_dir.iteration(count).done:

@@ -10,9 +10,9 @@ from qspin.evaluation import change, panel, read_evaluation, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
-from qspin.players import Player, players
+from qspin.players import Player, best, best_rival, players, rivals
 from qspin.run_dir import IterationDir, RunDir
-from qspin.verdict import verdict
+from qspin.verdict import RATED, against, verdict
 
 PHASES = ("generate", "score", "train", "evaluate")
 MAIN = 2  # so many tables are for the terminal
@@ -72,6 +72,7 @@ WRITING: _Fields = (
     ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
     ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
 )  # fmt: skip
+PLAYER = Column("player", "base: untouched; a number: what that iteration ended with; *: the one that is kept")
 _IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
 STYLE: _Fields = (("style", _share, _IN_STYLE),)
 STYLE_INTERVAL: _Fields = (("style", _percent, _IN_STYLE),)
@@ -90,9 +91,11 @@ CHANGES = {"two_sample_auc": "2-sample AUC", "f1": "token F1", "tokens": "tokens
 
 def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     """The main figures in two tables of at most 80 columns, then the details. All are of the reported half."""
-    measured = players(run_dir, config)
+    rival = best_rival(run_dir, config)
+    measured = players(run_dir, config) + (rival[1] if rival else [])
     warm = ", sft: after its supervised warm start" if config.sft.epochs else ""
-    player = Column("player", f"base: untouched{warm}; a number: what that iteration ended with")
+    trained = f"; s and a number: supervised training as long, at {rival[0]:g}" if rival else ""
+    player = Column("player", f"base: untouched{warm}; a number: what that iteration ended with{trained}")
     style, interval = ((), ()) if config.evaluation.style is None else (STYLE, STYLE_INTERVAL)
     found = {
         item.name: panel(item.evaluation, "report", seed=config.seed, style=config.evaluation.style)
@@ -119,7 +122,38 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
         table("Details", (*DETAILS, *interval), with_real=True),
         _changes(measured, player, config),
         _training(measured, player, config),
+        *_rates(run_dir, config),
     ]
+
+
+def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
+    """The best round of each learning rate that supervised training was tried with."""
+    found = rivals(run_dir)
+    if not found:
+        return []
+    fields = [field for field in (*GAME, *WRITING) if field[0] in RATED]
+    rows = []
+    for rate, rounds in found.items():
+        chosen = best(rounds, config)
+        figures = panel(chosen.evaluation, "report", seed=config.seed)
+        rows.append([f"{rate:g}", f"{chosen.name} of {len(rounds)}", *(look(figures[key]) for key, look, _ in fields)])
+    columns = (
+        Column("rate", "learning rate of the supervised baseline"),
+        Column("best round", "by evaluation.best_by, on the rows to choose by"),
+        *(column for _, _, column in fields),
+    )
+    return [Results("Supervised training, by rate", columns, rows)]
+
+
+def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:
+    """What happened, and how the iteration that is kept stands beside supervised training, if that was tried."""
+    measured, rival = players(run_dir, config), best_rival(run_dir, config)
+    said = verdict(measured, config)
+    iterations = [player for player in measured if player.name.isdigit()]
+    if rival and iterations:
+        kept = best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
+        said.append(against(kept, best(rival[1], config), config))
+    return said
 
 
 def _with_column(table: Results, place: int, column: Column, cells: Sequence[str]) -> Results:
@@ -194,7 +228,7 @@ def summary(run_dir: RunDir, config: RunConfig) -> str:
         "(rejects.jsonl).",
         "",
     ]
-    said = verdict(players(run_dir, config), config)
+    said = sentences(run_dir, config)
     lines += [*(f"- {sentence}" for sentence in said), ""] if said else []
     lines += [measured_on(run_dir, config), ""]
     for results in tables(run_dir, config):

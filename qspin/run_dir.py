@@ -135,13 +135,23 @@ class RunDir:
     def warm_start(self) -> IterationDir:
         return IterationDir(self.path / "warm-start")
 
+    def supervised(self, lr: float, index: int) -> IterationDir:
+        """The baseline's round that stands beside an iteration."""
+        return IterationDir(self.path / "supervised" / f"lr-{lr:g}" / f"round-{index}")
+
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
 
     def players(self) -> list[IterationDir]:
         """Every folder of a player that there is."""
         folders = [self.base, self.warm_start, *map(IterationDir, sorted(self.path.glob("iteration-*")))]
+        folders += map(IterationDir, sorted(self.path.glob("supervised/lr-*/round-*")))
         return [folder for folder in folders if folder.path.is_dir()]
+
+    def check_run(self) -> None:
+        """Raises a QspinError: this is not the folder of a run."""
+        if not self.record.is_file():
+            raise QspinError(f"{self.path}: not the folder of a run, it has no {self.record.name}")
 
     def check_usable(self) -> None:
         """Look before any work is done.

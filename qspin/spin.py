@@ -12,31 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from qspin.answering import answer
-from qspin.damage import take_away_damaged
-from qspin.errors import QspinError
-from qspin.files import full_disk_told
-from qspin.game import Game
+from qspin.game import Game, under_way
 from qspin.learning import learn, trained_on, warm_start
 from qspin.measuring import ends_before, measure
-from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.prepare import Prepared
 from qspin.progress import Progress
-from qspin.run_dir import RunDir
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:
     """Play all iterations of a configuration into a folder."""
-    keep_freed_memory()
-    run_dir = RunDir(out)
-    try:
-        with run_dir.lock(), refusals_told(), full_disk_told(out):
-            for note in take_away_damaged(run_dir):
-                progress.note(note)
-            play(Game.open(prepared, run_dir, progress))
-    except OutOfMemory as error:
-        raise QspinError(
-            f"out of memory ({error}); close other programs, set generation.width lower, or take a smaller model"
-        ) from None
+    with under_way(prepared, out, progress) as game:
+        play(game)
 
 
 def play(game: Game) -> None:

@@ -13,7 +13,7 @@ from qspin.config import TrainConfig, at_iteration
 from qspin.errors import QspinError
 from qspin.loss import SpinLoss, spin_loss
 from qspin.model import SlotModel
-from qspin.optimisation import Metrics, optimise
+from qspin.optimisation import Metrics, optimise, step_order
 from qspin.packing import MicroBatch, Plan, pack_row
 from qspin.records import Pair, Score
 from qspin.scoring import pair_logps
@@ -50,9 +50,8 @@ def train(
         lambda batch, step: _gradients(model, task, batch, config, first=step == 0),
         task.plan,
         config,
-        epochs=config.epochs,
         lr=at_iteration(config.lr, task.iteration),
-        seed=task.seed + task.iteration,
+        order=step_order(len(task.plan), config.epochs, task.seed + task.iteration),
         record_ids=[pair.record_id for pair in task.pairs],
         snapshots=snapshots,
         on_step=on_step,

@@ -57,6 +57,12 @@ def verdict(measured: Sequence[Player], config: RunConfig) -> list[str]:
     return said
 
 
+def against(kept: Player, rival: Player, config: RunConfig) -> str:
+    """A sentence on the iteration that is kept, beside the best round of supervised training."""
+    moved = _moved(rival.evaluation, kept.evaluation, "report", config.seed)
+    return _comparison(rival, kept, *moved)
+
+
 def conclusion(measured: Sequence[Player], config: RunConfig) -> dict[str, Any]:
     """verdict.json: for programs, and for `qspin status`."""
     iterations = [player for player in measured if player.name.isdigit()]

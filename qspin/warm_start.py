@@ -1,7 +1,7 @@
-"""The supervised warm start: a base that was never fine-tuned learns the real completions before it plays.
+"""Supervised training: the adapter learns the real completions alone, by the same packed engine, on their −log p.
 
-SPIN's first opponent is a fine-tuned model (section 4.2 of arXiv 2401.01335). The same packed engine trains the
-adapter, on −log p of the real completions.
+A base that was never fine-tuned does so before it plays: SPIN's first opponent is a fine-tuned model (section 4.2 of
+arXiv 2401.01335). And it is what self-play has to be better than.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qspin.config import RunConfig
+from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise
@@ -24,8 +24,10 @@ def train_supervised(
     model: SlotModel,
     rows: Sequence[Pair],
     plan: Plan,
-    config: RunConfig,
+    config: TrainConfig,
     *,
+    lr: float,
+    order: Sequence[int],
     prefix: int,
     snapshots: Path,
     on_step: Callable[[Metrics, int], None],
@@ -44,10 +46,9 @@ def train_supervised(
         model,
         lambda batch, _step: _gradients(model, rows, batch, prefix),
         plan,
-        config.train,
-        epochs=config.sft.epochs,
-        lr=config.sft.lr,
-        seed=config.seed,
+        config,
+        lr=lr,
+        order=order,
         record_ids=[row.record_id for row in rows],
         snapshots=snapshots,
         on_step=on_step,
@@ -63,7 +64,7 @@ def _gradients(model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatc
         logps, _ = pair_logps(model, pack_row(members, model.device, prefix))  # (B,)
         if not bool(torch.isfinite(logps).all()):
             bad = [row.record_id for row, ok in zip(members, torch.isfinite(logps).tolist(), strict=True) if not ok]
-            raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower sft.lr, or drop these rows")
+            raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower its rate, or drop these rows")
         (-logps.sum() / tokens).backward()  # type: ignore[no-untyped-call]
         loss -= float(logps.detach().sum()) / tokens
     return {"loss": loss}

@@ -24,9 +24,9 @@ LAYERS = [  # each may import what stands above it
     {"report", "record", "plan_rows", "damage", "room"},
     {"game"},
     {"answering", "learning", "measuring"},
-    {"spin", "view", "track", "card", "compare", "plan"},
-    {"doctor", "export", "plan_view"},
-    {"push"},
+    {"spin", "baseline", "view", "track", "card", "compare", "plan"},
+    {"doctor", "export", "plan_view", "sweep"},
+    {"push", "watching"},
     {"cli"},
 ]
 HEAVY = {

@@ -16,7 +16,7 @@ from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.memory import OutOfMemory
 from qspin.model import Adapter, SlotModel
-from qspin.optimisation import Metrics, Objective, optimise, steps_kept
+from qspin.optimisation import Metrics, Objective, optimise, step_order, steps_kept
 from qspin.packing import Plan
 from qspin.stopping import heed_stops
 
@@ -54,9 +54,8 @@ def run(
         objective,
         PLAN,
         config,
-        epochs=EPOCHS,
         lr=0.01,
-        seed=0,
+        order=step_order(len(PLAN), EPOCHS, 0),
         record_ids=IDS,
         snapshots=snapshots,
         on_step=on_step,

@@ -19,7 +19,7 @@ from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.model import SlotModel
-from qspin.optimisation import Metrics
+from qspin.optimisation import Metrics, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
@@ -50,7 +50,10 @@ def learn(
     snapshots: Path,
     on_step: Callable[[Metrics, int], None] = lambda _metrics, _rows: None,
 ) -> list[Metrics]:
-    return train_supervised(model, ROWS, plan, config, prefix=0, snapshots=snapshots, on_step=on_step)
+    order = step_order(len(plan), config.sft.epochs, config.seed)
+    return train_supervised(
+        model, ROWS, plan, config.train, lr=config.sft.lr, order=order, prefix=0, snapshots=snapshots, on_step=on_step
+    )
 
 
 def nll(model: SlotModel, rows: Sequence[Pair] = ROWS) -> float:

@@ -1,0 +1,191 @@
+"""A grid of runs over any settings, in one table and one plot.
+
+    cells = grid("smollm2-135m", {"data.source": "mine.jsonl"}, {"train.beta": [0.01, 0.1, 1]})
+    for cell in cells:
+        play_cell(cell, prepared, Path("sweeps/beta"), cells, progress)
+    write_results(Path("sweeps/beta"), cells)
+
+A run whose settings differ from an earlier one's in training alone takes over what training does not change: how the
+base measures, iteration 0's completions, and their scores. Each run is one like any other, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qspin.config import RunConfig, changed_results, load_config
+from qspin.errors import QspinError
+from qspin.evaluation import panel
+from qspin.files import read_json, write_text
+from qspin.game import Game, under_way
+from qspin.players import Player, best, players
+from qspin.prepare import Prepared
+from qspin.progress import Progress
+from qspin.report import GAME, PLAYER, WRITING, Column, Results, markdown
+from qspin.run_dir import IterationDir, RunDir
+from qspin.spin import play
+
+TABLE, PLOT = "SWEEP.md", "sweep.svg"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    settings: dict[str, Any]  # what is varied, as asked for
+    config: RunConfig
+
+    def run_dir(self, out: Path) -> RunDir:
+        return RunDir(out / self.name)
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """`"train.beta=0.01,0.1"` → `("train.beta", [0.01, 0.1])`; the values are read as a list in YAML."""
+    key, separator, values = text.partition("=")
+    wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
+    try:
+        found = yaml.safe_load(f"[{values}]") if separator and key else []
+    except yaml.YAMLError:
+        raise QspinError(wanted) from None
+    if not found or len({str(value) for value in found}) < len(found):
+        raise QspinError(wanted if not found else f"--vary {key}: a value is named twice")
+    return key.strip(), found
+
+
+def grid(source: str | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every combination, the last setting varying fastest, each checked before anything is computed.
+
+    Raises:
+        QspinError: a combination is no configuration; two of them would have one folder.
+    """
+    short = {key: key.rpartition(".")[2] for key in varied}
+    if len(set(short.values())) < len(short):
+        short = {key: key for key in varied}
+    cells = []
+    for values in itertools.product(*varied.values()):
+        settings = dict(zip(varied, values, strict=True))
+        name = "_".join(f"{short[key]}={_in_a_name(value)}" for key, value in settings.items())
+        cells.append(Cell(name, settings, load_config(source, {**overrides, **settings})))
+    if len({cell.name for cell in cells}) < len(cells):
+        raise QspinError("--vary: two combinations would have one folder's name; give values that differ in letters")
+    return cells
+
+
+def _in_a_name(value: Any) -> str:
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+
+
+def play_cell(cell: Cell, prepared: Prepared, out: Path, cells: Sequence[Cell], progress: Progress) -> None:
+    """Play one run, or go on with it."""
+    with under_way(prepared, cell.run_dir(out).path, progress) as game:
+        for other in itertools.takewhile(lambda earlier: earlier is not cell, cells):
+            _take_over(game, other, other.run_dir(out))
+        play(game)
+
+
+def _take_over(game: Game, other: Cell, source: RunDir) -> None:
+    """Pieces of another run that are the same in this one, unless they are here already."""
+    if not source.record.is_file() or not _same_but_for_training(game, other, source):
+        return
+    _copy(source.base, game.dir.base, ("evaluation", "times"))
+    first, ours = source.iteration(0), game.dir.iteration(0)
+    _copy(first, ours, ("generation_plan",))
+    _copy_shards(first.generated(0).parent, ours.generated(0).parent)
+    train, theirs = game.config.train, other.config.train
+    if (train.batch_size, train.tokens_per_micro_batch) == (theirs.batch_size, theirs.tokens_per_micro_batch):
+        _copy(first, ours, ("training_plan",))
+        _copy_shards(first.scores(0).parent, ours.scores(0).parent)
+
+
+def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
+    changed = {key for key, _, _ in changed_results(other.config, game.config)}
+    if not all(key == "iterations" or key.startswith("train.") for key in changed):
+        return False
+    ours, theirs = read_json(game.dir.record), read_json(source.record)
+    alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
+    return all(ours.get(key) == theirs.get(key) for key in alike)
+
+
+def _copy(source: IterationDir, target: IterationDir, pieces: Sequence[str]) -> None:
+    """A plan before what belongs to it; what a crash leaves half copied is found damaged and made again."""
+    for piece in pieces:
+        path, copy = getattr(source, piece), getattr(target, piece)
+        if path.is_file() and not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+
+
+def _copy_shards(source: Path, target: Path) -> None:
+    for path in sorted(source.glob("shard-*.jsonl")):
+        if not (target / path.name).exists():
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target / path.name)
+
+
+# --- results
+
+
+def results(out: Path, cells: Sequence[Cell]) -> Results:
+    """A row for the base and each iteration of every run; the iteration that a run keeps has a star."""
+    fields = [field for field in (*GAME, *WRITING) if field[0] != "ended"]
+    rows = []
+    for cell in cells:
+        measured = players(cell.run_dir(out), cell.config)
+        kept = _kept(measured, cell.config)
+        for player in measured:
+            figures = panel(player.evaluation, "report", seed=cell.config.seed)
+            told = [look(figures[name]) if name in figures else "" for name, look, _ in fields]
+            values = [str(value) for value in cell.settings.values()]
+            rows.append([*values, f"{player.name}{'*' if player is kept else ''}", *told])
+    varied = [Column(key, "varied") for key in cells[0].settings]
+    return Results("Runs", (*varied, PLAYER, *(column for _, _, column in fields)), rows)
+
+
+def _kept(measured: Sequence[Player], config: RunConfig) -> Player | None:
+    iterations = [player for player in measured if player.name.isdigit()]
+    if not iterations:
+        return None
+    return best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
+
+
+def write_results(out: Path, cells: Sequence[Cell]) -> None:
+    """SWEEP.md and sweep.svg, of what there is so far."""
+    write_text(out / TABLE, f"# Sweep\n\n{markdown(results(out, cells))}\n\n![NLL and 2-sample AUC]({PLOT})\n")
+    _plot(out, cells)
+
+
+def _plot(out: Path, cells: Sequence[Cell]) -> None:
+    """NLL and two-sample AUC from player to player, a line a run, with the intervals of the table."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Picture
+
+    picture = Picture(figsize=(10, 4), layout="constrained")
+    axes = picture.subplots(1, 2)
+    for offset, cell in enumerate(cells):
+        measured = players(cell.run_dir(out), cell.config)
+        panels = [panel(player.evaluation, "report", seed=cell.config.seed) for player in measured]
+        places = [index + 0.02 * (offset - len(cells) / 2) for index in range(len(measured))]
+        for axis, name in zip(axes, ("nll", "two_sample_auc"), strict=True):
+            figures = [found[name] for found in panels]
+            values = [figure.value for figure in figures]
+            around = [
+                [figure.value - figure.low for figure in figures],
+                [figure.high - figure.value for figure in figures],
+            ]
+            axis.errorbar(places, values, around, label=cell.name, capsize=2, marker="o", markersize=3)
+            axis.set_xticks(range(len(measured)), [player.name for player in measured])
+    for axis, title in zip(axes, ("NLL, nats a token", "2-sample AUC (0.5 is the best)"), strict=True):
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlabel("player")
+    axes[0].legend(fontsize="small")
+    with mpl.rc_context({"svg.hashsalt": "qspin"}):  # the same figures are the same bytes
+        picture.savefig(out / PLOT, metadata={"Date": None})

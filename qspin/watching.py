@@ -1,0 +1,119 @@
+"""Work that takes long, watched: what is on the terminal while it goes on, and the results when it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from qspin import baseline, report, spin, sweep, view
+from qspin.config import RunConfig
+from qspin.memory import used_and_total
+from qspin.meter import Meter, Work, measured, to_do, workload
+from qspin.players import chosen_iteration
+from qspin.prepare import Prepared
+from qspin.progress import Audience, Progress, TrackerName
+from qspin.run_dir import RunDir
+from qspin.safe_text import visible
+from qspin.status import StatusFile
+
+
+def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
+    """Play, or go on playing, in a folder."""
+    config, run_dir = prepared.config, RunDir(out)
+    meter = _meter(workload(run_dir, config, len(prepared.train), len(prepared.heldout)), config.iterations)
+    console = Console(stderr=as_json)
+    lines = view.JsonView(sys.stdout, meter) if as_json else None
+    listeners: list[Progress] = [StatusFile(run_dir.status, meter)]
+    with contextlib.ExitStack() as stack:
+        if lines is not None:
+            listeners.append(lines)
+            sys.stdout = sys.stderr  # for good: what libraries print, some of them as they exit, is for people
+        else:
+            listeners.append(stack.enter_context(_shown(console, meter)))
+        if tracker is not None:
+            from qspin.track import Tracker
+
+            listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
+        progress = Audience(meter, *listeners)
+        for note in prepared.notes:
+            progress.note(note)
+        if config.train.loss == "correlation":
+            progress.note(
+                "the correlation loss is unbounded below; the run stops when real completions lose "
+                f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
+            )
+        spin.run(prepared, out, progress)
+    _show_results(console, run_dir, config)
+    kept = chosen_iteration(run_dir, None)
+    answers = report.before_after(run_dir, prepared.heldout_prompts, kept, config.evaluation.shown)
+    if answers:
+        console.print(view.completions_table(answers))
+    adapter = run_dir.iteration(kept).adapter
+    if lines is not None:
+        lines.end(adapter, run_dir.summary)
+    else:
+        _tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
+
+
+def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> None:
+    """Train the supervised baseline of a run, or go on with it."""
+    config, run_dir = prepared.config, RunDir(out)
+    work = baseline.workload(run_dir, config, rates, len(prepared.train), len(prepared.heldout))
+    meter, console = _meter(work, config.iterations), Console()
+    with _shown(console, meter) as shown:
+        baseline.baseline(prepared, out, Audience(meter, shown), rates)
+    _show_results(console, run_dir, config)
+    _tell(console, f"table: {run_dir.summary}")
+
+
+def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunConfig, RunDir], Prepared]) -> None:
+    """Play every run of a sweep, or go on with it; the table and the plot are written after each."""
+    console = Console()
+    for number, cell in enumerate(cells, start=1):
+        run_dir = cell.run_dir(out)
+        _tell(console, f"{number} of {len(cells)}: {cell.name}")
+        prepared = prepare(cell.config, run_dir)
+        meter = _meter(
+            workload(run_dir, cell.config, len(prepared.train), len(prepared.heldout)), cell.config.iterations
+        )
+        with _shown(console, meter) as shown:
+            progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
+            sweep.play_cell(cell, prepared, out, cells, progress)
+        sweep.write_results(out, cells[:number])
+    table = sweep.results(out, cells)
+    console.print(view.results_table(table))
+    console.print(view.notes_table(table.notes), style="dim")
+    _tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
+
+
+@contextlib.contextmanager
+def _shown(console: Console, meter: Meter) -> Iterator[Progress]:
+    shown = view.for_people(console, meter)
+    with shown:
+        yield shown
+
+
+def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
+    for table in report.tables(run_dir, config)[: report.MAIN]:
+        console.print(view.results_table(table))
+        console.print(view.notes_table(table.notes), style="dim")
+        console.print()
+    console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
+    console.print(view.notes_table(report.sentences(run_dir, config)))
+    console.print()
+
+
+def _meter(work: Sequence[Work], iterations: int) -> Meter:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    memory: Callable[[], tuple[int, int]] = lambda: used_and_total(device)  # noqa: E731
+    return Meter(to_do(work), measured(work), iterations, memory)
+
+
+def _tell(console: Console, text: str) -> None:
+    """Text that may hold names from outside."""
+    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,164 @@
+"""A sweep: which runs it makes, what they share, and that sharing changes nothing."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Silent
+from test_cli import call
+
+from qspin import spin
+from qspin.config import RunConfig
+from qspin.errors import QspinError
+from qspin.files import read_json
+from qspin.prepare import Prepared, prepare
+from qspin.run_dir import RunDir
+from qspin.sweep import PLOT, TABLE, Cell, grid, parse_vary, play_cell, results, write_results
+
+WEIGHTS = "adapter_model.safetensors"
+DAY = datetime.date(2026, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(18)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model.id": str(tiny_folder("llama")),
+        "data.source": str(path),
+        "data.heldout_rows": 6,
+        "generation.max_new_tokens": 10,
+        "train.batch_size": 4,
+        "train.lr": 0.02,
+        "iterations": 1,
+        "evaluation.stop": "never",
+    }
+
+
+def ready(config: RunConfig) -> Prepared:
+    return prepare(config, DAY)
+
+
+def swept(cells: list[Cell], out: Path) -> list[RunDir]:
+    for cell in cells:
+        play_cell(cell, ready(cell.config), out, cells, Silent())
+    return [cell.run_dir(out) for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def betas(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Cell], Path]:
+    cells, out = grid(None, settings, {"train.beta": [0.1, 1]}), tmp_path_factory.mktemp("sweep")
+    swept(cells, out)
+    return cells, out
+
+
+def test_what_is_asked_for() -> None:
+    assert parse_vary("train.beta=0.01,0.1") == ("train.beta", [0.01, 0.1])
+    assert parse_vary("train.loss=logistic, hinge") == ("train.loss", ["logistic", "hinge"])
+    assert parse_vary("train.beta=[0.1,5],0.1") == ("train.beta", [[0.1, 5], 0.1])
+    for wrong in ("train.beta", "train.beta=", "=1", "train.beta=[1"):
+        with pytest.raises(QspinError, match="--vary takes KEY=VALUE,VALUE"):
+            parse_vary(wrong)
+    with pytest.raises(QspinError, match="a value is named twice"):
+        parse_vary("train.beta=1,1")
+
+
+def test_a_grid_is_every_combination_checked_beforehand() -> None:
+    cells = grid("smollm2-135m", {}, {"train.beta": [0.1, [0.1, 5]], "train.loss": ["logistic", "hinge"]})
+    assert [cell.name for cell in cells] == [
+        "beta=0.1_loss=logistic", "beta=0.1_loss=hinge", "beta=0.1-5_loss=logistic", "beta=0.1-5_loss=hinge",
+    ]  # fmt: skip
+    assert cells[3].config.train.beta == [0.1, 5]
+    names = [cell.name for cell in grid("smollm2-135m", {}, {"train.lr": [1e-4], "sft.lr": [2e-4]})]
+    assert names == ["train.lr=0.0001_sft.lr=0.0002"]
+    with pytest.raises(QspinError, match="loss"):
+        grid("smollm2-135m", {}, {"train.beta": [0.1], "train.loss": ["logistic", "hing"]})
+    with pytest.raises(QspinError, match="would have one folder"):
+        grid("smollm2-135m", {}, {"data.source": ["a b.jsonl", "a-b.jsonl"]})
+
+
+def test_what_training_does_not_change_is_made_once(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:
+    cells, out = betas
+    first, second = (cell.run_dir(out) for cell in cells)
+    for piece in ("evaluation", "times"):
+        assert getattr(first.base, piece).read_bytes() == getattr(second.base, piece).read_bytes()
+    one, other = first.iteration(0), second.iteration(0)
+    assert one.generated(0).read_bytes() == other.generated(0).read_bytes()
+    assert one.scores(0).read_bytes() == other.scores(0).read_bytes()
+    assert set(other.seconds()) == {"train", "evaluate"}, "it generated or scored again"
+    # and the run is the one that it would have been alone
+    alone = RunDir(tmp_path / "alone")
+    spin.run(ready(cells[1].config), alone.path, Silent())
+    assert (alone.iteration(0).adapter / WEIGHTS).read_bytes() == (other.adapter / WEIGHTS).read_bytes()
+    assert (one.adapter / WEIGHTS).read_bytes() != (other.adapter / WEIGHTS).read_bytes()
+
+
+def test_other_batches_are_scored_anew(settings: dict[str, Any], tmp_path: Path) -> None:
+    first, second = swept(grid(None, settings, {"train.batch_size": [4, 6]}), tmp_path)
+    assert set(second.iteration(0).seconds()) == {"score", "train", "evaluate"}
+    assert first.iteration(0).generated(0).read_bytes() == second.iteration(0).generated(0).read_bytes()
+
+
+@pytest.mark.parametrize(("key", "values"), [("lora.rank", [2, 4]), ("seed", [1, 2]), ("data.limit", [14, 16])])
+def test_nothing_is_shared_by_runs_that_differ_elsewhere(
+    key: str, values: list[Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    _, second = swept(grid(None, settings, {key: values}), tmp_path)
+    assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
+
+
+def test_other_rows_under_the_same_settings_are_not_shared(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Which file the rows come from defines no result: their content does."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(settings["data.source"]).read_text().replace("I say", "they say"))
+    _, second = swept(grid(None, settings, {"data.source": [settings["data.source"], str(other)]}), tmp_path / "out")
+    assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
+
+
+def test_what_was_half_copied_is_made_again(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:
+    cells, out = betas
+    source, again = cells[1].run_dir(out), RunDir(tmp_path / cells[1].name)
+    shard = again.iteration(0).generated(0)
+    again.path.mkdir()
+    again.record.write_bytes(source.record.read_bytes())
+    shard.parent.mkdir(parents=True)
+    again.iteration(0).generation_plan.write_bytes(source.iteration(0).generation_plan.read_bytes())
+    shard.write_bytes(source.iteration(0).generated(0).read_bytes()[:100])
+    play_cell(cells[1], ready(cells[1].config), tmp_path, cells, Silent())
+    assert shard.read_bytes() == source.iteration(0).generated(0).read_bytes()
+
+
+def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
+    cells, out = betas
+    table = results(out, cells)
+    assert [column.heading for column in table.columns[:3]] == ["train.beta", "player", "NLL"]
+    assert [row[:2] for row in table.rows] == [["0.1", "base"], ["0.1", "0*"], ["1", "base"], ["1", "0*"]]
+    write_results(out, cells)
+    page, plot = (out / TABLE).read_text(encoding="utf-8"), (out / PLOT).read_bytes()
+    assert "| 1 | 0\\* |" in page or "| 1 | 0* |" in page
+    assert b"<svg" in plot
+    assert b"beta=0.1" in plot or plot.count(b"<path") > 20  # text may be drawn as outlines
+    write_results(out, cells)
+    assert (out / PLOT).read_bytes() == plot
+
+
+def test_the_command_goes_on_where_it_stopped(settings: dict[str, Any], tmp_path: Path) -> None:
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command = ["sweep", "--out", tmp_path / "out", "--vary", "train.loss=logistic,hinge", *options]
+    answer = call(*command)
+    assert answer.code == 0, answer.err
+    assert "2 of 2: loss=hinge" in answer.out
+    adapter = tmp_path / "out" / "loss=hinge" / "iteration-0" / "adapter" / WEIGHTS
+    written = adapter.stat().st_mtime_ns
+    assert call(*command).code == 0
+    assert adapter.stat().st_mtime_ns == written
+    assert read_json(RunDir(adapter.parents[2]).record)["config"]["train"]["loss"] == "hinge"
+    refused = call("sweep", "--out", tmp_path / "out", "--vary", "train.loss=logistic,hing", *options)
+    assert refused.code == 1
+    assert "train.loss" in refused.err
