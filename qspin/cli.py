@@ -325,6 +325,29 @@ def baseline(
 
 
 @app.command()
+def report(
+    folder: RunFolder,
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="the file to write; report.html in the run's folder", callback=_a_name)
+    ] = None,
+) -> None:
+    """Write one HTML file to look at: figures, plots, answers before and after, and what the run was made of."""
+    from qspin.config import load_config
+    from qspin.files import write_text
+    from qspin.page import page
+    from qspin.run_dir import RunDir
+
+    run_dir = RunDir(folder)
+    run_dir.check_run()
+    _quiet_libraries()
+    prepared = _prepare(load_config(run_dir.config), run_dir, keep_rejects=False)
+    target = out or run_dir.path / "report.html"
+    write_text(target, page(run_dir, prepared))
+    typer.echo(f"report: {target}")
+
+
+@app.command()
 def status(run: RunFolder) -> None:
     """Say where a run stands, from another terminal while it works, or later."""
     from rich.console import Console

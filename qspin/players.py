@@ -93,6 +93,14 @@ def best(candidates: Sequence[Player], config: RunConfig) -> Player:
     return min(candidates, key=loss)
 
 
+def kept(measured: Sequence[Player], config: RunConfig) -> Player | None:
+    """The iteration that `evaluation.keep` means; None before the first."""
+    iterations = [player for player in measured if player.name.isdigit()]
+    if not iterations:
+        return None
+    return best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
+
+
 def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
     """`last`, `best` or a number → a finished iteration; None is what the run's `evaluation.keep` says.
 

@@ -10,7 +10,7 @@ from qspin.evaluation import change, panel, read_evaluation, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
-from qspin.players import Player, best, best_rival, players, rivals
+from qspin.players import Player, best, best_rival, kept, players, rivals
 from qspin.run_dir import IterationDir, RunDir
 from qspin.verdict import RATED, against, verdict
 
@@ -148,11 +148,9 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
 def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:
     """What happened, and how the iteration that is kept stands beside supervised training, if that was tried."""
     measured, rival = players(run_dir, config), best_rival(run_dir, config)
-    said = verdict(measured, config)
-    iterations = [player for player in measured if player.name.isdigit()]
-    if rival and iterations:
-        kept = best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
-        said.append(against(kept, best(rival[1], config), config))
+    said, chosen = verdict(measured, config), kept(measured, config)
+    if rival and chosen:
+        said.append(against(chosen, best(rival[1], config), config))
     return said
 
 

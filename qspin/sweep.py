@@ -21,12 +21,13 @@ from typing import Any
 
 import yaml
 
+from qspin import plots
 from qspin.config import RunConfig, changed_results, load_config
 from qspin.errors import QspinError
 from qspin.evaluation import panel
 from qspin.files import read_json, write_text
 from qspin.game import Game, under_way
-from qspin.players import Player, best, players
+from qspin.players import kept, players
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.report import GAME, PLAYER, WRITING, Column, Results, markdown
@@ -34,6 +35,7 @@ from qspin.run_dir import IterationDir, RunDir
 from qspin.spin import play
 
 TABLE, PLOT = "SWEEP.md", "sweep.svg"
+PLOTTED = {"nll": "NLL, nats a token", "two_sample_auc": "2-sample AUC (0.5 is the best)"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,52 +142,22 @@ def results(out: Path, cells: Sequence[Cell]) -> Results:
     rows = []
     for cell in cells:
         measured = players(cell.run_dir(out), cell.config)
-        kept = _kept(measured, cell.config)
+        chosen = kept(measured, cell.config)
         for player in measured:
             figures = panel(player.evaluation, "report", seed=cell.config.seed)
             told = [look(figures[name]) if name in figures else "" for name, look, _ in fields]
             values = [str(value) for value in cell.settings.values()]
-            rows.append([*values, f"{player.name}{'*' if player is kept else ''}", *told])
+            rows.append([*values, f"{player.name}{'*' if player is chosen else ''}", *told])
     varied = [Column(key, "varied") for key in cells[0].settings]
     return Results("Runs", (*varied, PLAYER, *(column for _, _, column in fields)), rows)
-
-
-def _kept(measured: Sequence[Player], config: RunConfig) -> Player | None:
-    iterations = [player for player in measured if player.name.isdigit()]
-    if not iterations:
-        return None
-    return best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
 
 
 def write_results(out: Path, cells: Sequence[Cell]) -> None:
     """SWEEP.md and sweep.svg, of what there is so far."""
     write_text(out / TABLE, f"# Sweep\n\n{markdown(results(out, cells))}\n\n![NLL and 2-sample AUC]({PLOT})\n")
-    _plot(out, cells)
-
-
-def _plot(out: Path, cells: Sequence[Cell]) -> None:
-    """NLL and two-sample AUC from player to player, a line a run, with the intervals of the table."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as Picture
-
-    picture = Picture(figsize=(10, 4), layout="constrained")
-    axes = picture.subplots(1, 2)
-    for offset, cell in enumerate(cells):
-        measured = players(cell.run_dir(out), cell.config)
-        panels = [panel(player.evaluation, "report", seed=cell.config.seed) for player in measured]
-        places = [index + 0.02 * (offset - len(cells) / 2) for index in range(len(measured))]
-        for axis, name in zip(axes, ("nll", "two_sample_auc"), strict=True):
-            figures = [found[name] for found in panels]
-            values = [figure.value for figure in figures]
-            around = [
-                [figure.value - figure.low for figure in figures],
-                [figure.high - figure.value for figure in figures],
-            ]
-            axis.errorbar(places, values, around, label=cell.name, capsize=2, marker="o", markersize=3)
-            axis.set_xticks(range(len(measured)), [player.name for player in measured])
-    for axis, title in zip(axes, ("NLL, nats a token", "2-sample AUC (0.5 is the best)"), strict=True):
-        axis.set_title(title, fontsize="medium")
-        axis.set_xlabel("player")
-    axes[0].legend(fontsize="small")
-    with mpl.rc_context({"svg.hashsalt": "qspin"}):  # the same figures are the same bytes
-        picture.savefig(out / PLOT, metadata={"Date": None})
+    measured = {cell.name: players(cell.run_dir(out), cell.config) for cell in cells}
+    panels = {
+        cell.name: {who.name: panel(who.evaluation, "report", seed=cell.config.seed) for who in measured[cell.name]}
+        for cell in cells
+    }
+    write_text(out / PLOT, plots.compared(panels, PLOTTED))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from qspin.config import RunConfig, at_iteration
 from qspin.evaluation import NEAR_HALF, Evaluation, Half, change, figure, panel, real_panel
 from qspin.panel import Figure
-from qspin.players import Player, best, loss_of
+from qspin.players import Player, best, kept, loss_of
 
 Stop = Literal["matched", "worse"]
 
@@ -57,20 +57,18 @@ def verdict(measured: Sequence[Player], config: RunConfig) -> list[str]:
     return said
 
 
-def against(kept: Player, rival: Player, config: RunConfig) -> str:
+def against(player: Player, rival: Player, config: RunConfig) -> str:
     """A sentence on the iteration that is kept, beside the best round of supervised training."""
-    moved = _moved(rival.evaluation, kept.evaluation, "report", config.seed)
-    return _comparison(rival, kept, *moved)
+    return _comparison(rival, player, *_moved(rival.evaluation, player.evaluation, "report", config.seed))
 
 
 def conclusion(measured: Sequence[Player], config: RunConfig) -> dict[str, Any]:
     """verdict.json: for programs, and for `qspin status`."""
-    iterations = [player for player in measured if player.name.isdigit()]
-    kept = best(iterations, config) if config.evaluation.keep == "best" and iterations else measured[-1]
+    chosen = kept(measured, config)
     return {
-        "iterations": len(iterations),
+        "iterations": sum(player.name.isdigit() for player in measured),
         "stop": stop(measured, config),
-        "kept": int(kept.name) if iterations else None,
+        "kept": None if chosen is None else int(chosen.name),
         "sentences": verdict(measured, config),
     }
 

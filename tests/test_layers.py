@@ -13,7 +13,7 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "footprint"},
     {"formats"},
-    {"data", "chat", "run_dir", "memory", "unsloth_kernels"},
+    {"data", "chat", "run_dir", "memory", "unsloth_kernels", "plots"},
     {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation"},
     {"fused", "status", "gguf_file", "players"},
     {"model", "packing", "kv_cache"},
@@ -25,7 +25,7 @@ LAYERS = [  # each may import what stands above it
     {"game"},
     {"answering", "learning", "measuring"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
-    {"doctor", "export", "plan_view", "sweep"},
+    {"doctor", "export", "plan_view", "sweep", "page"},
     {"push", "watching"},
     {"cli"},
 ]

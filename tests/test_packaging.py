@@ -61,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_its_presets_and_no_more(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qspin").glob("*.py")}
-    assert names == {*modules, "qspin/py.typed", *(f"qspin/{name}" for name in SHIPPED)}
+    assert names == {*modules, "qspin/py.typed", "qspin/report.html.j2", *(f"qspin/{name}" for name in SHIPPED)}
     data = {"quickstart.yaml", "house-style/train.jsonl", "sizes/7b.yaml", "templates/plain.jinja"}
     assert {f"qspin/presets/{name}" for name in data} <= names
 

@@ -1,0 +1,147 @@
+"""report.html: it has what a run came to, asks nothing of a network, and runs nothing that comes from data."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Silent
+from test_cli import call, refusal
+
+from qspin import plots, spin
+from qspin.config import load_config
+from qspin.errors import QspinError
+from qspin.page import SCRIPT, page
+from qspin.panel import Figure
+from qspin.prepare import Prepared, prepare
+from qspin.report import sentences, tables
+from qspin.run_dir import RunDir
+
+EVIL = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&<b>"
+
+
+class Elements(HTMLParser):
+    """Start tags with their attributes, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._in_script = tag == "script"
+        self.scripts += [""] * self._in_script
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = self._in_script and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def ready(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"What is {n}? {EVIL}", "completion": f"It is {n * 7}. {EVIL}"} for n in range(18)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {
+        "model.id": str(tiny_folder("llama")),
+        "data.source": str(path),
+        "data.heldout_rows": 6,
+        "generation.max_new_tokens": 10,
+        "train.batch_size": 4,
+        "iterations": 2,
+        "evaluation.stop": "never",
+    }
+    return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
+
+
+@pytest.fixture(scope="module")
+def run(ready: Prepared, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run = RunDir(tmp_path_factory.mktemp("runs") / "run")
+    spin.run(ready, run.path, Silent())
+    return run
+
+
+@pytest.fixture(scope="module")
+def shown(run: RunDir, ready: Prepared) -> Elements:
+    return Elements(page(run, ready))
+
+
+def test_it_has_what_the_run_came_to(run: RunDir, ready: Prepared) -> None:
+    text = page(run, ready)
+    for table in tables(run, ready.config):
+        assert f"<h2>{table.title}</h2>" in text
+    for sentence in sentences(run, ready.config):
+        assert sentence.replace("'", "&#39;") in text
+    for heading in (
+        "NLL, nats a token",
+        "Margin while training",
+        "Lengths of held-out completions",
+        "Where the time went",
+    ):
+        assert heading in text
+    assert ready.fingerprint in text
+    assert page(run, ready) == text, "the same run, another page"
+
+
+def test_it_asks_nothing_of_a_network(shown: Elements) -> None:
+    allowed = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for tag, attributes in shown.found:
+        assert tag not in {"link", "iframe", "img", "object", "embed", "base"}
+        for name, value in attributes.items():
+            assert "://" not in (value or "") or value in allowed, (tag, name)
+            assert name not in {"src", "onerror", "onload"}
+            assert name not in {"href", "xlink:href"} or (value or "").startswith("#")
+
+
+def test_what_comes_from_data_is_text(shown: Elements, ready: Prepared) -> None:
+    data, script = shown.scripts
+    assert script == SCRIPT
+    rows = json.loads(data)
+    assert len(rows) == len(ready.heldout)
+    assert [name for name, _ in rows[0]] == ["prompt", "real", "the base", "iteration 0", "iteration 1"]
+    assert rows[0][0][1] == ready.heldout_prompts[0]
+    assert EVIL in rows[0][0][1]
+    policy = next(a["content"] for tag, a in shown.found if tag == "meta" and a.get("http-equiv"))
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in str(policy)
+
+
+def test_other_rows_are_refused(run: RunDir, ready: Prepared) -> None:
+    with pytest.raises(QspinError, match="the rows are not those that"):
+        page(run, dataclasses.replace(ready, fingerprint="other"))
+
+
+def test_the_command(run: RunDir, tmp_path: Path) -> None:
+    answer = call("report", run.path)
+    assert answer.code == 0
+    assert answer.out == f"report: {run.path / 'report.html'}\n"
+    assert (run.path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert call("report", run.path, "--out", tmp_path / "mine.html").code == 0
+    assert (tmp_path / "mine.html").is_file()
+    assert refusal("report", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
+
+
+def test_pictures_take_their_ink_from_the_page() -> None:
+    figures = {"nll": Figure(1.0, 0.5, 1.5)}
+    svg = plots.players({"base": figures, "0": figures}, {"nll": ("NLL", 1.0)})
+    assert svg.startswith("<svg")
+    assert "currentColor" in svg
+    assert plots.INK not in svg
+    assert "NLL" in svg, "text stays text"
+    assert not re.search(r"<(image|script)", svg)
+    assert plots.players({"base": figures, "0": figures}, {"nll": ("NLL", 1.0)}) == svg
