@@ -29,6 +29,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
+ON_A_GPU = ("triton", "unsloth")
 
 
 @dataclass(slots=True)
@@ -139,11 +140,12 @@ def write(name: str, content: Mapping[str, Any]) -> None:
     """Keep results beside when, how and on what they were made."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    packages = PACKAGES + (ON_A_GPU if torch.cuda.is_available() else ())
     about = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/bench_{name}.py", *map(_name, sys.argv[1:])]),
         "machine": _machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
     }
     path.write_text(json.dumps(about | dict(content), indent=2) + "\n")
     say(f"kept in benchmarks/results/{path.name}")

@@ -124,7 +124,7 @@ def gpu() -> str:
     cases = _read("gpu", "cuda")["cases"]
     ours, plain, peer = (cases[name] for name in ("qspin", "qspin, torch's kernels", "TRL on Unsloth"))
     theirs, measured = peer_rates(peer), ours["measured"]
-    memory = peer["measured"]["training"]["peak_reserved_bytes"] / GIB
+    memory = peer["measured"]["training"]["peak_allocated_bytes"] / GIB
     rows = [("", "qspin", "GiB", "TRL on Unsloth", "GiB", "ratio"), ("---",) * 6]
     trained = {
         "256 + 256 + 256 tokens": (measured["22 GiB"], "256+256+256"),
@@ -138,9 +138,9 @@ def gpu() -> str:
         found = share[kind]["train"]
         rows.append(_beside(f"train, pairs a second: {label.strip()}", found, "pairs/s", theirs[kind], memory))
     generation = peer["measured"]["generation"]
-    speed, memory = generation["new_tokens_a_second"], generation["peak_reserved_bytes"] / GIB
-    for label, share, kind in (("16 rows at once", "6 GiB", "wide"), ("all that 22 GiB hold, 212", "22 GiB", "wide")):
-        found = measured[share]["generate"][kind]
+    speed, memory = generation["new_tokens_a_second"], generation["peak_allocated_bytes"] / GIB
+    for label, kind in (("16 rows at once", "16 at once"), ("all that 22 GiB hold, 212", "wide")):
+        found = measured["22 GiB"]["generate"][kind]
         rows.append(_beside(f"generate, tokens a second: {label}", found, "tokens/s", speed, memory))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
@@ -169,7 +169,7 @@ def gpu_memory() -> str:
 
 
 def _beside(what: str, found: dict[str, Any], key: str, theirs: float, memory: float) -> tuple[str, ...]:
-    ours, taken = found[key], found["reserved, GiB"]
+    ours, taken = found[key], found["allocated, GiB"]
     return what, _three(ours), f"{taken:.1f}", _three(theirs), f"{memory:.1f}", _ratio(ours / theirs)
 
 

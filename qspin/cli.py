@@ -14,6 +14,8 @@ from qspin.safe_text import check_path, redacted, show_traceback, visible
 from qspin.stopping import CODES, heed_stops, leave_stopped
 
 if TYPE_CHECKING:
+    import datetime
+
     from rich.console import Console
 
     from qspin.config import RunConfig
@@ -272,27 +274,34 @@ def sweep(
 
     overrides: dict[str, Any] = {} if data is None else {"data.source": data}
     overrides |= dict(parse_override(text) for text in settings or [])
-    cells = grid(source, overrides, dict(parse_vary(text) for text in vary))
+    cells = grid(source, overrides, parse_vary(vary))
     for cell in cells:
         cell.run_dir(out).check_usable()
     _quiet_libraries()
 
+    from qspin.record import template_date
     from qspin.watching import watch_sweep
 
+    date = template_date(cells[0].run_dir(out))  # one for all, or prompts of some templates would differ
+
     def prepare(config: RunConfig, run_dir: RunDir) -> Prepared:
-        return _prepare(config, run_dir, keep_rejects=True)
+        return _prepare(config, run_dir, keep_rejects=True, date=date)
 
     watch_sweep(cells, out, prepare)
 
 
-def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool) -> Prepared:
-    """Rows that a run stops at are listed where one that goes on lists those it leaves out."""
+def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool, date: datetime.date | None = None) -> Prepared:
+    """Rows that a run stops at are listed where one that goes on lists those it leaves out.
+
+    Args:
+        date: for the template of a new run, if not today.
+    """
     from qspin.data import LeftOut
     from qspin.prepare import prepare, write_rejects
     from qspin.record import template_date
 
     try:
-        return prepare(config, template_date(run_dir))
+        return prepare(config, date if date and not run_dir.record.is_file() else template_date(run_dir))
     except LeftOut as error:
         if not keep_rejects or run_dir.record.is_file():
             raise

@@ -22,7 +22,7 @@ from qspin.adapters import load_adapter
 from qspin.errors import QspinError
 from qspin.files import read_json
 from qspin.generation import Request, generate
-from qspin.model import SlotModel
+from qspin.model import SlotModel, unsloth_missing
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
 from qspin.recipe import recorded_config
@@ -122,6 +122,8 @@ class Trained:
         torch.set_num_threads(self.record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
         base, config = self.prepared.base, self.prepared.config
         backend = self.record.get("backend", "transformers")  # the only one when runs did not tell
+        if unsloth_missing(self.device):  # an export is compared within rounding, and on any machine
+            backend = "transformers"
         model = SlotModel.load(base, config.model, config.lora, seed=config.seed, device=self.device, backend=backend)
         model.set_adapter(load_adapter(self.adapter))
         return model

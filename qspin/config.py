@@ -68,7 +68,7 @@ class ModelConfig(_Part):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="compute type; auto is bfloat16 where the machine multiplies it natively"
     )
-    backend: BackendName | Auto = Field(
+    backend: Annotated[BackendName | Auto, _FREE] = Field(  # the run's record has the one that it began with
         "auto", description="kernels on a GPU; auto is unsloth where it is installed; a run keeps what it began with"
     )
     double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")

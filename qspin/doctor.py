@@ -220,10 +220,15 @@ def _broken_import(module: str, need: Requirement | None, error: str) -> Finding
 
 def backend() -> Finding:
     """Whose kernels a run takes."""
-    from qspin.config import ModelConfig
-    from qspin.model import choose_backend
+    from qspin.errors import QspinError
+    from qspin.model import choose_backend, unsloth_kernels
 
-    name, reason = choose_backend(ModelConfig(), _device())
+    name, reason = choose_backend("auto", _device())
+    try:
+        if name == "unsloth":
+            unsloth_kernels()
+    except QspinError as error:
+        return Finding("backend", "problem", str(error))
     return Finding("backend", "ok", f"{name} ({reason})")
 
 

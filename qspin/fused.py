@@ -110,13 +110,16 @@ def fuse_rotary(attention: nn.Module, kernels: Kernels) -> None:
     The function is one of the family's modelling code, so that it is replaced for every model of the family.
     """
     home = sys.modules[type(attention).__module__]
-    own = getattr(home, ROTARY, None)
-    if own is None or getattr(own, "replaced", False):
+    found = getattr(home, ROTARY, None)
+    if found is None:
         return
+    own = getattr(found, "own", found)  # as it was before another model's kernels took its place
     kernel = kernels.rotary(own)
-    if kernel is not None and _rotates_halves(own):
-        kernel.replaced = True  # type: ignore[attr-defined]
-        setattr(home, ROTARY, kernel)
+    if kernel is None or not _rotates_halves(own):
+        setattr(home, ROTARY, own)
+        return
+    kernel.own = own  # type: ignore[attr-defined]
+    setattr(home, ROTARY, kernel)
 
 
 def _rotates_halves(rotary: Rotate) -> bool:

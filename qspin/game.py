@@ -14,9 +14,9 @@ from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
-from qspin.files import full_disk_told
+from qspin.files import full_disk_told, read_json
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
-from qspin.model import SlotModel, choose_backend
+from qspin.model import SlotModel, choose_backend, unsloth_missing
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress
@@ -93,16 +93,28 @@ class Game:
 
 
 def _backend(prepared: Prepared, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
-    """As chosen when the run began: kernels round differently."""
-    chosen, reason = choose_backend(prepared.config.model, device)
-    backend: BackendName = remembered(run_dir, "backend", lambda: chosen)
-    if backend != chosen:
+    """As chosen when the run began, since kernels round differently.
+
+    Raises:
+        QspinError: it can't be had here, or another is asked for now.
+    """
+    asked = prepared.config.model.backend
+
+    def choose() -> BackendName:
+        began = "base_hash" in read_json(run_dir.record)  # before runs told: there was one backend
+        return "transformers" if began else choose_backend(asked, device)[0]
+
+    backend: BackendName = remembered(run_dir, "backend", choose)
+    if asked not in {"auto", backend}:
         raise QspinError(
-            f"{run_dir.path} began with the {backend} backend, which is not to be had here ({reason}); bring it back, "
-            "or choose another --out"
+            f"model.backend: {run_dir.path} began with {backend}, and other kernels round differently; go on with "
+            "that, or choose another --out"
         )
+    missing = unsloth_missing(device)
+    if backend == "unsloth" and missing:
+        raise QspinError(f"{run_dir.path} began with Unsloth's kernels: {missing}; or choose another --out")
     if device.type == "cuda":
-        progress.note(f"backend: {backend} ({reason})")
+        progress.note(f"backend: {backend}{f' ({missing})' if missing else ''}")
     return backend
 
 

@@ -69,7 +69,7 @@ def warm_start(game: Game) -> None:
 
 def learn_alike(game: Game, folder: IterationDir, index: int, *, lr: float, start: Adapter) -> None:
     """What iteration `index` did, supervised: as many steps on batches as large, of real completions alone."""
-    steps = len(read_json(game.dir.iteration(index).training_plan)["batches"]) * game.config.train.epochs
+    steps = len(read_jsonl(game.dir.iteration(index).metrics))
     seed = game.config.seed + index
     _learn_real(
         game,

@@ -71,7 +71,7 @@ def measured(work: Sequence[Work]) -> dict[str, float]:
         seconds = item.folder.seconds()
         # unless the folder is evaluated, which comes last, the last phase in it may be half done
         finished = list(seconds) if item.folder.evaluation.is_file() else list(seconds)[:-1]
-        name = "train" if item.phase == "warm start" else item.phase
+        name = "train" if item.phase in {"warm start", "supervised"} else item.phase
         if name in finished:
             paces[item.phase] = seconds[name] / item.units
     return paces

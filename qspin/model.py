@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
@@ -87,7 +87,7 @@ class SlotModel:
             QspinError: the base can't be loaded, or its architecture computes logits in a way not known here.
         """
         dtype = compute_dtype(model, device)
-        kernels = _unsloth_kernels() if backend == "unsloth" else Kernels()
+        kernels = unsloth_kernels() if backend == "unsloth" else Kernels()
         try:
             causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
                 base.weights(),
@@ -108,18 +108,18 @@ class SlotModel:
             raise unreachable(base, error) from None
         reference = _own_logits(causal_lm, device)
         torch.manual_seed(seed)
-        peft_model = peft.get_peft_model(
-            causal_lm,
-            peft.LoraConfig(
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                target_modules=lora.targets,
-                lora_dropout=0.0,
-                bias="none",
-                task_type="CAUSAL_LM",
-            ),
-            adapter_name=SLOT,
+        slot = peft.LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules=lora.targets,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
         )
+        try:
+            peft_model = peft.get_peft_model(causal_lm, slot, adapter_name=SLOT)
+        except ValueError as error:  # no such layers, or of a kind that can't be adapted
+            raise QspinError(f"lora.targets: {base.name}: {' '.join(str(error).split())}") from None
         layers = _prepare(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._check_logits(reference)
@@ -306,28 +306,41 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def choose_backend(model: ModelConfig, device: torch.device) -> tuple[BackendName, str]:
-    """Who computes norms, gates and 4-bit weights: torch itself, or Unsloth's kernels on a GPU; and why.
+def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -> tuple[BackendName, str]:
+    """Who computes norms, gates, rotary embeddings and 4-bit weights: torch itself, or Unsloth's kernels; and why.
 
     Raises:
         QspinError: the one asked for can't be had.
     """
-    missing = "it needs a GPU" if device.type == "cpu" else "it is not installed: pip install 'qspin[unsloth]'"
-    if device.type == "cpu" or importlib.util.find_spec("unsloth") is None:
-        if model.backend == "unsloth":
-            raise QspinError(f"model.backend: no unsloth here, {missing}; or set model.backend=transformers")
-        return "transformers", missing.replace("it ", "Unsloth ", 1)
-    if model.backend == "transformers":
-        return "transformers", "as model.backend says"
-    return "unsloth", "a GPU, and Unsloth is installed" if model.backend == "auto" else "as model.backend says"
+    missing = unsloth_missing(device)
+    if asked == "unsloth" and missing:
+        raise QspinError(f"model.backend: no unsloth here: {missing}; or set model.backend=transformers")
+    if asked != "auto":
+        return asked, "as model.backend says"
+    return ("transformers", missing) if missing else ("unsloth", "a GPU, and Unsloth is installed")
 
 
-def _unsloth_kernels() -> Kernels:
+def unsloth_missing(device: torch.device) -> str | None:
+    """Why Unsloth's kernels can't be had, if they can't."""
+    if device.type == "cpu":
+        return "Unsloth needs a GPU"
+    if importlib.util.find_spec("unsloth") is None:
+        return "Unsloth is not installed: pip install 'qspin[unsloth]'"
+    return None
+
+
+def unsloth_kernels() -> Kernels:
+    """Raises a QspinError: Unsloth is installed, and can't be imported."""
     # it writes code that it generates into a folder, of the working directory unless told otherwise
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
-    # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
-    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-        from qspin.unsloth_kernels import UnslothKernels
+    try:
+        # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            from qspin.unsloth_kernels import UnslothKernels
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise QspinError(
+            f"Unsloth can't be imported ({' '.join(str(error).split())}); mend it, or set model.backend=transformers"
+        ) from None
     return UnslothKernels()
 
 

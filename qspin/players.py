@@ -27,9 +27,10 @@ class Player:
     @property
     def told(self) -> str:
         """Its name in a sentence."""
-        if self.name.startswith(ROUND):
-            return f"round {self.name.removeprefix(ROUND)} of supervised training"
-        return {"base": "the base", "sft": "the warm start"}.get(self.name, f"iteration {self.name}")
+        if self.name.isdigit():
+            return f"iteration {self.name}"
+        known = {"base": "the base", "sft": "the warm start"}
+        return known.get(self.name) or f"round {self.name.removeprefix(ROUND)} of supervised training"
 
 
 def players(run_dir: RunDir, config: RunConfig) -> list[Player]:
@@ -50,7 +51,7 @@ def players(run_dir: RunDir, config: RunConfig) -> list[Player]:
 def rivals(run_dir: RunDir) -> dict[float, list[Player]]:
     """The rounds of the supervised baseline that were measured, by their learning rate."""
     found: dict[float, list[Player]] = {}
-    for rate in sorted(float(path.name.removeprefix("lr-")) for path in run_dir.path.glob("supervised/lr-*")):
+    for rate in run_dir.supervised_rates():
         folders = (run_dir.supervised(rate, index) for index in itertools.count())
         measured = itertools.takewhile(lambda folder: folder.evaluation.is_file(), folders)
         rounds = [
@@ -62,11 +63,11 @@ def rivals(run_dir: RunDir) -> dict[float, list[Player]]:
 
 
 def best_rival(run_dir: RunDir, config: RunConfig) -> tuple[float, list[Player]] | None:
-    """The rate with the best round, and its rounds; None without a baseline. Rates are chosen as iterations are."""
+    """The rate whose chosen round is best, and its rounds; None without a baseline."""
     found = rivals(run_dir)
     if not found:
         return None
-    winners = {rate: best(rounds, config) for rate, rounds in found.items()}
+    winners = {rate: chosen(rounds, config) for rate, rounds in found.items()}
     winner = best(list(winners.values()), config)
     rate = next(rate for rate, player in winners.items() if player is winner)
     return rate, found[rate]
@@ -96,9 +97,12 @@ def best(candidates: Sequence[Player], config: RunConfig) -> Player:
 def kept(measured: Sequence[Player], config: RunConfig) -> Player | None:
     """The iteration that `evaluation.keep` means; None before the first."""
     iterations = [player for player in measured if player.name.isdigit()]
-    if not iterations:
-        return None
-    return best(iterations, config) if config.evaluation.keep == "best" else iterations[-1]
+    return chosen(iterations, config) if iterations else None
+
+
+def chosen(candidates: Sequence[Player], config: RunConfig) -> Player:
+    """Of iterations, or of rounds of supervised training, the one that `evaluation.keep` means."""
+    return best(candidates, config) if config.evaluation.keep == "best" else candidates[-1]
 
 
 def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:

@@ -10,7 +10,7 @@ from qspin.evaluation import change, panel, read_evaluation, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
-from qspin.players import Player, best, best_rival, kept, players, rivals
+from qspin.players import Player, best_rival, chosen, kept, players, rivals
 from qspin.run_dir import IterationDir, RunDir
 from qspin.verdict import RATED, against, verdict
 
@@ -134,12 +134,13 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
     fields = [field for field in (*GAME, *WRITING) if field[0] in RATED]
     rows = []
     for rate, rounds in found.items():
-        chosen = best(rounds, config)
-        figures = panel(chosen.evaluation, "report", seed=config.seed)
-        rows.append([f"{rate:g}", f"{chosen.name} of {len(rounds)}", *(look(figures[key]) for key, look, _ in fields)])
+        player = chosen(rounds, config)
+        figures = panel(player.evaluation, "report", seed=config.seed)
+        told = (look(figures[key]) for key, look, _ in fields)
+        rows.append([f"{rate:g}", f"{player.name} of {len(rounds)}", *told])
     columns = (
         Column("rate", "learning rate of the supervised baseline"),
-        Column("best round", "by evaluation.best_by, on the rows to choose by"),
+        Column("round", "the one that is kept, as an iteration is (evaluation.keep)"),
         *(column for _, _, column in fields),
     )
     return [Results("Supervised training, by rate", columns, rows)]
@@ -148,9 +149,9 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
 def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:
     """What happened, and how the iteration that is kept stands beside supervised training, if that was tried."""
     measured, rival = players(run_dir, config), best_rival(run_dir, config)
-    said, chosen = verdict(measured, config), kept(measured, config)
-    if rival and chosen:
-        said.append(against(chosen, best(rival[1], config), config))
+    said, ours = verdict(measured, config), kept(measured, config)
+    if rival and ours:
+        said.append(against(ours, chosen(rival[1], config), config))
     return said
 
 

@@ -139,6 +139,11 @@ class RunDir:
         """The baseline's round that stands beside an iteration."""
         return IterationDir(self.path / "supervised" / f"lr-{lr:g}" / f"round-{index}")
 
+    def supervised_rates(self) -> list[float]:
+        """The learning rates that the baseline has a folder for."""
+        names = (re.fullmatch(r"lr-([\d.e+-]+)", path.name) for path in self.path.glob("supervised/lr-*"))
+        return sorted({float(name[1]) for name in names if name})
+
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
 

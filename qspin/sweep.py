@@ -6,7 +6,8 @@
     write_results(Path("sweeps/beta"), cells)
 
 A run whose settings differ from an earlier one's in training alone takes over what training does not change: how the
-base measures, iteration 0's completions, and their scores. Each run is one like any other, in a folder of its own.
+base measures and, where it is the first opponent, iteration 0's completions and their scores. Each run is one like any
+other, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import yaml
 
 from qspin import plots
-from qspin.config import RunConfig, changed_results, load_config
+from qspin.config import RunConfig, changed_results, dump_config, load_config
 from qspin.errors import QspinError
 from qspin.evaluation import panel
 from qspin.files import read_json, write_text
@@ -31,7 +32,7 @@ from qspin.players import kept, players
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.report import GAME, PLAYER, WRITING, Column, Results, markdown
-from qspin.run_dir import IterationDir, RunDir
+from qspin.run_dir import RunDir
 from qspin.spin import play
 
 TABLE, PLOT = "SWEEP.md", "sweep.svg"
@@ -50,8 +51,15 @@ class Cell:
         return RunDir(out / self.name)
 
 
-def parse_vary(text: str) -> tuple[str, list[Any]]:
-    """`"train.beta=0.01,0.1"` → `("train.beta", [0.01, 0.1])`; the values are read as a list in YAML."""
+def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`["train.beta=0.01,0.1"]` → `{"train.beta": [0.01, 0.1]}`; the values are read as a list in YAML."""
+    found = [_parse_vary(text) for text in texts]
+    if len(dict(found)) < len(found):
+        raise QspinError("--vary: a setting is named twice; give all its values at once, as in train.beta=0.01,0.1")
+    return dict(found)
+
+
+def _parse_vary(text: str) -> tuple[str, list[Any]]:
     key, separator, values = text.partition("=")
     wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
     try:
@@ -79,6 +87,8 @@ def grid(source: str | None, overrides: Mapping[str, Any], varied: Mapping[str, 
         cells.append(Cell(name, settings, load_config(source, {**overrides, **settings})))
     if len({cell.name for cell in cells}) < len(cells):
         raise QspinError("--vary: two combinations would have one folder's name; give values that differ in letters")
+    if len({dump_config(cell.config) for cell in cells}) < len(cells):
+        raise QspinError("--vary: two combinations are the same, so that a run would be played twice")
     return cells
 
 
@@ -98,14 +108,15 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
     """Pieces of another run that are the same in this one, unless they are here already."""
     if not source.record.is_file() or not _same_but_for_training(game, other, source):
         return
-    _copy(source.base, game.dir.base, ("evaluation", "times"))
+    for piece in ("evaluation", "times"):
+        _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
+    if game.config.sft.epochs:  # a warm start is trained as everything is: it may be another opponent
+        return
     first, ours = source.iteration(0), game.dir.iteration(0)
-    _copy(first, ours, ("generation_plan",))
-    _copy_shards(first.generated(0).parent, ours.generated(0).parent)
+    _copy_under_a_plan(first.generation_plan, ours.generation_plan, first.generated(0), ours.generated(0))
     train, theirs = game.config.train, other.config.train
     if (train.batch_size, train.tokens_per_micro_batch) == (theirs.batch_size, theirs.tokens_per_micro_batch):
-        _copy(first, ours, ("training_plan",))
-        _copy_shards(first.scores(0).parent, ours.scores(0).parent)
+        _copy_under_a_plan(first.training_plan, ours.training_plan, first.scores(0), ours.scores(0))
 
 
 def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
@@ -117,20 +128,23 @@ def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     return all(ours.get(key) == theirs.get(key) for key in alike)
 
 
-def _copy(source: IterationDir, target: IterationDir, pieces: Sequence[str]) -> None:
-    """A plan before what belongs to it; what a crash leaves half copied is found damaged and made again."""
-    for piece in pieces:
-        path, copy = getattr(source, piece), getattr(target, piece)
-        if path.is_file() and not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, copy)
+def _copy_under_a_plan(plan: Path, our_plan: Path, shard: Path, our_shard: Path) -> None:
+    """The plan, unless there is one here, and shards that are of the same plan.
+
+    A plan comes before what belongs to it; what a crash leaves half copied is found damaged and made again.
+    """
+    if not plan.is_file():
+        return
+    _copy(plan, our_plan)
+    if read_json(plan) == read_json(our_plan):
+        for path in sorted(shard.parent.glob("shard-*.jsonl")):
+            _copy(path, our_shard.parent / path.name)
 
 
-def _copy_shards(source: Path, target: Path) -> None:
-    for path in sorted(source.glob("shard-*.jsonl")):
-        if not (target / path.name).exists():
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target / path.name)
+def _copy(path: Path, copy: Path) -> None:
+    if path.is_file() and not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, copy)
 
 
 # --- results
@@ -154,6 +168,7 @@ def results(out: Path, cells: Sequence[Cell]) -> Results:
 
 def write_results(out: Path, cells: Sequence[Cell]) -> None:
     """SWEEP.md and sweep.svg, of what there is so far."""
+    out.mkdir(parents=True, exist_ok=True)
     write_text(out / TABLE, f"# Sweep\n\n{markdown(results(out, cells))}\n\n![NLL and 2-sample AUC]({PLOT})\n")
     measured = {cell.name: players(cell.run_dir(out), cell.config) for cell in cells}
     panels = {

@@ -64,7 +64,10 @@ def _gradients(model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatc
         logps, _ = pair_logps(model, pack_row(members, model.device, prefix))  # (B,)
         if not bool(torch.isfinite(logps).all()):
             bad = [row.record_id for row, ok in zip(members, torch.isfinite(logps).tolist(), strict=True) if not ok]
-            raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower its rate, or drop these rows")
+            raise QspinError(
+                f"the loss is not finite for {', '.join(bad[:5])}; lower its learning rate (sft.lr, or --lr of the "
+                "baseline), or drop these rows"
+            )
         (-logps.sum() / tokens).backward()  # type: ignore[no-untyped-call]
         loss -= float(logps.detach().sum()) / tokens
     return {"loss": loss}

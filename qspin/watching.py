@@ -12,7 +12,8 @@ from rich.console import Console
 
 from qspin import baseline, report, spin, sweep, view
 from qspin.config import RunConfig
-from qspin.memory import used_and_total
+from qspin.errors import QspinError
+from qspin.memory import keep_freed_memory, used_and_total
 from qspin.meter import Meter, Work, measured, to_do, workload
 from qspin.players import chosen_iteration
 from qspin.prepare import Prepared
@@ -40,13 +41,7 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
 
             listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
         progress = Audience(meter, *listeners)
-        for note in prepared.notes:
-            progress.note(note)
-        if config.train.loss == "correlation":
-            progress.note(
-                "the correlation loss is unbounded below; the run stops when real completions lose "
-                f"{config.train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
-            )
+        _notes(prepared, progress)
         spin.run(prepared, out, progress)
     _show_results(console, run_dir, config)
     kept = chosen_iteration(run_dir, None)
@@ -66,29 +61,52 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
     work = baseline.workload(run_dir, config, rates, len(prepared.train), len(prepared.heldout))
     meter, console = _meter(work, config.iterations), Console()
     with _shown(console, meter) as shown:
-        baseline.baseline(prepared, out, Audience(meter, shown), rates)
+        progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
+        baseline.baseline(prepared, out, progress, rates)
     _show_results(console, run_dir, config)
     _tell(console, f"table: {run_dir.summary}")
 
 
 def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunConfig, RunDir], Prepared]) -> None:
-    """Play every run of a sweep, or go on with it; the table and the plot are written after each."""
-    console = Console()
+    """Play every run of a sweep, or go on with it; the table and the plot are written after each.
+
+    Raises:
+        QspinError: at the end, if a run could not be played to its end.
+    """
+    console, failed = Console(), []
     for number, cell in enumerate(cells, start=1):
         run_dir = cell.run_dir(out)
         _tell(console, f"{number} of {len(cells)}: {cell.name}")
-        prepared = prepare(cell.config, run_dir)
-        meter = _meter(
-            workload(run_dir, cell.config, len(prepared.train), len(prepared.heldout)), cell.config.iterations
-        )
-        with _shown(console, meter) as shown:
-            progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
-            sweep.play_cell(cell, prepared, out, cells, progress)
+        try:
+            prepared = prepare(cell.config, run_dir)
+            work = workload(run_dir, cell.config, len(prepared.train), len(prepared.heldout))
+            meter = _meter(work, cell.config.iterations)
+            with _shown(console, meter) as shown:
+                progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
+                _notes(prepared, progress)
+                sweep.play_cell(cell, prepared, out, cells, progress)
+        except QspinError as error:  # the others may well be played
+            _tell(console, f"error: {error}")
+            failed.append(cell.name)
         sweep.write_results(out, cells[:number])
     table = sweep.results(out, cells)
     console.print(view.results_table(table))
     console.print(view.notes_table(table.notes), style="dim")
     _tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
+    if failed:
+        raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")
+
+
+def _notes(prepared: Prepared, progress: Progress) -> None:
+    """What is to be said before the first phase."""
+    for note in prepared.notes:
+        progress.note(note)
+    train = prepared.config.train
+    if train.loss == "correlation":
+        progress.note(
+            "the correlation loss is unbounded below; the run stops when real completions lose "
+            f"{train.max_real_logp_drop:g} nats (train.max_real_logp_drop)"
+        )
 
 
 @contextlib.contextmanager
@@ -109,6 +127,7 @@ def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
 
 
 def _meter(work: Sequence[Work], iterations: int) -> Meter:
+    keep_freed_memory()  # before anything asks a device how much it has
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory: Callable[[], tuple[int, int]] = lambda: used_and_total(device)  # noqa: E731
     return Meter(to_do(work), measured(work), iterations, memory)

@@ -399,6 +399,7 @@ def test_the_last_value_of_a_list_goes_on(iteration: int, expected: float) -> No
 
 # each free setting, and each that defines the result, with a value that is not its default
 FREE: dict[str, Any] = {
+    "model.backend": "transformers",
     "about": "x",
     "iterations": 9,
     "model.license": "x",
@@ -429,7 +430,6 @@ DEFINING: dict[str, Any] = {
     "data.max_completion_tokens": 3, "data.long_completions": "cut", "data.max_malformed_share": 0.5,
     "generation.max_new_tokens": 3, "generation.temperature": 0.5, "generation.top_p": 0.5, "train.loss": "hinge",
     "train.beta": [0.1, 0.2], "train.lr": 0.5, "train.optimizer": "rmsprop", "train.epochs": 3,
-    "model.backend": "transformers",
     "sft.epochs": 3, "sft.lr": 0.5, "train.batch_size": 3, "train.warmup": 0.5, "train.weight_decay": 0.5,
     "train.max_grad_norm": 0.5, "train.mix_previous": 0, "train.max_real_logp_drop": 3.0, "evaluation.style": "x",
     "evaluation.shown": 1, "seed": 3,

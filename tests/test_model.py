@@ -46,6 +46,12 @@ def test_a_family_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
         SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
 
 
+def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path]) -> None:
+    model, lora = ModelConfig(id=str(tiny_folder("llama"))), LoraConfig(targets=["query"])
+    with pytest.raises(QspinError, match=r"^lora.targets: tiny-llama: Target modules .*query.* not found"):
+        SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
+
+
 def test_a_fresh_slot_plays_as_the_base(tiny_model: Callable[..., SlotModel]) -> None:
     model = tiny_model()
     fresh = logits(model)

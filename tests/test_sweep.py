@@ -13,9 +13,11 @@ from conftest import Silent
 from test_cli import call
 
 from qspin import spin
-from qspin.config import RunConfig
+from qspin.answering import answer
+from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json
+from qspin.files import read_json, read_jsonl, remove
+from qspin.game import under_way
 from qspin.prepare import Prepared, prepare
 from qspin.run_dir import RunDir
 from qspin.sweep import PLOT, TABLE, Cell, grid, parse_vary, play_cell, results, write_results
@@ -59,14 +61,16 @@ def betas(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_what_is_asked_for() -> None:
-    assert parse_vary("train.beta=0.01,0.1") == ("train.beta", [0.01, 0.1])
-    assert parse_vary("train.loss=logistic, hinge") == ("train.loss", ["logistic", "hinge"])
-    assert parse_vary("train.beta=[0.1,5],0.1") == ("train.beta", [[0.1, 5], 0.1])
+    assert parse_vary(["train.beta=0.01,0.1", "seed=1"]) == {"train.beta": [0.01, 0.1], "seed": [1]}
+    assert parse_vary(["train.loss=logistic, hinge"]) == {"train.loss": ["logistic", "hinge"]}
+    assert parse_vary(["train.beta=[0.1,5],0.1"]) == {"train.beta": [[0.1, 5], 0.1]}
     for wrong in ("train.beta", "train.beta=", "=1", "train.beta=[1"):
         with pytest.raises(QspinError, match="--vary takes KEY=VALUE,VALUE"):
-            parse_vary(wrong)
+            parse_vary([wrong])
     with pytest.raises(QspinError, match="a value is named twice"):
-        parse_vary("train.beta=1,1")
+        parse_vary(["train.beta=1,1"])
+    with pytest.raises(QspinError, match="a setting is named twice"):
+        parse_vary(["train.beta=1", "train.beta=2"])
 
 
 def test_a_grid_is_every_combination_checked_beforehand() -> None:
@@ -81,6 +85,8 @@ def test_a_grid_is_every_combination_checked_beforehand() -> None:
         grid("smollm2-135m", {}, {"train.beta": [0.1], "train.loss": ["logistic", "hing"]})
     with pytest.raises(QspinError, match="would have one folder"):
         grid("smollm2-135m", {}, {"data.source": ["a b.jsonl", "a-b.jsonl"]})
+    with pytest.raises(QspinError, match="two combinations are the same"):
+        grid("smollm2-135m", {}, {"train.lr": ["1e-4", 0.0001]})
 
 
 def test_what_training_does_not_change_is_made_once(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:
@@ -121,6 +127,50 @@ def test_other_rows_under_the_same_settings_are_not_shared(settings: dict[str, A
     assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
 
 
+def test_warm_starts_are_opponents_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
+    """They are trained by the settings of training too."""
+    first, second = swept(grid(None, {**settings, "sft.epochs": 1}, {"train.batch_size": [4, 6]}), tmp_path)
+    assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
+    assert set(second.base.seconds()) == {"evaluate"}
+    assert first.base.evaluation.read_bytes() == second.base.evaluation.read_bytes()
+
+
+def test_shards_of_another_plan_are_left_alone(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:
+    cells, out = betas
+    smaller = load_config(None, {**changes(cells[1]), "generation.shard_rows": 5})
+    cell = Cell(cells[1].name, cells[1].settings, smaller)
+    prepared = ready(smaller)
+    begun = under_way(prepared, cell.run_dir(tmp_path).path, Silent())
+    with begun as game:  # a run of this name that made its own plan, and died
+        answer(game, 0)
+    remove(cell.run_dir(tmp_path).iteration(0).generated(1))
+    (tmp_path / cells[0].name).symlink_to(cells[0].run_dir(out).path)
+    play_cell(cell, prepared, tmp_path, [cells[0], cell], Silent())
+    shards = cell.run_dir(tmp_path).iteration(0)
+    rows = [row["record_id"] for index in range(3) for row in read_jsonl(shards.generated(index))]
+    assert sorted(rows) == sorted(example.record_id for example in prepared.train)
+
+
+def changes(cell: Cell) -> dict[str, Any]:
+    """A configuration as overrides."""
+    tree = cell.config.model_dump(mode="json", exclude_defaults=True)
+    return {
+        f"{part}.{key}" if isinstance(group, dict) else part: value
+        for part, group in tree.items()
+        for key, value in (group.items() if isinstance(group, dict) else [("", group)])
+    }
+
+
+def test_a_run_that_fails_does_not_end_a_sweep(settings: dict[str, Any], tmp_path: Path) -> None:
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    vary = "lora.targets=[nothing_of_this_name],[q_proj]"
+    answered = call("sweep", "--out", tmp_path / "out", "--vary", vary, *options)
+    assert answered.code == 1
+    assert "1 of 2 runs did not come to their end: targets=nothing_of_this_name" in answered.err
+    assert (tmp_path / "out" / "targets=q_proj" / "iteration-0" / "adapter" / WEIGHTS).is_file()
+    assert (tmp_path / "out" / TABLE).is_file()
+
+
 def test_what_was_half_copied_is_made_again(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:
     cells, out = betas
     source, again = cells[1].run_dir(out), RunDir(tmp_path / cells[1].name)
@@ -151,9 +201,9 @@ def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
 def test_the_command_goes_on_where_it_stopped(settings: dict[str, Any], tmp_path: Path) -> None:
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     command = ["sweep", "--out", tmp_path / "out", "--vary", "train.loss=logistic,hinge", *options]
-    answer = call(*command)
-    assert answer.code == 0, answer.err
-    assert "2 of 2: loss=hinge" in answer.out
+    answered = call(*command)
+    assert answered.code == 0, answered.err
+    assert "2 of 2: loss=hinge" in answered.out
     adapter = tmp_path / "out" / "loss=hinge" / "iteration-0" / "adapter" / WEIGHTS
     written = adapter.stat().st_mtime_ns
     assert call(*command).code == 0

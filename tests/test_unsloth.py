@@ -23,8 +23,8 @@ NEEDS = (
 )  # fmt: skip
 SIGNATURES = """
 import inspect, json
-from qspin.model import _unsloth_kernels
-_unsloth_kernels()
+from qspin.model import unsloth_kernels
+unsloth_kernels()
 import unsloth.kernels as kernels
 print(json.dumps({name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}))
 """

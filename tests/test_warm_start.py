@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_names_its_row(tiny_model: LoadModel, tmp_path
     embeddings = model.peft_model.get_base_model().get_input_embeddings().weight
     with torch.no_grad():
         embeddings[53] = float("nan")  # the prompt of row-3
-    with pytest.raises(QspinError, match=r"^the loss is not finite for row-3; lower sft\.lr"):
+    with pytest.raises(QspinError, match=r"^the loss is not finite for row-3; lower its learning rate \(sft\.lr"):
         learn(model, [[[index] for index in range(6)]], config_for(), tmp_path)
 
 
