@@ -334,6 +334,36 @@ def baseline(
 
 
 @app.command()
+def compare(
+    folder: RunFolder,
+    *,
+    iterations: Annotated[
+        str | None, typer.Option(help="numbers, as 0,2; by default the one that the run keeps")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="held-out prompts to show")] = 5,
+) -> None:
+    """Show held-out prompts answered by the base and by iterations, side by side."""
+    from rich.console import Console
+
+    from qspin import view
+    from qspin.config import load_config
+    from qspin.players import chosen_iteration, players
+    from qspin.record import check_rows
+    from qspin.report import answers
+    from qspin.run_dir import RunDir
+
+    run_dir = RunDir(folder)
+    wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
+    chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
+    config = load_config(run_dir.config)
+    _quiet_libraries()
+    prepared = _prepare(config, run_dir, keep_rejects=False)
+    check_rows(run_dir, prepared)
+    who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
+    Console().print(view.completions_table(answers(who, prepared.heldout_prompts, rows)))
+
+
+@app.command()
 def report(
     folder: RunFolder,
     *,

@@ -24,6 +24,7 @@ from qspin.evaluation import panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.players import Player, kept, players
 from qspin.prepare import Prepared
+from qspin.record import check_rows
 from qspin.report import PHASES, measured_on, sentences, tables
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
@@ -60,10 +61,7 @@ def page(run_dir: RunDir, prepared: Prepared) -> str:
     measured = players(run_dir, config)
     if not measured:
         raise QspinError(f"{run_dir.path}: nobody has been measured yet; the command that began the run goes on")
-    if prepared.fingerprint != record["data"]["fingerprint"]:
-        raise QspinError(
-            f"{config.data.source}: the rows are not those that {run_dir.path} began with; bring the old file back"
-        )
+    check_rows(run_dir, prepared)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qspin", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )

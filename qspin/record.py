@@ -70,6 +70,15 @@ def verify_base(run_dir: RunDir, model: SlotModel) -> None:
         )
 
 
+def check_rows(run_dir: RunDir, prepared: Prepared) -> None:
+    """Raises a QspinError: the data is not the run's, so its held-out rows are others."""
+    if _read(run_dir)["data"]["fingerprint"] != prepared.fingerprint:
+        raise QspinError(
+            f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; bring the old "
+            "file back"
+        )
+
+
 def _read(run_dir: RunDir) -> dict[str, Any]:
     advice = (
         f"it says what the run is, so nothing can go on from it: put a copy of it back, or delete {run_dir.path} "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qspin.config import RunConfig, at_iteration
-from qspin.evaluation import change, panel, read_evaluation, real_panel
+from qspin.evaluation import change, panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
@@ -242,16 +242,16 @@ def markdown(results: Results) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """One held-out prompt with its completion before and after."""
+class Answers:
+    """One held-out prompt with the real completion or players' own, by who made them."""
 
     prompt: str
-    before: str
-    after: str
+    by: dict[str, str]
 
 
-def before_after(run_dir: RunDir, prompts: Sequence[str], iteration: int, count: int) -> list[Shown]:
-    """The first held-out prompts, answered by the base and by an iteration."""
-    before = read_evaluation(run_dir.base.evaluation).completions
-    after = read_evaluation(run_dir.iteration(iteration).evaluation).completions
-    return [Shown(*both) for both in zip(prompts[:count], before, after, strict=False)]
+def answers(who: Sequence[Player], prompts: Sequence[str], count: int) -> list[Answers]:
+    """The first held-out prompts, answered by some players."""
+    return [
+        Answers(prompt, {player.told: player.evaluation.completions[row] for player in who})
+        for row, prompt in enumerate(prompts[:count])
+    ]

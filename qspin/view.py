@@ -26,7 +26,7 @@ from qspin.status import Standing
 
 if TYPE_CHECKING:  # they import torch, which `qspin status` does without
     from qspin.chat import PieceKind
-    from qspin.report import Results, Shown
+    from qspin.report import Answers, Results
 
 PIECE_STYLES: dict[PieceKind, tuple[str, str]] = {  # two shades, so that neighbouring tokens can be told apart
     "prompt": ("black on bright_white", "black on white"),
@@ -349,15 +349,14 @@ def notes_table(notes: Iterable[str]) -> Table:
     return table
 
 
-def completions_table(shown: Sequence[Shown]) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, show_lines=True, title="The same prompts, before and after", title_justify="left"
-    )
+def completions_table(shown: Sequence[Answers]) -> Table:
+    """Prompts, and a column for each who answered them."""
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, title="The same prompts", title_justify="left")
     table.add_column("prompt", ratio=2, overflow="fold")
-    table.add_column("base", ratio=3, overflow="fold")
-    table.add_column("after self-play", ratio=3, overflow="fold")
+    for name in shown[0].by:
+        table.add_column(Text(visible(name)), ratio=3, overflow="fold")
     for row in shown:
-        table.add_row(*(Text(visible(text)) for text in (row.prompt, row.before, row.after)))
+        table.add_row(*(Text(visible(text)) for text in (row.prompt, *row.by.values())))
     return table
 
 

@@ -15,7 +15,7 @@ from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.memory import keep_freed_memory, used_and_total
 from qspin.meter import Meter, Work, measured, to_do, workload
-from qspin.players import chosen_iteration
+from qspin.players import chosen_iteration, players
 from qspin.prepare import Prepared
 from qspin.progress import Audience, Progress, TrackerName
 from qspin.run_dir import RunDir
@@ -45,9 +45,11 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
         spin.run(prepared, out, progress)
     _show_results(console, run_dir, config)
     kept = chosen_iteration(run_dir, None)
-    answers = report.before_after(run_dir, prepared.heldout_prompts, kept, config.evaluation.shown)
-    if answers:
-        console.print(view.completions_table(answers))
+    before, *_ = measured = players(run_dir, config)
+    after = next(player for player in measured if player.name == str(kept))
+    shown = report.answers([before, after], prepared.heldout_prompts, config.evaluation.shown)
+    if shown:
+        console.print(view.completions_table(shown))
     adapter = run_dir.iteration(kept).adapter
     if lines is not None:
         lines.end(adapter, run_dir.summary)

@@ -136,6 +136,22 @@ def test_the_command(run: RunDir, tmp_path: Path) -> None:
     assert refusal("report", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 
+def test_completions_side_by_side(run: RunDir, tmp_path: Path) -> None:
+    answer = call("compare", run.path, "--iterations", "1,0", "--rows", "2", columns=300)
+    assert answer.code == 0
+    heads = next(line for line in answer.out.splitlines() if "iteration" in line)
+    assert [name for name in ("the base", "iteration 0", "iteration 1") if name in heads] == [
+        "the base",
+        "iteration 0",
+        "iteration 1",
+    ]
+    assert answer.out.count("What is ") == 2
+    kept = call("compare", run.path, columns=300).out
+    assert ("iteration 0" in kept) != ("iteration 1" in kept)
+    assert "'7' is not finished" in refusal("compare", run.path, "--iterations", "7")
+    assert refusal("compare", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
+
+
 def test_pictures_take_their_ink_from_the_page() -> None:
     figures = {"nll": Figure(1.0, 0.5, 1.5)}
     svg = plots.players({"base": figures, "0": figures}, {"nll": ("NLL", 1.0)})

@@ -30,7 +30,7 @@ from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_plain_json
 from qspin.push import make_upload
-from qspin.report import Column, Results, Shown
+from qspin.report import Answers, Column, Results
 from qspin.run_dir import RunDir
 from qspin.safe_text import check_path, redacted, secret_keys, show_traceback, visible
 
@@ -93,7 +93,7 @@ def test_a_live_panel_and_tables_on_a_terminal_show_what_they_are_given() -> Non
         console = Console(file=stream, force_terminal=True, width=400, color_system="truecolor")
         console.print(view.results_table(Results("", (Column("player", ""),), [[text]])))
         console.print(view.notes_table([text]))
-        console.print(view.completions_table([Shown(text, text, text)]))
+        console.print(view.completions_table([Answers(text, {text: text, "base": text})]))
         kinds: list[tuple[PieceKind, str]] = [("prompt", text), ("completion", text), ("end-of-turn", text)]
         console.print(view.example_text(kinds))
         console.print(view._note(text))
