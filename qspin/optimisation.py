@@ -27,8 +27,12 @@ from qspin.packing import MicroBatch, Plan
 from qspin.stopping import check_stop, stops_held
 
 Metrics = dict[str, float]
-# effective batch, step → its metrics; leaves the gradient of its mean loss in the adapter
-Objective = Callable[[Sequence[MicroBatch], int], Metrics]
+# effective batch, step, s → its metrics; leaves the gradient of s times its mean loss in the adapter
+Objective = Callable[[Sequence[MicroBatch], int, float], Metrics]
+
+# What the loss is multiplied by in float16, whose gradients would vanish below 6e-8 (Micikevicius et al. 2018, section
+# 3.2); halved when they grow beyond 65,504, and the step made again, so that no batch is left out.
+FIRST_SCALE = 2.0**16
 
 
 def optimise(
@@ -65,6 +69,8 @@ def optimise(
     parameters = list(model.parameters.values())
     optimizer = make_optimizer(config, parameters, model.device)
     metrics = _restore(model, optimizer, snapshots)
+    scaled = model.dtype == torch.float16
+    scale = metrics[-1]["loss_scale"] if scaled and metrics else FIRST_SCALE if scaled else 1.0
     saved_at, between_steps = time.monotonic(), True
     try:
         for step in range(len(metrics), len(order)):
@@ -74,10 +80,14 @@ def optimise(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with refusals_told():
-                figures = objective(batch, step)
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                figures, norm = _gradient(objective, batch, step, scale, parameters, config.max_grad_norm)
+                while not math.isfinite(norm) and scale > 1:
+                    scale /= 2
+                    optimizer.zero_grad()
+                    figures, norm = _gradient(objective, batch, step, scale, parameters, config.max_grad_norm)
                 if not math.isfinite(norm):
                     raise _not_finite([record_ids[index] for micro_batch in batch for index in micro_batch])
+                figures |= {"loss_scale": scale} if scaled else {}
                 with stops_held():
                     between_steps = False
                     optimizer.step()
@@ -94,6 +104,23 @@ def optimise(
             _save(model, optimizer, snapshots, metrics)
         raise
     return metrics
+
+
+def _gradient(
+    objective: Objective,
+    batch: Sequence[MicroBatch],
+    step: int,
+    scale: float,
+    parameters: Sequence[torch.nn.Parameter],
+    max_norm: float,
+) -> tuple[Metrics, float]:
+    """Leave the clipped gradient of an effective batch in the adapter; its metrics, and the norm before clipping."""
+    figures = objective(batch, step, scale)
+    if scale != 1:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.div_(scale)
+    return figures, float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def _not_finite(record_ids: Sequence[str]) -> QspinError:

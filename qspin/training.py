@@ -47,7 +47,7 @@ def train(
     """
     return optimise(
         model,
-        lambda batch, step: _gradients(model, task, batch, config, first=step == 0),
+        lambda batch, step, scale: _gradients(model, task, batch, config, first=step == 0, scale=scale),
         task.plan,
         config,
         lr=at_iteration(config.lr, task.iteration),
@@ -59,15 +59,15 @@ def train(
 
 
 def _gradients(
-    model: SlotModel, task: Task, batch: Sequence[MicroBatch], config: TrainConfig, *, first: bool
+    model: SlotModel, task: Task, batch: Sequence[MicroBatch], config: TrainConfig, *, first: bool, scale: float
 ) -> Metrics:
-    """The mean loss of an effective batch, backward; its metrics are means over its pairs."""
+    """The mean loss of an effective batch times `scale`, backward; its metrics are means over its pairs."""
     size = sum(len(micro_batch) for micro_batch in batch)
     results = []
     for micro_batch in batch:
         pairs = [task.pairs[index] for index in micro_batch]
         result = _losses(model, task, pairs, config, first=first)
-        (result.losses.sum() / size).backward()  # type: ignore[no-untyped-call]
+        (result.losses.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
         results.append(result)
 
     def mean(part: Callable[[SpinLoss], Tensor]) -> float:

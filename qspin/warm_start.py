@@ -44,7 +44,7 @@ def train_supervised(
     """
     return optimise(
         model,
-        lambda batch, _step: _gradients(model, rows, batch, prefix),
+        lambda batch, _step, scale: _gradients(model, rows, batch, prefix, scale),
         plan,
         config,
         lr=lr,
@@ -55,8 +55,10 @@ def train_supervised(
     )
 
 
-def _gradients(model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatch], prefix: int) -> Metrics:
-    """−log p of an effective batch's completions, nats a token, backward."""
+def _gradients(
+    model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatch], prefix: int, scale: float
+) -> Metrics:
+    """−log p of an effective batch's completions, nats a token, times `scale`, backward."""
     tokens = sum(len(rows[index].real_ids) for micro_batch in batch for index in micro_batch)
     loss = 0.0
     for micro_batch in batch:
@@ -68,6 +70,6 @@ def _gradients(model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatc
                 f"the loss is not finite for {', '.join(bad[:5])}; lower its learning rate (sft.lr, or --lr of the "
                 "baseline), or drop these rows"
             )
-        (-logps.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        (-logps.sum() / tokens * scale).backward()  # type: ignore[no-untyped-call]
         loss -= float(logps.detach().sum()) / tokens
     return {"loss": loss}

@@ -16,8 +16,10 @@ from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.memory import OutOfMemory
 from qspin.model import Adapter, SlotModel
-from qspin.optimisation import Metrics, Objective, optimise, step_order, steps_kept
-from qspin.packing import Plan
+from qspin.optimisation import FIRST_SCALE, Metrics, Objective, optimise, step_order, steps_kept
+from qspin.packing import Plan, pack_row
+from qspin.records import Pair
+from qspin.scoring import pair_logps
 from qspin.stopping import heed_stops
 
 LoadModel = Callable[..., SlotModel]
@@ -29,9 +31,9 @@ EPOCHS, STEPS = 2, 8
 def descend(model: SlotModel) -> Objective:
     """A bowl whose lowest point is elsewhere for each batch: the result depends on every step, and on their order."""
 
-    def objective(batch: Any, _step: int) -> Metrics:
+    def objective(batch: Any, _step: int, scale: float) -> Metrics:
         for parameter in model.parameters.values():
-            parameter.grad = parameter.detach() - 0.1 * batch[0][0]
+            parameter.grad = scale * (parameter.detach() - 0.1 * batch[0][0])
         return {"loss": float(batch[0][0])}
 
     return objective
@@ -77,8 +79,8 @@ def cut_off(model: SlotModel, at: int, how: Callable[[], None]) -> Objective:
     whole = descend(model)
     left = [how]
 
-    def objective(batch: Any, step: int) -> Metrics:
-        figures = whole(batch, step)
+    def objective(batch: Any, step: int, scale: float) -> Metrics:
+        figures = whole(batch, step, scale)
         if step == at and left:
             next(iter(model.parameters.values())).grad = None
             left.pop()()
@@ -188,8 +190,8 @@ def test_a_gradient_that_is_not_finite_stops_at_once_and_moves_nothing(
     model = tiny_model()
     whole, before = descend(model), {}
 
-    def objective(batch: Any, step: int) -> Metrics:
-        figures = whole(batch, step)
+    def objective(batch: Any, step: int, scale: float) -> Metrics:
+        figures = whole(batch, step, scale)
         if step == 3:
             before.update(model.adapter())
             gradient = list(model.parameters.values())[-1].grad
@@ -204,6 +206,60 @@ def test_a_gradient_that_is_not_finite_stops_at_once_and_moves_nothing(
     )
     assert same_bits(model.adapter(), before)
     assert steps_kept(tmp_path / "snapshots") == 3  # the last good one
+
+
+def overflowing(model: SlotModel, most: float) -> Objective:
+    """As `descend`, in a type whose numbers end above a scale of `most`."""
+    whole = descend(model)
+
+    def objective(batch: Any, step: int, scale: float) -> Metrics:
+        figures = whole(batch, step, scale)
+        if scale > most:
+            last = list(model.parameters.values())[-1].grad
+            assert last is not None
+            last[0, 0] = float("inf")
+        return figures
+
+    return objective
+
+
+def test_float16_scales_its_loss_and_leaves_no_batch_out(tiny_model: LoadModel, tmp_path: Path) -> None:
+    other = tiny_model()
+    assert all("loss_scale" not in row for row in run(other, descend(other), tmp_path / "other"))
+    whole, model = tiny_model(dtype="float16"), tiny_model(dtype="float16")
+    assert {row["loss_scale"] for row in run(whole, descend(whole), tmp_path / "whole")} == {FIRST_SCALE}
+    metrics = run(model, overflowing(model, 64.0), tmp_path / "half")
+    assert [row["loss_scale"] for row in metrics] == [64.0] * STEPS  # from 65,536 in the first step, by halves
+    assert same_bits(model.adapter(), whole.adapter()), "powers of two round nothing"
+
+    cut, again = tiny_model(dtype="float16"), tiny_model(dtype="float16")
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, cut_off(cut, 5, interrupt), tmp_path / "cut")
+    assert run(again, descend(again), tmp_path / "cut")[4]["loss_scale"] == FIRST_SCALE
+    assert same_bits(again.adapter(), whole.adapter())
+
+    never = tiny_model(dtype="float16")
+    with pytest.raises(QspinError, match="the gradient is not finite"):
+        run(never, overflowing(never, 0.5), tmp_path / "never")
+
+
+def test_small_gradients_survive_in_float16(tiny_model: LoadModel) -> None:
+    pairs = [Pair(str(n), 0, (1, 2, 3 + n), (20, 21, 22 + n), (40 + n, 41), ended=True) for n in range(3)]
+
+    def gradient(dtype: str, scale: float) -> torch.Tensor:
+        model = tiny_model(dtype=dtype, moved=True)
+        real, generated = pair_logps(model, pack_row(pairs, model.device))
+        ((real - generated).sum() * 1e-7 * scale).backward()  # type: ignore[no-untyped-call]
+        found = [p.grad.flatten() for p in model.parameters.values() if p.grad is not None]
+        return torch.cat(found) / scale
+
+    wanted = gradient("float32", 1.0)
+
+    def off(found: torch.Tensor) -> float:
+        return float((found - wanted).norm() / wanted.norm())
+
+    assert off(gradient("float16", FIRST_SCALE)) < 0.05
+    assert off(gradient("float16", 1.0)) > 0.2, "this is no test of scaling"
 
 
 def test_the_last_two_snapshots_are_kept(tiny_model: LoadModel, tmp_path: Path) -> None:
