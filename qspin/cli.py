@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from qspin import cli_results
+from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
-from qspin.safe_text import check_path, redacted, show_traceback, visible
+from qspin.safe_text import redacted, show_traceback, visible
 from qspin.stopping import CODES, heed_stops, leave_stopped
 
 if TYPE_CHECKING:
-    import datetime
-
-    from rich.console import Console
-
     from qspin.config import RunConfig
     from qspin.prepare import Prepared
     from qspin.run_dir import RunDir
 
-
-def _a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
-    return path if path is None else check_path(path, parameter.metavar or parameter.opts[0])
-
-
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=_a_name)]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +37,7 @@ def run(
     *,
     data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,
     out: Annotated[
-        Path, typer.Option(help="the run's folder; the same command goes on where it stopped", callback=_a_name)
+        Path, typer.Option(help="the run's folder; the same command goes on where it stopped", callback=a_name)
     ],
     model: Annotated[str | None, typer.Option(help="hub id or local folder of the base model")] = None,
     iterations: Annotated[int | None, typer.Option(help="rounds of self-play")] = None,
@@ -85,12 +77,12 @@ def run(
     if dry_run and as_json:
         raise QspinError("--json tells how a run goes on, and --dry-run does none; leave one of them out")
     RunDir(out).check_usable()
-    _quiet_libraries()
+    quiet_libraries()
     if tracker is not None:
         from qspin.track import check
 
         check(tracker)
-    prepared = _prepare(config, RunDir(out), keep_rejects=not dry_run)
+    prepared = prepare_run(config, RunDir(out), keep_rejects=not dry_run)
     if dry_run:
         _show_plan(prepared)
     else:
@@ -129,58 +121,11 @@ def plan(
     if data is None:
         lengths = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
     else:
-        _quiet_libraries()
+        quiet_libraries()
         lengths = plan_rows.rows_of_data(config)
     where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
     found = planner.make_plan(config, where, lengths)
     Console().print(render(found, None if found.fits else planner.nearest_change(found)))
-
-
-@app.command()
-def export(
-    folder: RunFolder,
-    *,
-    to: Annotated[str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf or ollama")],
-    iteration: Annotated[
-        str | None, typer.Option(help="a number, last or best; by default as the run keeps (evaluation.keep)")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="a new folder; by default beside the run's", callback=_a_name)
-    ] = None,
-    onto: Annotated[
-        str, typer.Option(help="the base's original weights, or the dequantised ones that the adapter was trained on")
-    ] = "original",
-    dtype: Annotated[
-        str | None, typer.Option(help="merged-16bit: float32; gguf and ollama: f32, f16, bf16, q8_0, q4_k_m")
-    ] = None,
-) -> None:
-    """Write a finished iteration as an adapter, a merged model, a GGUF file or a folder for Ollama."""
-    from rich.console import Console
-
-    from qspin import compare
-    from qspin.export import export as write_export
-    from qspin.files import read_json
-    from qspin.players import chosen_iteration
-    from qspin.run_dir import RunDir
-
-    _quiet_libraries()
-    console = Console()
-    run_dir = RunDir(folder.resolve())
-    index = chosen_iteration(run_dir, iteration)
-    written = write_export(
-        compare.Trained(run_dir, index),
-        to=to,
-        out=out or run_dir.path.with_name(f"{run_dir.path.name}-iteration-{index}-{to}"),
-        onto=onto,
-        dtype=dtype,
-        say=lambda text: _tell(console, text),
-    )
-    if (written / compare.CHECK).is_file():
-        check = read_json(written / compare.CHECK)
-        _tell(console, compare.summary(check))
-        if compare.drifted(check):
-            Console(stderr=True).print(compare.WARNING, style="bold red", markup=False, highlight=False)
-    _tell(console, f"exported: {written}")
 
 
 presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)
@@ -225,7 +170,7 @@ def init(
     ],
     *,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="the file to write; it must not exist", callback=_a_name)
+        Path, typer.Option("-o", "--output", help="the file to write; it must not exist", callback=a_name)
     ] = Path("qspin.yaml"),
 ) -> None:
     """Write a configuration to edit: a preset, and under it every setting, commented out."""
@@ -262,7 +207,7 @@ def sweep(
     ],
     data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,
     out: Annotated[
-        Path, typer.Option(help="a folder for all runs; the same command goes on where it stopped", callback=_a_name)
+        Path, typer.Option(help="a folder for all runs; the same command goes on where it stopped", callback=a_name)
     ],
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="any setting of all runs, as for run")
@@ -277,7 +222,7 @@ def sweep(
     cells = grid(source, overrides, parse_vary(vary))
     for cell in cells:
         cell.run_dir(out).check_usable()
-    _quiet_libraries()
+    quiet_libraries()
 
     from qspin.record import template_date
     from qspin.watching import watch_sweep
@@ -285,29 +230,9 @@ def sweep(
     date = template_date(cells[0].run_dir(out))  # one for all, or prompts of some templates would differ
 
     def prepare(config: RunConfig, run_dir: RunDir) -> Prepared:
-        return _prepare(config, run_dir, keep_rejects=True, date=date)
+        return prepare_run(config, run_dir, keep_rejects=True, date=date)
 
     watch_sweep(cells, out, prepare)
-
-
-def _prepare(config: RunConfig, run_dir: RunDir, *, keep_rejects: bool, date: datetime.date | None = None) -> Prepared:
-    """Rows that a run stops at are listed where one that goes on lists those it leaves out.
-
-    Args:
-        date: for the template of a new run, if not today.
-    """
-    from qspin.data import LeftOut
-    from qspin.prepare import prepare, write_rejects
-    from qspin.record import template_date
-
-    try:
-        return prepare(config, date if date and not run_dir.record.is_file() else template_date(run_dir))
-    except LeftOut as error:
-        if not keep_rejects or run_dir.record.is_file():
-            raise
-        with run_dir.lock():
-            write_rejects(run_dir.rejects, error.rejects)
-        raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
 
 
 @app.command()
@@ -329,61 +254,8 @@ def baseline(
     rates = lr or [config.sft.lr]
     if not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
-    _quiet_libraries()
-    watch_baseline(_prepare(config, run_dir, keep_rejects=False), folder, rates)
-
-
-@app.command()
-def compare(
-    folder: RunFolder,
-    *,
-    iterations: Annotated[
-        str | None, typer.Option(help="numbers, as 0,2; by default the one that the run keeps")
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="held-out prompts to show")] = 5,
-) -> None:
-    """Show held-out prompts answered by the base and by iterations, side by side."""
-    from rich.console import Console
-
-    from qspin import view
-    from qspin.config import load_config
-    from qspin.players import chosen_iteration, players
-    from qspin.record import check_rows
-    from qspin.report import answers
-    from qspin.run_dir import RunDir
-
-    run_dir = RunDir(folder)
-    wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
-    chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
-    config = load_config(run_dir.config)
-    _quiet_libraries()
-    prepared = _prepare(config, run_dir, keep_rejects=False)
-    check_rows(run_dir, prepared)
-    who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
-    Console().print(view.completions_table(answers(who, prepared.heldout_prompts, rows)))
-
-
-@app.command()
-def report(
-    folder: RunFolder,
-    *,
-    out: Annotated[
-        Path | None, typer.Option(help="the file to write; report.html in the run's folder", callback=_a_name)
-    ] = None,
-) -> None:
-    """Write one HTML file to look at: figures, plots, answers before and after, and what the run was made of."""
-    from qspin.config import load_config
-    from qspin.files import write_text
-    from qspin.page import page
-    from qspin.run_dir import RunDir
-
-    run_dir = RunDir(folder)
-    run_dir.check_run()
-    _quiet_libraries()
-    prepared = _prepare(load_config(run_dir.config), run_dir, keep_rejects=False)
-    target = out or run_dir.path / "report.html"
-    write_text(target, page(run_dir, prepared))
-    typer.echo(f"report: {target}")
+    quiet_libraries()
+    watch_baseline(prepare_run(config, run_dir, keep_rejects=False), folder, rates)
 
 
 @app.command()
@@ -408,60 +280,19 @@ def _show_plan(prepared: Prepared) -> None:
     from qspin.view import example_text, plan_lines
 
     console = Console()
-    _tell(console, dump_config(prepared.config))
+    tell(console, dump_config(prepared.config))
     example = prepared.train[0]
-    _tell(console, f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold")
+    tell(console, f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold")
     console.print(example_text(prepared.renderer.pieces(example)))
     console.print()
     for note in prepared.notes:
-        _tell(console, f"note: {note}")
+        tell(console, f"note: {note}")
     left_out = f"{len(prepared.rejects)} left out"
     if prepared.rejects:
         left_out += f": {most_common([reject for _, reject in prepared.rejects])}"
-    _tell(console, f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}")
+    tell(console, f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}")
     for line in plan_lines(prepared.config, len(prepared.train)):
         console.print(line, markup=False)
-
-
-@app.command()
-def push(
-    run: RunFolder,
-    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="the repository on the Hub; made if need be")],
-    *,
-    what: Annotated[
-        Literal["adapter", "merged"], typer.Option(help="the adapter alone, or the base with it merged in")
-    ] = "adapter",
-    dataset: Annotated[
-        bool, typer.Option("--dataset", help="the pairs of the iterations instead, as a data set")
-    ] = False,
-    iteration: Annotated[
-        str | None, typer.Option(help="a number, last or best; by default as the run keeps (evaluation.keep)")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="only you and your organisation can see it")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="write what would be uploaded; upload nothing")] = False,
-) -> None:
-    """Publish a model or a run's pairs on the Hugging Face Hub, with a card. Log in first: hf auth login."""
-    if dataset and what == "merged":
-        raise QspinError("--dataset publishes pairs and --what merged a model: take one of them")
-    from rich.console import Console
-
-    from qspin.push import Content, make_upload, send
-    from qspin.run_dir import RunDir
-
-    _quiet_libraries()
-    console = Console()
-    content: Content = "dataset" if dataset else what
-    upload = make_upload(RunDir(run), repo, content=content, iteration=iteration, say=lambda text: _tell(console, text))
-    for name in upload.files:
-        _tell(console, f"{(upload.folder / name).stat().st_size:>15,} bytes  {name}")
-    _tell(console, f"for the {upload.kind} {upload.repo}, in {upload.folder}")
-    if not dry_run:
-        _tell(console, send(upload, private=private))
-
-
-def _tell(console: Console, text: str, style: str = "") -> None:
-    """Text that may hold names from outside."""
-    console.print(visible(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str | None) -> Any:
@@ -471,10 +302,8 @@ def _numbers(text: str | None) -> Any:
     return [part.strip() for part in text.split(",")]
 
 
-def _quiet_libraries() -> None:
-    from qspin.base import quiet_libraries
-
-    quiet_libraries()
+for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push):
+    app.command()(command)
 
 
 def main() -> None:

@@ -29,8 +29,6 @@ class GatedKernel(Protocol):
 class Kernels:
     """torch's and bitsandbytes' own."""
 
-    name = "transformers"
-
     def dequantise(self, data: Tensor, constants: Any) -> Tensor:
         """(out, in) in the type it was quantised from; good until the next call."""
         matrix: Tensor = bnb.dequantize_4bit(data, constants)

@@ -29,8 +29,6 @@ class _Gated:
 
 
 class UnslothKernels(Kernels):
-    name = "unsloth"
-
     def __init__(self) -> None:
         self._gated: dict[ActivationName, GatedKernel] = {
             "silu": _Gated(triton.swiglu_fg_kernel, triton.swiglu_DWf_DW_dfg_kernel),

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from qspin import baseline, report, spin, sweep, view
 from qspin.config import RunConfig
+from qspin.console import tell
 from qspin.errors import QspinError
 from qspin.memory import keep_freed_memory, used_and_total
 from qspin.meter import Meter, Work, measured, to_do, workload
@@ -19,7 +20,6 @@ from qspin.players import chosen_iteration, players
 from qspin.prepare import Prepared
 from qspin.progress import Audience, Progress, TrackerName
 from qspin.run_dir import RunDir
-from qspin.safe_text import visible
 from qspin.status import StatusFile
 
 
@@ -54,7 +54,7 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
     if lines is not None:
         lines.end(adapter, run_dir.summary)
     else:
-        _tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
+        tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
 
 
 def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> None:
@@ -66,7 +66,7 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
         progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
         baseline.baseline(prepared, out, progress, rates)
     _show_results(console, run_dir, config)
-    _tell(console, f"table: {run_dir.summary}")
+    tell(console, f"table: {run_dir.summary}")
 
 
 def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunConfig, RunDir], Prepared]) -> None:
@@ -78,7 +78,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunCo
     console, failed = Console(), []
     for number, cell in enumerate(cells, start=1):
         run_dir = cell.run_dir(out)
-        _tell(console, f"{number} of {len(cells)}: {cell.name}")
+        tell(console, f"{number} of {len(cells)}: {cell.name}")
         try:
             prepared = prepare(cell.config, run_dir)
             work = workload(run_dir, cell.config, len(prepared.train), len(prepared.heldout))
@@ -88,13 +88,13 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunCo
                 _notes(prepared, progress)
                 sweep.play_cell(cell, prepared, out, cells, progress)
         except QspinError as error:  # the others may well be played
-            _tell(console, f"error: {error}")
+            tell(console, f"error: {error}")
             failed.append(cell.name)
         sweep.write_results(out, cells[:number])
     table = sweep.results(out, cells)
     console.print(view.results_table(table))
     console.print(view.notes_table(table.notes), style="dim")
-    _tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
+    tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
     if failed:
         raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")
 
@@ -133,8 +133,3 @@ def _meter(work: Sequence[Work], iterations: int) -> Meter:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory: Callable[[], tuple[int, int]] = lambda: used_and_total(device)  # noqa: E731
     return Meter(to_do(work), measured(work), iterations, memory)
-
-
-def _tell(console: Console, text: str) -> None:
-    """Text that may hold names from outside."""
-    console.print(visible(text), markup=False, highlight=False, soft_wrap=True)

@@ -26,7 +26,9 @@ LAYERS = [  # each may import what stands above it
     {"answering", "learning", "measuring"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
     {"doctor", "export", "plan_view", "sweep", "page"},
+    {"console"},
     {"push", "watching"},
+    {"cli_results"},
     {"cli"},
 ]
 HEAVY = {
