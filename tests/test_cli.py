@@ -638,7 +638,7 @@ def kept_adapter(run: RunDir) -> Path:
 def test_the_output_ends_with_the_tables_the_verdict_and_the_completions(played: Played) -> None:
     _, title, shown = played.answer.out.partition("\nHeld-out rows: likelihood, and the game")
     assert title
-    table, title, completions = shown.partition("\nThe same prompts, before and after")
+    table, title, completions = shown.partition("\nThe same prompts")
     assert title
     for row in [row for rows in summary_tables(played.out)[:2] for row in rows[2:]]:
         cells = [re.escape(cell) for cell in row if cell]
