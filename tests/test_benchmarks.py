@@ -67,6 +67,19 @@ def test_results_say_when_where_and_how(path: Path) -> None:
     assert result["ratio_means"]
 
 
+def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for name in ("beta", "loss"):
+        written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
+        rows = [line for line in written.splitlines() if line.startswith("|")]
+        assert len(rows) == 10
+        assert "\n".join(rows) in page
+    summary = (ROOT / "docs" / "experiments" / "baseline.md").read_text(encoding="utf-8")
+    rates = summary.partition("## Supervised training, by rate\n\n")[2].partition("\n\n")[0]
+    assert len(rates.splitlines()) == 5
+    assert rates in page
+
+
 def test_there_are_results() -> None:
     assert {path.stem for path in RESULTS} >= {
         "train-cpu",
