@@ -141,6 +141,21 @@ def moved_adapter(model: SlotModel, seed: int = 3, scale: float = 0.1) -> dict[s
     }
 
 
+def small_run(model: Path, data: Path, rows: int, aside: str = "") -> dict[str, Any]:
+    """Settings of a run that takes seconds, and its rows: sums that no two of are alike."""
+    numbers = [{"prompt": f"What is {n}?{aside}", "completion": f"It is {n * 7}, I say.{aside}"} for n in range(rows)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in numbers))
+    return {
+        "model.id": str(model),
+        "data.source": str(data),
+        "data.heldout_rows": 6,
+        "generation.max_new_tokens": 10,
+        "train.batch_size": 4,
+        "train.lr": 0.02,
+        "evaluation.stop": "never",
+    }
+
+
 class Silent:
     """A progress that nobody watches."""
 

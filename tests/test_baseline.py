@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Silent
+from conftest import Silent, small_run
 
 from qspin import spin
 from qspin.baseline import baseline, workload
@@ -28,21 +26,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def ready(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(22)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings: dict[str, Any] = {
-        "model.id": str(tiny_folder("llama")),
-        "data.source": str(path),
-        "data.heldout_rows": 6,
-        "generation.max_new_tokens": 10,
-        "train.batch_size": 4,
-        "train.lr": 0.02,
-        "train.epochs": 3,
-        "train.snapshot_minutes": 0,
-        "iterations": 2,
-        "evaluation.stop": "never",
-    }
+    settings = small_run(tiny_folder("llama"), tmp_path_factory.mktemp("data") / "rows.jsonl", rows=22)
+    settings |= {"train.epochs": 3, "train.snapshot_minutes": 0, "iterations": 2}
     return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
 
 

@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import Silent
+from conftest import Silent, small_run
 from test_cli import call, refusal
 
 from qspin import plots, spin
@@ -55,17 +54,7 @@ class Elements(HTMLParser):
 @pytest.fixture(scope="module")
 def ready(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n}? {EVIL}", "completion": f"It is {n * 7}. {EVIL}"} for n in range(18)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings: dict[str, Any] = {
-        "model.id": str(tiny_folder("llama")),
-        "data.source": str(path),
-        "data.heldout_rows": 6,
-        "generation.max_new_tokens": 10,
-        "train.batch_size": 4,
-        "iterations": 2,
-        "evaluation.stop": "never",
-    }
+    settings = small_run(tiny_folder("llama"), path, rows=18, aside=f" {EVIL}") | {"iterations": 2}
     return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent
+from conftest import Silent, small_run
 from test_cli import call
 
 from qspin import spin
@@ -29,18 +28,7 @@ DAY = datetime.date(2026, 1, 1)
 @pytest.fixture(scope="module")
 def settings(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(18)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model.id": str(tiny_folder("llama")),
-        "data.source": str(path),
-        "data.heldout_rows": 6,
-        "generation.max_new_tokens": 10,
-        "train.batch_size": 4,
-        "train.lr": 0.02,
-        "iterations": 1,
-        "evaluation.stop": "never",
-    }
+    return small_run(tiny_folder("llama"), path, rows=18) | {"iterations": 1}
 
 
 def ready(config: RunConfig) -> Prepared:
