@@ -22,11 +22,11 @@ from qspin.adapters import load_adapter
 from qspin.errors import QspinError
 from qspin.files import read_json
 from qspin.generation import Request, generate
-from qspin.model import SlotModel, unsloth_missing
+from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
 from qspin.recipe import recorded_config
-from qspin.record import template_date
+from qspin.record import load_recorded, template_date
 from qspin.records import Example, Pair
 from qspin.run_dir import RunDir
 
@@ -119,12 +119,7 @@ class Trained:
 
     @functools.cached_property
     def model(self) -> SlotModel:
-        torch.set_num_threads(self.record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
-        base, config = self.prepared.base, self.prepared.config
-        backend = self.record.get("backend", "transformers")  # the only one when runs did not tell
-        if unsloth_missing(self.device):  # an export is compared within rounding, and on any machine
-            backend = "transformers"
-        model = SlotModel.load(base, config.model, config.lora, seed=config.seed, device=self.device, backend=backend)
+        model = load_recorded(self.run_dir, self.prepared.base, self.prepared.config, self.device)
         model.set_adapter(load_adapter(self.adapter))
         return model
 

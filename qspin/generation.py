@@ -51,10 +51,11 @@ def generate(
     stop_ids: frozenset[int],
     on_step: Callable[[int, float], None],
     on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
+    on_token: Callable[[int, int], None] = lambda _index, _token: None,
 ) -> list[Completion]:
     """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
     of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
-    `on_done` hears of each completion as it ends, and which request it answers.
+    `on_done` hears of each completion as it ends, and `on_token` of each token, and which request it is for.
 
     The result does not depend on `width` or on the order of the requests beyond rounding.
     """
@@ -72,6 +73,7 @@ def generate(
         tokens = sample(logits, uniforms, temperature=temperature, top_p=top_p).tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.ids.append(token)
+            on_token(row.index, token)
 
     def retire() -> int:
         """Take finished rows out; the last live row moves into each gap, so that live slots stay the first ones.

@@ -46,6 +46,41 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
     """
     if config.data.source is None:
         raise QspinError("data.source is not set: give --data a file of prompts and answers, or a hub id")
+    speech = find_speech(config, date)
+    base, renderer = speech.base, speech.renderer
+    rows = _read_rows(config, config.data.source, renderer)
+    _check_enough(config, rows)
+    _check_context(config, [*rows.train, *rows.heldout], speech.context)
+    return Prepared(
+        config=config,
+        date=date,
+        base=base,
+        renderer=renderer,
+        stop_ids=speech.stop_ids,
+        inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config, base)},
+        notes=(*speech.notes, *rows.notes),
+        train=rows.train,
+        heldout=rows.heldout,
+        train_prompts=rows.train_prompts,
+        heldout_prompts=rows.heldout_prompts,
+        rejects=rows.rejects,
+        format=rows.format,
+        fingerprint=rows.fingerprint,
+    )
+
+
+class Speech(NamedTuple):
+    """How one talks with a base: all of it but the weights."""
+
+    base: Base
+    renderer: Renderer
+    stop_ids: frozenset[int]
+    context: int  # tokens that the model was made for, prompt and completion together
+    notes: tuple[str, ...]
+
+
+def find_speech(config: RunConfig, date: datetime.date) -> Speech:
+    """Resolve the base, and probe its template; raises as `prepare`."""
     base = find_base(config.model)
     architecture = load_model_config(base).get_text_config()
     tokenizer = load_tokenizer(base)
@@ -59,24 +94,12 @@ def prepare(config: RunConfig, date: datetime.date) -> Prepared:
         long_completions=config.data.long_completions,
         vocab_size=architecture.vocab_size,
     )
-    rows = _read_rows(config, config.data.source, renderer)
-    _check_enough(config, rows)
-    _check_context(config, [*rows.train, *rows.heldout], architecture.max_position_embeddings)
-    return Prepared(
-        config=config,
-        date=date,
+    return Speech(
         base=base,
         renderer=renderer,
         stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
-        inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config, base)},
-        notes=(*_replaced_template(config, tokenizer), *renderer.notes, *rows.notes),
-        train=rows.train,
-        heldout=rows.heldout,
-        train_prompts=rows.train_prompts,
-        heldout_prompts=rows.heldout_prompts,
-        rejects=rows.rejects,
-        format=rows.format,
-        fingerprint=rows.fingerprint,
+        context=architecture.max_position_embeddings,
+        notes=(*_replaced_template(config, tokenizer), *renderer.notes),
     )
 
 

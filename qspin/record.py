@@ -12,10 +12,11 @@ import torch
 from pydantic import ValidationError
 
 import qspin
+from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
-from qspin.model import SlotModel
+from qspin.model import SlotModel, unsloth_missing
 from qspin.prepare import Prepared, write_rejects
 from qspin.run_dir import RunDir
 
@@ -54,6 +55,16 @@ def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:
         record[key] = make()
         write_json(run_dir.record, record)
     return record[key]
+
+
+def load_recorded(run_dir: RunDir, base: Base, config: RunConfig, device: torch.device) -> SlotModel:
+    """The 4-bit base as the run computed with it: its threads, and its kernels where they are to be had."""
+    record = _read(run_dir)
+    torch.set_num_threads(record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
+    backend = record.get("backend", "transformers")  # the only one when runs did not tell
+    if unsloth_missing(device):  # another machine's kernels: the same within rounding
+        backend = "transformers"
+    return SlotModel.load(base, config.model, config.lora, seed=config.seed, device=device, backend=backend)
 
 
 def verify_base(run_dir: RunDir, model: SlotModel) -> None:

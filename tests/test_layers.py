@@ -22,7 +22,7 @@ LAYERS = [  # each may import what stands above it
     {"training", "warm_start", "machine"},
     {"verdict"},
     {"report", "record", "plan_rows", "damage", "room"},
-    {"game"},
+    {"game", "loaded"},
     {"answering", "learning", "measuring"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
     {"doctor", "export", "plan_view", "sweep", "page"},

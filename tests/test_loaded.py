@@ -1,0 +1,109 @@
+"""Players that take turns in the slot of one loaded base."""
+
+from __future__ import annotations
+
+import datetime
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Silent, small_run
+
+from qspin.config import load_config
+from qspin.errors import QspinError
+from qspin.evaluation import read_evaluation
+from qspin.loaded import Loaded, Stream
+from qspin.prepare import prepare
+from qspin.records import Message
+from qspin.run_dir import RunDir
+from qspin.spin import run
+
+NEW = 10
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = tmp_path_factory.mktemp("loaded")
+    config = load_config(None, small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18) | {"iterations": 2})
+    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
+    return RunDir(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def loaded(run_dir: RunDir) -> Loaded:
+    return Loaded.open(run_dir)
+
+
+@pytest.fixture(scope="module")
+def conversations(run_dir: RunDir) -> list[list[Message]]:
+    """The held-out prompts."""
+    prompts = prepare(load_config(run_dir.config), datetime.date(2026, 1, 2)).heldout_prompts
+    return [[Message("user", prompt)] for prompt in prompts]
+
+
+def test_each_player_answers_as_it_did_when_it_was_measured(
+    run_dir: RunDir, loaded: Loaded, conversations: list[list[Message]]
+) -> None:
+    measured = {"base": run_dir.base, "0": run_dir.iteration(0), "1": run_dir.iteration(1)}
+    found = {}
+    for name in ("1", "base", "0"):
+        assert loaded.seat(name) == name
+        found[name] = [reply.text for reply in loaded.reply(conversations, max_new_tokens=NEW, temperature=0)]
+        assert found[name] == read_evaluation(measured[name].evaluation).greedy_completions
+    assert found["base"] != found["1"] != found["0"]
+
+
+def test_last_is_the_last_and_none_is_the_one_that_is_kept(loaded: Loaded) -> None:
+    assert loaded.seat("last") == "1"
+    assert loaded.seat(None) == loaded.seat("best")
+
+
+def test_the_pieces_make_up_the_reply(loaded: Loaded, conversations: list[list[Message]]) -> None:
+    pieces: dict[int, list[str]] = defaultdict(list)
+    loaded.seat("0")
+    replies = loaded.reply(
+        conversations, max_new_tokens=40, temperature=1.5, on_text=lambda index, text: pieces[index].append(text)
+    )
+    assert {index: "".join(parts) for index, parts in pieces.items()} == {
+        index: reply.text for index, reply in enumerate(replies) if reply.text
+    }
+    assert max(map(len, pieces.values())) > 5
+
+
+def test_no_piece_ends_in_half_a_character(loaded: Loaded) -> None:
+    renderer, pieces = loaded.speech.renderer, []
+    [prompt] = [renderer.prompt_ids([Message("user", text)]) for text in ("a 🦜b é",)]
+    stream = Stream(renderer, 0, lambda _index, text: pieces.append(text))
+    for token in prompt:  # whose parrot is four tokens of a byte each
+        stream.add(token)
+    stream.end()
+    assert "".join(pieces) == renderer.completion_text(prompt)
+    assert "🦜" in "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_sampling_is_by_seed(loaded: Loaded, conversations: list[list[Message]]) -> None:
+    def said(seed: int) -> list[str]:
+        return [reply.text for reply in loaded.reply(conversations, max_new_tokens=NEW, temperature=1, seed=seed)]
+
+    assert said(3) == said(3) != said(4)
+    assert loaded.reply([]) == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"), [("2", "0 to 1 are"), ("sft", "no warm start"), ("worst", "last, best or 0 to 1 are")]
+)
+def test_a_player_that_is_not_there(loaded: Loaded, wanted: str, told: str) -> None:
+    with pytest.raises(QspinError, match=told):
+        loaded.seat(wanted)
+
+
+def test_a_conversation_beyond_the_context(loaded: Loaded) -> None:
+    with pytest.raises(QspinError, match="more than the model's 512; begin a new one"):
+        loaded.reply([[Message("user", "many words " * 100)]], max_new_tokens=400)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(QspinError, match="not the folder of a run"):
+        Loaded.open(RunDir(tmp_path))
