@@ -10,10 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import httpx
 import huggingface_hub
 import torch
@@ -21,7 +23,7 @@ import transformers
 
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
-from qspin.files import commit_folder, sha256_of
+from qspin.files import commit_folder, make_folder, sha256_of
 from qspin.safe_text import redact_logs
 
 # what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError
@@ -170,33 +172,42 @@ def _gguf_of_package(package: str) -> Path | None:
 
 
 def _description(gguf: Path, origin: dict[str, str]) -> Path:
-    """The GGUF's tokenizer and configuration in the cache, made once: reading them from it takes seconds."""
-    folder = _cached(gguf, origin) / "description"
-    if not folder.is_dir():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        with commit_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
-            config.save_pretrained(temporary)
-    return folder
+    """The GGUF's tokenizer and configuration in the cache: reading them from it takes seconds."""
+
+    def make(folder: Path) -> None:
+        for kind in (transformers.AutoTokenizer, transformers.AutoConfig):
+            kind.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+    return _made_once(_cached(gguf, origin) / "description", make)
 
 
 def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:
-    """The GGUF's weights as 16-bit safetensors in the cache, made once.
+    """The GGUF's weights as 16-bit safetensors in the cache.
 
     `save_pretrained` refuses a model that was read from a GGUF, so its weights move into a fresh one.
     """
-    folder = _cached(gguf, origin) / "weights"
-    if not folder.is_dir():
+
+    def make(folder: Path) -> None:
         source = transformers.AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
         )
         plain = transformers.AutoConfig.from_pretrained(_description(gguf, origin))
         fresh = transformers.AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16)
         fresh.load_state_dict(source.state_dict())
-        with commit_folder(folder) as temporary:
-            fresh.save_pretrained(temporary)
-            (temporary / "ORIGIN.txt").write_text("".join(f"{key}: {value}\n" for key, value in origin.items()))
+        fresh.save_pretrained(folder)
+        (folder / "ORIGIN.txt").write_text("".join(f"{key}: {value}\n" for key, value in origin.items()))
+
+    return _made_once(_cached(gguf, origin) / "weights", make)
+
+
+def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache; of two processes that want it, one makes it and the other waits."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():
+                with commit_folder(folder) as temporary:
+                    make(temporary)
     return folder
 
 

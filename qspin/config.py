@@ -156,6 +156,9 @@ class TrainConfig(_Part):
     beta: Positive | PerIteration = Field(
         0.1, description="λ in the paper; a list gives one an iteration, its last value goes on"
     )
+    sft_weight: float = Field(
+        0.0, ge=0, description="of the real completions' NLL a token beside ℓ (arXiv 2404.19733); the paper has none"
+    )
     lr: Positive | PerIteration = Field(1e-4, description="peak learning rate; a list as for beta")
     optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field(
         "adamw", description="its state is fresh each iteration"

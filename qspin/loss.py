@@ -46,6 +46,15 @@ def spin_loss(
     return SpinLoss(link(margins, loss), margins, real_rewards, generated_rewards)
 
 
+def real_nll(policy_real_logps: Tensor, real_tokens: Tensor) -> Tensor:
+    """(B,), (B,) → (B,): −log π(y|x) in nats a token, the term that `train.sft_weight` adds to ℓ.
+
+    A margin also grows while both completions become less likely, the real one a little more slowly. This term pulls
+    the real one up (Pang et al. 2024, arXiv 2404.19733, equation 2, on its length alone).
+    """
+    return -policy_real_logps / real_tokens
+
+
 def link(margins: Tensor, loss: LossName) -> Tensor:
     """ℓ(t), elementwise. `correlation` (section 4.1's linear loss) is unbounded below."""
     match loss:

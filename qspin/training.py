@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qspin.config import TrainConfig, at_iteration
 from qspin.errors import QspinError
-from qspin.loss import SpinLoss, spin_loss
+from qspin.loss import SpinLoss, real_nll, spin_loss
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise, step_order
 from qspin.packing import MicroBatch, Plan, pack_row
@@ -63,22 +63,25 @@ def _gradients(
 ) -> Metrics:
     """The mean loss of an effective batch times `scale`, backward; its metrics are means over its pairs."""
     size = sum(len(micro_batch) for micro_batch in batch)
-    results = []
+    games, nlls = [], []
     for micro_batch in batch:
         pairs = [task.pairs[index] for index in micro_batch]
-        result = _losses(model, task, pairs, config, first=first)
-        (result.losses.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
-        results.append(result)
+        game, nll = _losses(model, task, pairs, config, first=first)
+        loss = game.losses + config.sft_weight * nll if config.sft_weight else game.losses
+        (loss.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
+        games.append(game)
+        nlls.append(nll.detach())
 
     def mean(part: Callable[[SpinLoss], Tensor]) -> float:
-        return float(torch.cat([part(result).detach() for result in results]).mean())
+        return float(torch.cat([part(game).detach() for game in games]).mean())
 
     figures = {
-        "loss": mean(lambda r: r.losses),
-        "margin": mean(lambda r: r.margins),
-        "accuracy": mean(lambda r: (r.margins > 0).float()),
-        "real_reward": mean(lambda r: r.real_rewards),
-        "generated_reward": mean(lambda r: r.generated_rewards),
+        "loss": mean(lambda game: game.losses),
+        "margin": mean(lambda game: game.margins),
+        "accuracy": mean(lambda game: (game.margins > 0).float()),
+        "real_reward": mean(lambda game: game.real_rewards),
+        "generated_reward": mean(lambda game: game.generated_rewards),
+        "real_nll": float(torch.cat(nlls).mean()),
     }
     drop = -figures["real_reward"] / at_iteration(config.beta, task.iteration)
     if config.loss == "correlation" and drop > config.max_real_logp_drop:
@@ -89,7 +92,10 @@ def _gradients(
     return figures
 
 
-def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainConfig, *, first: bool) -> SpinLoss:
+def _losses(
+    model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainConfig, *, first: bool
+) -> tuple[SpinLoss, Tensor]:
+    """ℓ of each pair, and the NLL a token of its real completion, (B,)."""
     scores = [task.scores[pair.key] for pair in pairs]
     opponent_real = torch.tensor([score.opponent_real_logps for score in scores], device=model.device)
     opponent_generated = torch.tensor([score.opponent_generated_logps for score in scores], device=model.device)
@@ -114,4 +120,5 @@ def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainCo
                 f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
                 "delete its folder and run again"
             )
-    return result
+    tokens = torch.tensor([len(pair.real_ids) for pair in pairs], device=model.device)
+    return result, real_nll(policy_real, tokens)

@@ -50,7 +50,7 @@ FIGURES = {  # how a figure is shown, in this order; others come after them by t
 }
 NOT_SHOWN = {  # for programs and trackers
     "step", "epoch", "lr", "grad_norm", "length_auc", "greedy_tokens", "greedy_ended", "distinct_1", "distinct_2",
-    "gap", "kl",
+    "gap", "kl", "real_nll",
 }  # fmt: skip
 NARROWEST_BAR = 10
 GIB = 1 << 30

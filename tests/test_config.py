@@ -431,8 +431,8 @@ DEFINING: dict[str, Any] = {
     "generation.max_new_tokens": 3, "generation.temperature": 0.5, "generation.top_p": 0.5, "train.loss": "hinge",
     "train.beta": [0.1, 0.2], "train.lr": 0.5, "train.optimizer": "rmsprop", "train.epochs": 3,
     "sft.epochs": 3, "sft.lr": 0.5, "train.batch_size": 3, "train.warmup": 0.5, "train.weight_decay": 0.5,
-    "train.max_grad_norm": 0.5, "train.mix_previous": 0, "train.max_real_logp_drop": 3.0, "evaluation.style": "x",
-    "evaluation.shown": 1, "seed": 3,
+    "train.max_grad_norm": 0.5, "train.mix_previous": 0, "train.max_real_logp_drop": 3.0, "train.sft_weight": 0.5,
+    "evaluation.style": "x", "evaluation.shown": 1, "seed": 3,
 }  # fmt: skip
 
 

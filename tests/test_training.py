@@ -197,34 +197,49 @@ def keep_first(snapshots: Path, kept: Path) -> Callable[[Metrics, int], None]:
     return on_step
 
 
-def gradient_of_mean_loss(model: SlotModel, pairs: Sequence[Pair], beta: float) -> list[Tensor]:
-    """By hand, of the logistic loss where the margin is 0: −β/2 · ∇(logπ(real) − logπ(generated)), pair by pair."""
+def gradient_of_mean_loss(model: SlotModel, pairs: Sequence[Pair], beta: float, sft: float) -> list[Tensor]:
+    """By hand, of the logistic loss where the margin is 0: −β/2 · ∇(logπ(real) − logπ(generated)), pair by pair, and
+    of the real completion's NLL a token."""
     total = [torch.zeros_like(parameter) for parameter in model.parameters.values()]
     for pair in pairs:
         real, generated = pair_logps(model, pack_row([pair], CPU))
-        gradients = torch.autograd.grad((real - generated).sum(), list(model.parameters.values()))
-        total = [t - beta / 2 * gradient / len(pairs) for t, gradient in zip(total, gradients, strict=True)]
+        loss = -beta / 2 * (real - generated) - sft * real / len(pair.real_ids)
+        gradients = torch.autograd.grad(loss.sum(), list(model.parameters.values()))
+        total = [t + gradient / len(pairs) for t, gradient in zip(total, gradients, strict=True)]
     return total
 
 
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
 @pytest.mark.parametrize("which", ["full", "partial"])
-def test_a_step_follows_the_mean_over_its_own_pairs(which: str, tiny_model: LoadModel, tmp_path: Path) -> None:
+def test_a_step_follows_the_mean_over_its_own_pairs(
+    which: str, sft_weight: float, tiny_model: LoadModel, tmp_path: Path
+) -> None:
     # 3 pairs in two micro-batches; and the last batch of 1 pair, put first, which must not be divided by 3
     plan = PLAN if which == "full" else PLAN[::-1]
     members = [index for micro_batch in plan[0] for index in micro_batch]
     assert len(members) == (3 if which == "full" else 1)
     assert len(plan[0]) == (2 if which == "full" else 1)
     model = tiny_model(moved=True)
-    expected = gradient_of_mean_loss(model, [PAIRS[index] for index in members], beta=0.3)
+    expected = gradient_of_mean_loss(model, [PAIRS[index] for index in members], beta=0.3, sft=sft_weight)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected))
 
     snapshots, kept = tmp_path / "snapshots", tmp_path / "kept"
-    config = settings(beta=0.3, max_grad_norm=1e9, snapshot_minutes=0)
+    config = settings(beta=0.3, sft_weight=sft_weight, max_grad_norm=1e9, snapshot_minutes=0)
     metrics = train(model, task_for(model, plan), config, snapshots=snapshots, on_step=keep_first(snapshots, kept))
     assert metrics[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for index, gradient in enumerate(expected):
         ours = first_gradient(kept)[f"optimizer/{index}/exp_avg"]
         torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-5 * norm)
+
+
+def test_with_an_sft_weight_the_loss_is_still_that_of_the_game(tiny_model: LoadModel, tmp_path: Path) -> None:
+    model = tiny_model(moved=True)
+    scores = scores_of(model, PLAN)
+    [row, *_] = run(model, task_for(model), settings(sft_weight=5.0), tmp_path / "snapshots")
+    members = [PAIRS[index] for micro_batch in PLAN[0] for index in micro_batch]
+    nlls = [-scores[pair.key].opponent_real_logps / len(pair.real_ids) for pair in members]
+    assert row["loss"] == pytest.approx(math.log(2))
+    assert row["real_nll"] == pytest.approx(sum(nlls) / len(nlls), rel=1e-5)
 
 
 def test_gradients_are_clipped_to_their_norm(tiny_model: LoadModel, tmp_path: Path) -> None:
