@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
+from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 
 
@@ -25,7 +25,7 @@ def compare(
     from qspin import view
     from qspin.config import load_config
     from qspin.players import chosen_iteration, players
-    from qspin.record import check_rows
+    from qspin.record import check_rows, prepare_run
     from qspin.report import answers
     from qspin.run_dir import RunDir
 
@@ -48,18 +48,10 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML file to look at: figures, plots, answers before and after, and what the run was made of."""
-    from qspin.config import load_config
-    from qspin.files import write_text
-    from qspin.page import page
-    from qspin.run_dir import RunDir
+    from qspin import api
 
-    run_dir = RunDir(folder)
-    run_dir.check_run()
     quiet_libraries()
-    prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
-    target = out or run_dir.path / "report.html"
-    write_text(target, page(run_dir, prepared))
-    typer.echo(f"report: {target}")
+    typer.echo(f"report: {api.report(folder, out)}")
 
 
 def export(

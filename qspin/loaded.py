@@ -2,16 +2,17 @@
 
     loaded = Loaded.open(RunDir(Path("runs/mine")))
     loaded.seat("1")                                    # base, sft, last, best or an iteration's number
-    [reply] = loaded.reply([[Message("user", "Why is the sky blue?")]])
+    [text] = loaded.generate(["Why is the sky blue?"])
 
 The base is loaded once. The run's rows are not read, so a run whose data has moved can be talked with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
@@ -27,7 +28,7 @@ from qspin.players import chosen_iteration
 from qspin.prepare import Speech, find_speech
 from qspin.recipe import recorded_config
 from qspin.record import load_recorded, template_date
-from qspin.records import Message
+from qspin.records import Message, Role
 from qspin.run_dir import RunDir
 from qspin.sampling import noise_key
 from qspin.stopping import check_stop
@@ -131,6 +132,18 @@ class Loaded:
         text = self.speech.renderer.completion_text
         return [Reply(text(completion.ids), len(completion.ids), completion.ended) for completion in completions]
 
+    def generate(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
+        """The replies' texts to prompts: each a user turn, or a conversation as `[{"role": "user", "content": …}]`.
+
+        Args:
+            settings: as for `reply`.
+        """
+        conversations = [
+            [Message("user", prompt)] if isinstance(prompt, str) else [_message(turn) for turn in prompt]
+            for prompt in prompts
+        ]
+        return [reply.text for reply in self.reply(conversations, **settings)]
+
     def _prompt(self, conversation: Sequence[Message], new: int) -> tuple[int, ...]:
         ids = self.speech.renderer.prompt_ids(conversation)
         if len(ids) + new > self.speech.context:
@@ -168,6 +181,12 @@ class Stream:
         if text.startswith(self._said) and len(text) > len(self._said):
             self._on_text(self._index, text[len(self._said) :])
             self._said = text
+
+
+def _message(turn: Mapping[str, str]) -> Message:
+    if turn.keys() != {"role", "content"} or turn["role"] not in get_args(Role):
+        raise QspinError(f"a turn has a role ({', '.join(get_args(Role))}) and its content; got {dict(turn)!r:.200}")
+    return Message(turn["role"], turn["content"])  # type: ignore[arg-type]
 
 
 def named(run_dir: RunDir, wanted: str | None) -> str:

@@ -14,10 +14,11 @@ from pydantic import ValidationError
 import qspin
 from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
+from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
 from qspin.model import SlotModel, unsloth_missing
-from qspin.prepare import Prepared, write_rejects
+from qspin.prepare import Prepared, prepare, write_rejects
 from qspin.run_dir import RunDir
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -28,6 +29,25 @@ def template_date(run_dir: RunDir) -> datetime.date:
     if run_dir.record.is_file():
         return datetime.date.fromisoformat(_read(run_dir)["template_date"])
     return datetime.date.today()
+
+
+def prepare_run(
+    config: RunConfig, run_dir: RunDir, *, keep_rejects: bool, date: datetime.date | None = None
+) -> Prepared:
+    """What `prepare` makes for a run's folder; rows that a run stops at are listed where one that goes on lists those
+    it leaves out.
+
+    Args:
+        date: for the template of a new run, if not today.
+    """
+    try:
+        return prepare(config, date if date and not run_dir.record.is_file() else template_date(run_dir))
+    except LeftOut as error:
+        if not keep_rejects or run_dir.record.is_file():
+            raise
+        with run_dir.lock():
+            write_rejects(run_dir.rejects, error.rejects)
+        raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> int:

@@ -71,7 +71,7 @@ def _parse_vary(text: str) -> tuple[str, list[Any]]:
     return key.strip(), found
 
 
-def grid(source: str | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
+def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """Every combination, the last setting varying fastest, each checked before anything is computed.
 
     Raises:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent
 
 from qspin import spin
 from qspin.config import load_config
@@ -21,6 +20,7 @@ from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.files import write_json
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 

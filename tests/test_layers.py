@@ -28,6 +28,7 @@ LAYERS = [  # each may import what stands above it
     {"doctor", "export", "plan_view", "sweep", "page"},
     {"console"},
     {"push", "watching"},
+    {"api"},
     {"cli_results"},
     {"cli"},
 ]

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Silent
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -17,6 +16,7 @@ from qspin.files import read_jsonl, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.run_dir import RunDir
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
 from qspin.loaded import Loaded, Stream
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 from test_cli import call, refusal
 
 from qspin import plots, spin
@@ -22,6 +22,7 @@ from qspin.errors import QspinError
 from qspin.page import SCRIPT, page
 from qspin.panel import Figure
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.report import sentences, tables
 from qspin.run_dir import RunDir
 

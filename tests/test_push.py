@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import CHATML, Silent
+from conftest import CHATML
 from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
 
@@ -27,6 +27,7 @@ from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, read_plain_json, sha256_of, write_json, write_jsonl, write_plain_json
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.push import Content, _explain, _licence, make_upload, send
 from qspin.recipe import recorded_config
 from qspin.record import template_date
