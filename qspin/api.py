@@ -165,21 +165,22 @@ def load(path: Path | str, player: str | None = None) -> Loaded:
     return Loaded.open(RunDir(Path(path)), player)
 
 
-def plan(config: RunConfig, *, vram: float | None = None) -> Plan:
+def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True) -> Plan:
     """Memory by phase, time and disk of a run, before anything is downloaded.
 
     Args:
-        config: its rows are read if it names a source; else 1,000 rows are assumed (`plan_rows.assumed_rows`).
         vram: GiB of a card that is not here; None plans for this machine, which is measured in a few seconds.
+        read_rows: whether to plan for the lengths of the configuration's rows. Otherwise, or if it names no source,
+            `data.limit` or 1,000 rows of assumed lengths are planned for.
     """
     from qspin import machine, plan_rows
     from qspin import plan as planner
 
     planner.shape_of(config)  # before anything that takes time
-    if config.data.source is None:
-        rows = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
-    else:
+    if read_rows and config.data.source is not None:
         rows = plan_rows.rows_of_data(config)
+    else:
+        rows = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
     where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
     return planner.make_plan(config, where, rows)
 

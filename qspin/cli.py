@@ -118,9 +118,9 @@ def plan(
     }
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
-    if config.data.source is not None:
+    if data is not None:
         quiet_libraries()
-    found = api.plan(config, vram=vram)
+    found = api.plan(config, vram=vram, read_rows=data is not None)
     Console().print(render(found, None if found.fits else planner.nearest_change(found)))
 
 

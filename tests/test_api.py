@@ -74,7 +74,7 @@ def test_a_plan() -> None:
     known = qspin.load_config("qwen3-8b")
     assert api.plan(known, vram=24).fits
     assert not api.plan(known, vram=4).fits
-    with pytest.raises(qspin.QspinError, match="model.architecture is not set"):
+    with pytest.raises(qspin.QspinError, match="architecture is not set"):
         api.plan(qspin.load_config(None, {"model.id": "someone/unknown"}), vram=24)
 
 
