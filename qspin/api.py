@@ -100,11 +100,14 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
         QspinError: the configuration, the data, the base or the folder can't be used, or memory or the disk ran out.
     """
     from qspin import spin
+    from qspin.base import quiet_libraries
     from qspin.record import prepare_run
     from qspin.watching import watch_run
 
     run_dir = RunDir(Path(out))
     run_dir.check_usable()
+    if progress is None:
+        quiet_libraries()
     prepared = prepare_run(config, run_dir, keep_rejects=True)
     if progress is None:
         watch_run(prepared, run_dir.path, as_json=False, tracker=None)
