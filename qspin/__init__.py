@@ -24,6 +24,8 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 def __getattr__(name: str) -> Any:
     """Names of the library, imported when they are first asked for: `qspin --help` needs none of them."""
+    if name == "api":
+        return importlib.import_module("qspin.api")
     if name not in __all__:
         raise AttributeError(f"module 'qspin' has no attribute {name!r}")
     return getattr(importlib.import_module(f"qspin.{_ELSEWHERE.get(name, 'api')}"), name)

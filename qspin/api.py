@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qspin.config import RunConfig, load_config
+from qspin.errors import QspinError
 from qspin.run_dir import RunDir
 
 if TYPE_CHECKING:  # what is heavy is imported by the function that needs it
@@ -74,9 +75,11 @@ class Results:
 
     @property
     def markdown(self) -> str:
-        """SUMMARY.md: every table, and what the columns mean."""
+        """SUMMARY.md: every table, and what the columns mean; a QspinError before anyone is measured."""
         from qspin.report import summary
 
+        if not self.figures:
+            raise QspinError(f"{self.path}: nobody has been measured yet; the command that began the run goes on")
         return summary(self._dir, self.config)
 
     def adapter(self, iteration: Which | None = None) -> Path:
@@ -192,12 +195,15 @@ def report(path: Path | str, out: Path | str | None = None) -> Path:
     """Write a run's one HTML file, `report.html` in its folder unless `out` says where; its path."""
     from qspin.files import write_text
     from qspin.page import page
+    from qspin.recipe import recorded_config
     from qspin.record import prepare_run
 
     run_dir = RunDir(Path(path))
     run_dir.check_run()
-    prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
     target = run_dir.path / "report.html" if out is None else Path(out)
+    if target.is_dir():
+        raise QspinError(f"--out: {target} is a folder; name a file")
+    prepared = prepare_run(recorded_config(run_dir), run_dir, keep_rejects=False)
     write_text(target, page(run_dir, prepared))
     return target
 

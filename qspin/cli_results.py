@@ -23,8 +23,8 @@ def compare(
     from rich.console import Console
 
     from qspin import view
-    from qspin.config import load_config
     from qspin.players import chosen_iteration, players
+    from qspin.recipe import recorded_config
     from qspin.record import check_rows, prepare_run
     from qspin.report import answers
     from qspin.run_dir import RunDir
@@ -32,7 +32,7 @@ def compare(
     run_dir = RunDir(folder)
     wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
     chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
-    config = load_config(run_dir.config)
+    config = recorded_config(run_dir)
     quiet_libraries()
     prepared = prepare_run(config, run_dir, keep_rejects=False)
     check_rows(run_dir, prepared)

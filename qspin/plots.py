@@ -55,7 +55,9 @@ def players(panels: Mapping[str, Mapping[str, Figure]], figures: Mapping[str, tu
 
 def intervals(axis: Axes, series: Mapping[str, Mapping[str, Figure]]) -> None:
     """Lines from player to player, a little apart so that intervals do not hide each other."""
-    names = list(dict.fromkeys(player for line in series.values() for player in line))
+    found = {player for line in series.values() for player in line}
+    iterations = sorted((player for player in found if player.isdigit()), key=int)
+    names = [*sorted(found - {*iterations}), *iterations]  # base, sft, 0, 1, …
     for offset, (label, line) in enumerate(series.items()):
         places = [names.index(player) + 0.03 * (offset - (len(series) - 1) / 2) for player in line]
         values = [figure.value for figure in line.values()]
@@ -78,7 +80,8 @@ def compared(series: Mapping[str, Mapping[str, Mapping[str, Figure]]], headings:
             intervals(axis, runs)
             axis.set_title(heading, fontsize="medium")
             axis.set_xlabel("player")
-        axes[0].legend(fontsize="small")
+        if series:
+            axes[0].legend(fontsize="small")
         return _svg(picture)
 
 

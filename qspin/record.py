@@ -18,9 +18,10 @@ from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
 from qspin.model import SlotModel, unsloth_missing
-from qspin.prepare import Prepared, prepare, write_rejects
+from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.run_dir import RunDir
 
+ORIGINS = {"package": "the installed package", "folder": "the folder", "hub": "the hub's"}  # of a base: where from
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -41,13 +42,44 @@ def prepare_run(
         date: for the template of a new run, if not today.
     """
     try:
-        return prepare(config, date if date and not run_dir.record.is_file() else template_date(run_dir))
+        date = date if date and not run_dir.record.is_file() else template_date(run_dir)
+        return prepare(config, date, commit_of(run_dir, config))
     except LeftOut as error:
         if not keep_rejects or run_dir.record.is_file():
             raise
         with run_dir.lock():
             write_rejects(run_dir.rejects, error.rejects)
         raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
+
+
+def commit_of(run_dir: RunDir, config: RunConfig) -> str | None:
+    """The commit that the run's base was at when it began, where it is a hub id: its branch may have moved since."""
+    if not run_dir.record.is_file():
+        return None
+    record = _read(run_dir)
+    model = record["config"]["model"]
+    asked_alike = (model["id"], model["revision"]) == (config.model.id, config.model.revision)
+    commit: str | None = record["base"].get("commit") if asked_alike else None
+    return commit
+
+
+def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
+    """How one talks with the run's base, which must be had from where the run had it, with the same template.
+
+    Raises:
+        QspinError: it can't be had, or is another.
+    """
+    speech = find_speech(config, template_date(run_dir), commit_of(run_dir, config))
+    record = _read(run_dir)
+    was, found = (next(kind for kind in ORIGINS if kind in origin) for origin in (record["base"], speech.base.origin))
+    if was != found:
+        raise QspinError(
+            f"model.id: {run_dir.path} was made with {ORIGINS[was]} {record['base'][was]}, and here {config.model.id} "
+            f"is {ORIGINS[found]}; bring the old one back"
+        )
+    if speech.renderer.template_hash != record["inputs"]["chat.template"]:
+        raise QspinError(f"chat.template: its content is not what {run_dir.path} began with; bring it back")
+    return speech
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> int:
@@ -162,6 +194,13 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; "
             "choose another --out, or bring the old file back"
         )
+    for name, ours in (("end_of_turn", prepared.renderer.end_of_turn), ("stop_ids", sorted(prepared.stop_ids))):
+        if record[name] != ours:
+            raise QspinError(
+                f"model.id: answers of {prepared.base.name} end in other tokens than when {run_dir.path} began "
+                f"({name}: {record[name]} -> {ours}), so its files have changed; bring them back, or choose another "
+                "--out"
+            )
     for name, found in prepared.inputs.items():
         if record["inputs"][name] != found:
             raise QspinError(

@@ -166,9 +166,12 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise QspinError(f"--out: {self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.record.is_file() and not self._lock.is_file():
+        ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
+        if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
         parent = existing(self.path)
+        if not parent.is_dir():
+            raise QspinError(f"--out: {parent} is a file; name a folder")
         if not os.access(parent, os.W_OK):
             raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
         holder = self.holder()

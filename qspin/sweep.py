@@ -174,5 +174,6 @@ def write_results(out: Path, cells: Sequence[Cell]) -> None:
     panels = {
         cell.name: {who.name: panel(who.evaluation, "report", seed=cell.config.seed) for who in measured[cell.name]}
         for cell in cells
+        if measured[cell.name]
     }
     write_text(out / PLOT, plots.compared(panels, PLOTTED))

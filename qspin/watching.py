@@ -77,7 +77,8 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
         QspinError: at the end, if a run could not be played to its end.
     """
     console, failed = Console(), []
-    date = template_date(cells[0].run_dir(out))  # one for all, or prompts of some templates would differ
+    begun = (cell.run_dir(out) for cell in cells if cell.run_dir(out).record.is_file())
+    date = template_date(next(begun, cells[0].run_dir(out)))  # one for all, or prompts of some templates would differ
     for number, cell in enumerate(cells, start=1):
         run_dir = cell.run_dir(out)
         tell(console, f"{number} of {len(cells)}: {cell.name}")
@@ -92,7 +93,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
         except QspinError as error:  # the others may well be played
             tell(console, f"error: {error}")
             failed.append(cell.name)
-        sweep.write_results(out, cells[:number])
+        sweep.write_results(out, cells)
     table = sweep.results(out, cells)
     console.print(view.results_table(table))
     console.print(view.notes_table(table.notes), style="dim")

@@ -245,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "lfsFile" and (value["oid"] in self.hub.store or self.hub.xet_store is not None):
                 repo.files[value["path"]] = self.hub.store.get(value["oid"], b"")
                 repo.lfs[value["path"]] = value["oid"]
+            elif operation["key"] == "deletedFile":
+                repo.files.pop(value["path"])
             else:
                 self._answer(400, {"error": f"{value['path']} was not uploaded"})
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,33 @@ def test_a_sweep(tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pyt
     assert list(found) == ["beta=0.1", "beta=1.0"]
     assert found["beta=0.1"].figures["base"] == found["beta=1.0"].figures["base"]
     assert "2 of 2: beta=1.0" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nobody_was_measured(results: qspin.Results, tmp_path: Path) -> None:
+    shutil.copy(results.path / "run.json", tmp_path)
+    shutil.copy(results.path / "config.yaml", tmp_path)
+    begun = qspin.results(tmp_path)
+    assert (begun.figures, begun.kept, begun.sentences) == ({}, None, [])
+    with pytest.raises(qspin.QspinError, match="nobody has been measured yet"):
+        _ = begun.markdown
+
+
+def test_a_report_needs_a_file_and_a_sweep_a_folder(results: qspin.Results, tmp_path: Path) -> None:
+    with pytest.raises(qspin.QspinError, match="is a folder; name a file"):
+        api.report(results.path, tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(qspin.QspinError, match="file is a file; name a folder"):
+        api.sweep("quickstart", {"train.beta": [1, 2]}, file)
+
+
+def test_a_report_is_not_made_of_other_settings(results: qspin.Results, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(results.path, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(qspin.QspinError, match=r"changed since the run was made \(seed\)"):
+        api.report(run)
 
 
 def test_no_run(tmp_path: Path) -> None:
