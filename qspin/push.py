@@ -151,7 +151,7 @@ def send(upload: Upload, *, private: bool) -> str:
             repo_type=upload.kind,
             folder_path=upload.folder,
             allow_patterns=list(upload.files),
-            delete_patterns=STALE[upload.content],
+            delete_patterns=STALE[upload.content] or None,
             commit_message=f"Upload with qspin {qspin.__version__}",
         )
     # all that the client raises: its own errors and httpx's, and RuntimeError around one of them or from hf_xet
