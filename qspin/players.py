@@ -26,11 +26,15 @@ class Player:
 
     @property
     def told(self) -> str:
-        """Its name in a sentence."""
-        if self.name.isdigit():
-            return f"iteration {self.name}"
-        known = {"base": "the base", "sft": "the warm start"}
-        return known.get(self.name) or f"round {self.name.removeprefix(ROUND)} of supervised training"
+        return told(self.name)
+
+
+def told(name: str) -> str:
+    """A player's name in a sentence."""
+    if name.isdigit():
+        return f"iteration {name}"
+    known = {"base": "the base", "sft": "the warm start"}
+    return known.get(name) or f"round {name.removeprefix(ROUND)} of supervised training"
 
 
 def players(run_dir: RunDir, config: RunConfig) -> list[Player]:

@@ -23,12 +23,12 @@ LAYERS = [  # each may import what stands above it
     {"verdict"},
     {"report", "record", "plan_rows", "damage", "room"},
     {"game", "loaded"},
-    {"answering", "learning", "measuring"},
+    {"answering", "learning", "measuring", "talk"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
     {"doctor", "export", "plan_view", "sweep", "page"},
     {"console"},
-    {"push", "watching"},
-    {"cli_results"},
+    {"push", "watching", "talk_view"},
+    {"cli_results", "cli_trials"},
     {"cli"},
 ]
 HEAVY = {
