@@ -25,7 +25,7 @@ from qspin.files import read_json, read_jsonl
 from qspin.players import Player, kept, players
 from qspin.prepare import Prepared
 from qspin.record import check_rows
-from qspin.report import PHASES, measured_on, sentences, tables
+from qspin.report import GIB, HELD, PHASES, measured_on, sentences, tables
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 
@@ -74,6 +74,7 @@ def page(run_dir: RunDir, prepared: Prepared) -> str:
         measured_on=measured_on(run_dir, config),
         tables=tables(run_dir, config),
         pictures=_pictures(measured, config),
+        held=HELD,
         lineage=_lineage(record),
         settings=visible(dump_config(config)),
         rows=_rows(measured, prepared.heldout_prompts),
@@ -99,12 +100,15 @@ def _pictures(measured: Sequence[Player], config: RunConfig) -> dict[str, Markup
             },
         ),
         "lengths": plots.distributions(_lengths(measured, config), "Lengths of held-out completions", "tokens"),
-        "times": plots.shares({who.told: _seconds(who) for who in measured}, "Where the time went", "seconds"),
+        "times": plots.shares({who.told: _seconds(who) for who in measured}, PHASES, "Where the time went", "seconds"),
     }
+    memory = {who.told: _gib(who) for who in measured}
+    if any(memory.values()):
+        found["memory"] = plots.groups(memory, PHASES, "The most memory held while each phase worked", "GiB")
     margins = {f"iteration {player.name}": _margins(player) for player in measured if player.name.isdigit()}
     if any(margins.values()):
         found["margins"] = plots.lines({k: v for k, v in margins.items() if v}, "Margin while training", "step")
-    return {"margins": Markup(""), **{name: Markup(svg) for name, svg in found.items()}}
+    return {"margins": Markup(""), "memory": Markup(""), **{name: Markup(svg) for name, svg in found.items()}}
 
 
 def _lengths(measured: Sequence[Player], config: RunConfig) -> dict[str, list[int]]:
@@ -116,6 +120,11 @@ def _lengths(measured: Sequence[Player], config: RunConfig) -> dict[str, list[in
 def _seconds(player: Player) -> dict[str, float]:
     found = player.folder.seconds()
     return {phase: found[phase] for phase in PHASES if phase in found}
+
+
+def _gib(player: Player) -> dict[str, float]:
+    found = player.folder.peaks()
+    return {phase: found[phase] / GIB for phase in PHASES if phase in found}
 
 
 def _margins(player: Player) -> list[float]:

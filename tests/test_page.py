@@ -8,6 +8,8 @@ import datetime
 import hashlib
 import json
 import re
+import resource
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +24,7 @@ from qspin.errors import QspinError
 from qspin.page import SCRIPT, page
 from qspin.panel import Figure
 from qspin.prepare import Prepared, prepare
-from qspin.report import sentences, tables
+from qspin.report import PHASES, sentences, tables
 from qspin.run_dir import RunDir
 
 EVIL = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&<b>"
@@ -81,10 +83,29 @@ def test_it_has_what_the_run_came_to(run: RunDir, ready: Prepared) -> None:
         "Margin while training",
         "Lengths of held-out completions",
         "Where the time went",
+        "The most memory held while each phase worked",
     ):
         assert heading in text
     assert ready.fingerprint in text
     assert page(run, ready) == text, "the same run, another page"
+
+
+def test_memory_by_phase_is_kept_and_shown(run: RunDir, ready: Prepared, tmp_path: Path) -> None:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    training = next(table for table in tables(run, ready.config) if table.title == "Training")
+    assert training.columns[-1].heading == "GiB"
+    for folder, row in zip((run.base, run.iteration(0), run.iteration(1)), training.rows, strict=True):
+        peaks = folder.peaks()
+        assert set(peaks) == set(folder.seconds())
+        assert all(100 * 2**20 < held <= most for held in peaks.values())
+        told = [f"{peaks[phase] / 2**30:.1f}" if phase in peaks else "-" for phase in PHASES]
+        assert row[-1] == " / ".join(told)
+    shutil.copytree(run.path, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*/memory.json"):  # of a run from before they were kept
+        path.unlink()
+    text = page(RunDir(tmp_path / "old"), ready)
+    assert "Where the time went" in text
+    assert "The most memory held" not in text
 
 
 def test_it_asks_nothing_of_a_network(shown: Elements) -> None:
