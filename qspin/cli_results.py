@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
 from qspin.errors import QspinError
+
+if TYPE_CHECKING:
+    from qspin.config import RunConfig
+    from qspin.run_dir import RunDir
 
 
 def compare(
@@ -25,19 +30,18 @@ def compare(
     from qspin import view
     from qspin.config import load_config
     from qspin.players import chosen_iteration, players
-    from qspin.record import check_rows
     from qspin.report import answers
     from qspin.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
-    chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
+    names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
+    chosen = {str(chosen_iteration(run_dir, name, "--iterations")) for name in names}
     config = load_config(run_dir.config)
-    quiet_libraries()
-    prepared = prepare_run(config, run_dir, keep_rejects=False)
-    check_rows(run_dir, prepared)
+    prompts = _prompts(run_dir, config)
     who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
-    Console().print(view.completions_table(answers(who, prepared.heldout_prompts, rows)))
+    if prompts is None:
+        prompts = [f"row {number + 1}" for number in range(len(who[0].evaluation.completions))]
+    Console().print(view.completions_table(answers(who, prompts, rows)))
 
 
 def report(
@@ -55,11 +59,32 @@ def report(
 
     run_dir = RunDir(folder)
     run_dir.check_run()
-    quiet_libraries()
-    prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
     target = out or run_dir.path / "report.html"
-    write_text(target, page(run_dir, prepared))
+    if target.is_dir():
+        raise QspinError(f"--out: {target} is a folder; name a file")
+    config = load_config(run_dir.config)
+    text = page(run_dir, config, _prompts(run_dir, config))
+    try:
+        write_text(target, text)
+    except OSError as error:
+        raise QspinError(f"--out: {target} can't be written: {error.strerror}") from None
     typer.echo(f"report: {target}")
+
+
+def _prompts(run_dir: RunDir, config: RunConfig) -> Sequence[str] | None:
+    """Of the held-out rows. They are read from the data again; where it is not there as it was, None, and a note."""
+    from rich.console import Console
+
+    from qspin.record import check_rows
+
+    quiet_libraries()
+    try:
+        prepared = prepare_run(config, run_dir, keep_rejects=False)
+        check_rows(run_dir, prepared)
+    except QspinError as error:
+        tell(Console(stderr=True), f"note: without prompts, which are read from the data: {error}")
+        return None
+    return prepared.heldout_prompts
 
 
 def export(

@@ -35,7 +35,9 @@ def chat(
     heed_stops("stopped")  # there is nothing to go on with
     run_dir = RunDir(folder)
     run_dir.check_run()
-    players = [named(run_dir, name) for name in ([iteration] if versus is None else [iteration, versus])]
+    players = [named(run_dir, iteration)]
+    if versus is not None:
+        players.append(named(run_dir, versus, "--versus"))
     different(players)
     own = recorded_config(run_dir).generation
     manner = Manner(

@@ -209,7 +209,7 @@ class Talk:
     def _sit(self, argument: str) -> None:
         if len(argument.split()) not in {1, 2}:
             raise QspinError("/seat: name one player, or two: base, sft, last, best or an iteration's number")
-        wanted = different([named(self._loaded.run_dir, name) for name in argument.split()])
+        wanted = different([named(self._loaded.run_dir, name, "/seat") for name in argument.split()])
         own = {seat.player: seat for seat in self.seats}
         # who sat here keeps its past; whoever is new goes on from the past of the place
         pasts = [own.get(name, self.seats[min(place, len(own) - 1)]).turns for place, name in enumerate(wanted)]

@@ -186,7 +186,7 @@ def test_a_new_seat_goes_on_from_the_conversation(loaded: Loaded) -> None:
     talk.hear("/seat 1")
     assert [(seat.player, seat.turns) for seat in talk.seats] == [("1", last)], "it keeps its own past"
     for wrong in ("/seat", "/seat 9", "/seat a b c"):
-        with pytest.raises(QspinError, match="last, best"):
+        with pytest.raises(QspinError, match=r"^/seat: .*last, best"):
             talk.hear(wrong)
     with pytest.raises(QspinError, match="both are iteration 1; name two"):
         talk.hear("/seat 1 last")
@@ -306,7 +306,8 @@ def test_a_message_that_can_not_be_answered_ends_a_pipe(run_dir: RunDir) -> None
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--iteration", "7"], "'7' is not finished"),
+        (["--iteration", "7"], "error: --iteration: '7' is not finished"),
+        (["--versus", "7"], "error: --versus: '7' is not finished"),
         (["--iteration", "0", "--versus", "0"], "both are iteration 0; name two players"),
         (["--temperature", "nan"], "temperature: nan is not a number from 0 on"),
         (["--top-p", "2"], "--top-p: 2.0 is not above 0 and at most 1"),
