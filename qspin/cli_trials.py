@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -49,6 +50,8 @@ def chat(
     view = View()
     view.note(f"loading {folder}")
     talk = Talk(Loaded.open(run_dir, players[0]), players, manner, view, system=system, seed=seed)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused in a line, as in data
     if sys.stdin.isatty():
         who = " and ".join(told(player) for player in players)
         view.note(f"{who}, temperature {manner.temperature:g}; /help lists the commands, Ctrl-D leaves")

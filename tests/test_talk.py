@@ -271,8 +271,9 @@ def piped(run_dir: RunDir, text: str, *options: str) -> subprocess.CompletedProc
         input=text,
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         env=environment(),
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
@@ -296,10 +297,17 @@ def test_each_line_of_a_pipe_is_a_message(run_dir: RunDir, loaded: Loaded) -> No
     assert "cut at 60 tokens" in done.stderr
 
 
-def test_a_message_that_can_not_be_answered_ends_a_pipe(run_dir: RunDir) -> None:
-    done = piped(run_dir, f"What is 1?\n{'many words ' * 300}\nWhat is 2?\n", "--versus", "base")
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("many words " * 300, "a conversation of .* more than the model's 512"),
+        ("a byte that is no text: \udcff", "the user text contains .* which is not plain text"),
+    ],
+)
+def test_a_message_that_can_not_be_answered_ends_a_pipe(message: str, told: str, run_dir: RunDir) -> None:
+    done = piped(run_dir, f"What is 1?\n{message}\nWhat is 2?\n", "--versus", "base")
     assert done.returncode == 1
-    assert re.search(r"^error: a conversation of .* more than the model's 512", done.stderr, re.MULTILINE)
+    assert re.search(f"^error: {told}", done.stderr, re.MULTILINE)
     assert done.stdout.count("the base\n") == 1
 
 
@@ -347,7 +355,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str, seconds: float = 300) -> str:
         """All that came since the last time, up to a text and with it."""
         deadline = time.monotonic() + seconds
         while text not in self._seen:
