@@ -42,10 +42,10 @@ def answer(game: Game, iteration: int) -> None:
     failures = 0
     while missing:
         index, shard = missing[0]
-        started = time.monotonic()
         try:
-            with refusals_told():
+            with refusals_told(), game.counted(folder, "generate"):
                 pairs = _pairs(game, iteration, shard, plan["width"])
+                write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         except OutOfMemory as error:
             failures += 1
             if failures == ATTEMPTS or plan["width"] == 1:
@@ -58,8 +58,6 @@ def answer(game: Game, iteration: int) -> None:
             game.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
             begin()  # what was done of this shard is lost
             continue
-        write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
-        folder.add_seconds("generate", time.monotonic() - started)
         missing.pop(0)
         failures = 0
 

@@ -14,7 +14,7 @@ What can't be done is a `QspinError`, whose text is the line that the command sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -191,20 +191,28 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
     return planner.make_plan(config, where, rows)
 
 
-def report(path: Path | str, out: Path | str | None = None) -> Path:
-    """Write a run's one HTML file, `report.html` in its folder unless `out` says where; its path."""
+def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[str], None] = lambda _text: None) -> Path:
+    """Write a run's one HTML file, `report.html` in its folder unless `out` says where; its path.
+
+    Args:
+        say: hears why the prompts are not in it, if the run's data is not to be had as it was.
+    """
     from qspin.files import write_text
     from qspin.page import page
     from qspin.recipe import recorded_config
-    from qspin.record import prepare_run
+    from qspin.record import heldout_prompts
 
     run_dir = RunDir(Path(path))
     run_dir.check_run()
     target = run_dir.path / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise QspinError(f"--out: {target} is a folder; name a file")
-    prepared = prepare_run(recorded_config(run_dir), run_dir, keep_rejects=False)
-    write_text(target, page(run_dir, prepared))
+    config = recorded_config(run_dir)
+    text = page(run_dir, config, heldout_prompts(run_dir, config, say))
+    try:
+        write_text(target, text)
+    except OSError as error:
+        raise QspinError(f"--out: {target} can't be written: {error.strerror}") from None
     return target
 
 

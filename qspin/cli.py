@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from qspin import cli_results
+from qspin import cli_results, cli_trials
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
@@ -282,7 +282,7 @@ def _numbers(text: str | None) -> Any:
     return [part.strip() for part in text.split(",")]
 
 
-for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push):
+for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push, cli_trials.chat):
     app.command()(command)
 
 

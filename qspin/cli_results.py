@@ -25,19 +25,20 @@ def compare(
     from qspin import view
     from qspin.players import chosen_iteration, players
     from qspin.recipe import recorded_config
-    from qspin.record import check_rows, prepare_run
+    from qspin.record import heldout_prompts
     from qspin.report import answers
     from qspin.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
-    chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
+    names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
+    chosen = {str(chosen_iteration(run_dir, name, "--iterations")) for name in names}
     config = recorded_config(run_dir)
     quiet_libraries()
-    prepared = prepare_run(config, run_dir, keep_rejects=False)
-    check_rows(run_dir, prepared)
+    prompts = heldout_prompts(run_dir, config, _note)
     who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
-    Console().print(view.completions_table(answers(who, prepared.heldout_prompts, rows)))
+    if prompts is None:
+        prompts = [f"row {number + 1}" for number in range(len(who[0].evaluation.completions))]
+    Console().print(view.completions_table(answers(who, prompts, rows)))
 
 
 def report(
@@ -51,7 +52,13 @@ def report(
     from qspin import api
 
     quiet_libraries()
-    typer.echo(f"report: {api.report(folder, out)}")
+    typer.echo(f"report: {api.report(folder, out, say=_note)}")
+
+
+def _note(text: str) -> None:
+    from rich.console import Console
+
+    tell(Console(stderr=True), f"note: {text}")
 
 
 def export(

@@ -208,12 +208,12 @@ def _message(turn: Mapping[str, str]) -> Message:
     return Message(turn["role"], turn["content"])  # type: ignore[arg-type]
 
 
-def named(run_dir: RunDir, wanted: str | None) -> str:
-    """The player that is meant, by its own name; see `Loaded.seat`."""
+def named(run_dir: RunDir, wanted: str | None, option: str = "--iteration") -> str:
+    """The player that is meant, by its own name; see `Loaded.seat`. `option` is where it was named."""
     if wanted == "base":
         return wanted
     if wanted == "sft":
         if not run_dir.warm_start.adapter.is_dir():
             raise QspinError(f"{run_dir.path} has no warm start (sft.epochs is 0); base, last, best or a number may be")
         return wanted
-    return str(chosen_iteration(run_dir, wanted))
+    return str(chosen_iteration(run_dir, wanted, option))

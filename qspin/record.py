@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -140,6 +140,18 @@ def check_rows(run_dir: RunDir, prepared: Prepared) -> None:
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; bring the old "
             "file back"
         )
+
+
+def heldout_prompts(run_dir: RunDir, config: RunConfig, say: Callable[[str], None]) -> Sequence[str] | None:
+    """The last user turn of each held-out row, read from the data again; None where it is not to be had as it was, and
+    `say` hears why."""
+    try:
+        prepared = prepare_run(config, run_dir, keep_rejects=False)
+        check_rows(run_dir, prepared)
+    except QspinError as error:
+        say(f"without prompts, which are read from the data: {error}")
+        return None
+    return prepared.heldout_prompts
 
 
 def _read(run_dir: RunDir) -> dict[str, Any]:

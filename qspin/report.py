@@ -15,6 +15,8 @@ from qspin.run_dir import IterationDir, RunDir
 from qspin.verdict import RATED, against, verdict
 
 PHASES = ("generate", "score", "train", "evaluate")
+HELD = "its resident memory, on a GPU what torch's tensors took there"
+GIB = 2**30
 MAIN = 2  # so many tables are for the terminal
 REAL = "real"  # the row of the real completions
 
@@ -181,12 +183,14 @@ def _training(measured: Sequence[Player], player: Column, config: RunConfig) -> 
         Column("margin", "mean margin in the last epoch of training / on held-out rows; if the first is far "
                "higher, it learned rows by heart"),
         Column("seconds", " / ".join(PHASES)),
+        Column("GiB", f"the most that the process held meanwhile, with all that was there before: {HELD}"),
     )  # fmt: skip
     rows = []
     for item in measured:
-        seconds = item.folder.seconds()
+        seconds, peaks = item.folder.seconds(), item.folder.peaks()
         times = " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES)
-        rows.append([item.name, _margins(item, config), times])
+        memory = " / ".join(f"{peaks[phase] / GIB:.1f}" if phase in peaks else "-" for phase in PHASES)
+        rows.append([item.name, _margins(item, config), times, memory])
     return Results("Training", (player, *columns), rows)
 
 

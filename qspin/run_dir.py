@@ -18,6 +18,7 @@ iteration-K/
     adapter/                PEFT format; an iteration is done when this and its evaluation are there
     evaluation.json
     seconds.json            wall-clock time by phase
+    memory.json             the most bytes held while a phase worked
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import filelock
 import psutil
@@ -82,19 +84,41 @@ class IterationDir:
     def times(self) -> Path:
         return self.path / "seconds.json"
 
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Time spent, over all the processes that worked on this iteration."""
         times = self.seconds()
-        times[phase] = times.get(phase, 0.0) + seconds
-        with contextlib.suppress(OSError, QspinError):  # for show: it must not stop a run
-            write_json(self.times, times, durable=False)
+        _show(self.times, times | {phase: times.get(phase, 0.0) + seconds})
 
     def seconds(self) -> dict[str, float]:
         """By phase; none if the file is not there, or damaged."""
-        try:
-            return read_json(self.times)
-        except QspinError:
-            return {}
+        return _shown(self.times)
+
+    def add_peak(self, phase: str, held: int) -> None:
+        """Bytes held, the most of all the processes that worked on this iteration."""
+        peaks = self.peaks()
+        if held > peaks.get(phase, 0):
+            _show(self.memory, peaks | {phase: held})
+
+    def peaks(self) -> dict[str, int]:
+        """By phase; none if the file is not there, or damaged."""
+        return _shown(self.memory)
+
+
+def _show(path: Path, figures: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError, QspinError):  # for show: it must not stop a run
+        write_json(path, figures, durable=False)
+
+
+def _shown(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(path)
+    except QspinError:
+        return {}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
     """Pieces of another run that are the same in this one, unless they are here already."""
     if not source.record.is_file() or not _same_but_for_training(game, other, source):
         return
-    for piece in ("evaluation", "times"):
+    for piece in ("evaluation", "times", "memory"):
         _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
     if game.config.sft.epochs:  # a warm start is trained as everything is: it may be another opponent
         return

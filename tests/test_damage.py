@@ -24,7 +24,7 @@ from qspin.progress import Silent
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
-PASSING = {".lock", ".holder", "status.json", "seconds.json", "SUMMARY.md"}
+PASSING = {".lock", ".holder", "status.json", "seconds.json", "memory.json", "SUMMARY.md"}
 EACH_START = ["config.yaml", "rejects.jsonl", "SUMMARY.md", "verdict.json"]  # written anew, never read by a run
 FLIPS, CUTS = 200, 16
 LAST_STEP = 4  # that the run midway has finished in iteration 1
@@ -176,6 +176,7 @@ EARLIER = "training goes on from the snapshot before it, or from its beginning"
         (["base/evaluation.json"], AGAIN),
         (["iteration-0/evaluation.json"], AGAIN),
         (["iteration-0/seconds.json"], FIGURES),
+        (["iteration-0/memory.json"], FIGURES),
     ],
 )
 def test_what_can_be_made_again_is_and_the_run_ends_in_the_same_bytes(

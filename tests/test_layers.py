@@ -23,13 +23,13 @@ LAYERS = [  # each may import what stands above it
     {"verdict"},
     {"report", "record", "plan_rows", "damage", "room"},
     {"game", "loaded"},
-    {"answering", "learning", "measuring"},
+    {"answering", "learning", "measuring", "talk"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
     {"doctor", "export", "plan_view", "sweep", "page"},
     {"console"},
-    {"push", "watching"},
+    {"push", "watching", "talk_view"},
     {"api"},
-    {"cli_results"},
+    {"cli_results", "cli_trials"},
     {"cli"},
 ]
 HEAVY = {

@@ -213,3 +213,16 @@ def test_a_holder_elsewhere_is_known_by_its_lock(tmp_path: Path, holder: subproc
 def test_nobody_holds_a_folder_that_no_run_was_in(tmp_path: Path) -> None:
     assert RunDir(tmp_path).holder() is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_peaks_are_the_most_of_all_times_and_for_show(tmp_path: Path) -> None:
+    folder = IterationDir(tmp_path)
+    assert folder.peaks() == {}
+    for phase, held in (("train", 5), ("score", 2), ("train", 3), ("score", 4)):
+        folder.add_peak(phase, held)
+    assert folder.peaks() == {"train": 5, "score": 4}
+    folder.memory.write_text("{")
+    assert folder.peaks() == {}
+    folder.memory.unlink()
+    folder.memory.mkdir()
+    folder.add_peak("train", 7)  # it can't be written, and stops nothing
