@@ -17,7 +17,7 @@ LAYERS = [  # each may import what stands above it
     {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation"},
     {"fused", "status", "gguf_file", "players"},
     {"model", "packing", "kv_cache"},
-    {"generation", "scoring"},
+    {"generation", "scoring", "reading"},
     {"optimisation", "evaluate", "prepare", "budget"},
     {"training", "warm_start", "machine"},
     {"verdict"},
