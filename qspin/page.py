@@ -25,7 +25,7 @@ from qspin.files import read_json, read_jsonl
 from qspin.players import Player, kept, players
 from qspin.prepare import Prepared
 from qspin.record import check_rows
-from qspin.report import PHASES, measured_on, sentences, tables
+from qspin.report import BENCHMARKS, MAIN, PHASES, measured_on, sentences, tables
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 
@@ -65,14 +65,15 @@ def page(run_dir: RunDir, prepared: Prepared) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qspin", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    data = record["data"]
+    data, shown = record["data"], tables(run_dir, config)
     return environment.get_template("report.html.j2").render(
         title=f"{visible(record['base']['name'])} after self-play",
         about=f"{data['train_rows']} training rows, {data['heldout_rows']} held out, "
         f"{sum(player.name.isdigit() for player in measured)} of {config.iterations} iterations.",
         said=[visible(sentence) for sentence in sentences(run_dir, config)],
         measured_on=measured_on(run_dir, config),
-        tables=tables(run_dir, config),
+        tables=shown,
+        main=MAIN + (shown[MAIN].title == BENCHMARKS),
         pictures=_pictures(measured, config),
         lineage=_lineage(record),
         settings=visible(dump_config(config)),

@@ -14,7 +14,7 @@ LAYERS = [  # each may import what stands above it
     {"files", "sources", "presets", "footprint"},
     {"formats"},
     {"data", "chat", "run_dir", "memory", "unsloth_kernels", "plots"},
-    {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation"},
+    {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation", "benchmarks"},
     {"fused", "status", "gguf_file", "players"},
     {"model", "packing", "kv_cache"},
     {"generation", "scoring", "reading"},
@@ -23,12 +23,12 @@ LAYERS = [  # each may import what stands above it
     {"verdict"},
     {"report", "record", "plan_rows", "damage", "room"},
     {"game", "loaded"},
-    {"answering", "learning", "measuring"},
+    {"answering", "learning", "measuring", "harness"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
     {"doctor", "export", "plan_view", "sweep", "page"},
     {"console"},
-    {"push", "watching"},
-    {"cli_results"},
+    {"push", "watching", "trials"},
+    {"cli_results", "cli_trials"},
     {"cli"},
 ]
 HEAVY = {
@@ -37,6 +37,7 @@ HEAVY = {
     "bitsandbytes": {"lora", "kernels", "optimisation", "doctor", "merge"},
     "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
+    "lm_eval": {"harness"},
 }
 
 
