@@ -1,4 +1,4 @@
-"""Benchmarks: the suites, and what players came to, one sealed file for each player and set-up.
+"""Benchmarks: what players came to, one sealed file for each player and set-up.
 
     outcome = kept(run_dir.iteration(1), SetUp("gsm8k", shots=5))
 
@@ -8,31 +8,15 @@ harness.py has what computes them; nothing here needs it.
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import stdev
-from typing import Any, Literal
+from typing import Any
 
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json
 from qspin.run_dir import IterationDir
-
-SuiteName = Literal["open-llm-v1", "spin-paper"]
-
-OPEN_LLM_V1 = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
-SUITES: dict[SuiteName, dict[str, int]] = {  # task → shots
-    "open-llm-v1": OPEN_LLM_V1,
-    "spin-paper": OPEN_LLM_V1  # and what arXiv 2401.01335 adds under "further tasks"
-    | {f"bbh_cot_fewshot_{task}": 3 for task in ("causal_judgement", "formal_fallacies", "sports_understanding")}
-    | {"openbookqa": 1},
-}
-METRICS = {  # the one that a leaderboard or the paper shows, of tasks that have several
-    "arc_challenge": "acc_norm",
-    "hellaswag": "acc_norm",
-    "openbookqa": "acc_norm",
-    "gsm8k": "exact_match, strict-match",
-}
+from qspin.suites import METRICS
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +104,3 @@ def gain(first: Score, score: Score) -> tuple[float, float | None]:
         return difference, None
     changes = [now - before for before, now in zip(first.values, score.values, strict=True)]
     return difference, stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
-
-
-def check_task(name: str) -> str:
-    """Raises a QspinError: a name that is no task's, and could not be a file's."""
-    if not re.fullmatch(r"[\w+.-]+", name):
-        raise QspinError(f"--tasks: {name!r} is no task's name; name tasks with commas between, as arc_challenge,gsm8k")
-    return name

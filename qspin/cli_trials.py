@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from qspin.benchmarks import SUITES, SetUp, SuiteName, check_task
 from qspin.console import RunFolder, a_name, quiet_libraries
 from qspin.errors import QspinError
+from qspin.suites import SUITES, SuiteName, check_task
 
 
 def evaluate(
@@ -40,6 +40,7 @@ def evaluate(
     asked: dict[str, int | None] = {**(SUITES[suite] if suite else {}), **dict.fromkeys(names, shots)}
 
     os.environ["TQDM_DISABLE"] = "1"  # read as tqdm is first imported: the harness's bars would tear the view
+    from qspin.benchmarks import SetUp
     from qspin.loaded import named
     from qspin.run_dir import RunDir
     from qspin.trials import watch_eval

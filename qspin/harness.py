@@ -73,8 +73,8 @@ _OF_DEFINITION = (
 class Player(TemplateLM):  # type: ignore[misc]
     """Whoever is in the slot, as the harness's model."""
 
-    def __init__(self, loaded: Loaded, on_requests: Callable[[int], None]) -> None:
-        """`on_requests` hears of requests as they are done."""
+    def __init__(self, loaded: Loaded, on_requests: Callable[[float], None]) -> None:
+        """`on_requests` hears of requests as they are done, and of parts of them."""
         super().__init__()
         self._loaded = loaded
         self._renderer = loaded.speech.renderer
@@ -182,10 +182,16 @@ class Player(TemplateLM):  # type: ignore[misc]
 
         for attempt in range(ATTEMPTS):
             left = [index for index in range(len(requests)) if index not in done]
+            told = float(len(done))
 
             def on_done(index: int, completion: Completion, left: list[int] = left) -> None:
                 done[left[index]] = completion
-                self._on_requests(1)
+
+            def on_step(_tokens: int, rows: float) -> None:
+                nonlocal told
+                told += rows
+                self._on_requests(rows)
+                check_stop()
 
             try:
                 with refusals_told():
@@ -197,12 +203,13 @@ class Player(TemplateLM):  # type: ignore[misc]
                         top_p=settings.top_p,
                         width=max(1, width >> attempt),
                         stop_ids=self._loaded.speech.stop_ids | {self.eot_token_id} | stops,
-                        on_step=lambda _tokens, _done: check_stop(),
+                        on_step=on_step,
                         on_done=on_done,
                         ends=ends,
                     )
             except OutOfMemory as error:
                 refusal = error
+                self._on_requests(len(done) - told)  # answers that are begun anew
             else:
                 return [done[index] for index in range(len(requests))]
         raise QspinError(
@@ -333,7 +340,7 @@ class Task:
         parts = self.found["tasks"]
         documents = self.documents(set_up.limit)
 
-        def on_requests(count: int) -> None:
+        def on_requests(count: float) -> None:
             requests = sum(request.repeats for part in parts.values() for request in part.instances)
             on_documents(count * documents / requests)
 
@@ -384,7 +391,7 @@ def _scores(name: str, results: Mapping[str, Any]) -> list[Score]:
                     metric=metric if key == "none" else f"{metric}, {key}",
                     value=value,
                     error=error,
-                    shots=results["n-shot"].get(task) or _shots(parts, results),
+                    shots=_shots([task] if task in results["n-shot"] else parts, results),
                     documents=len(values),
                     values=[float(value) for value in values] if _is_mean(value, values) else None,
                 )
@@ -403,9 +410,9 @@ def _figures(found: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, flo
     return figures
 
 
-def _shots(parts: Iterable[str], results: Mapping[str, Any]) -> int:
-    """Of a group's parts, which are all put up alike."""
-    return max(int(results["n-shot"].get(part, 0)) for part in parts)
+def _shots(tasks: Iterable[str], results: Mapping[str, Any]) -> int:
+    """The most of them, if they differ."""
+    return max(int(results["n-shot"][task]) for task in tasks)
 
 
 def _is_mean(value: float, values: Sequence[Any]) -> bool:

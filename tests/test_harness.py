@@ -23,7 +23,7 @@ from test_cli import call, process, refusal
 from test_scoring import plain_twin
 
 from qspin import harness
-from qspin.benchmarks import SUITES, Score, SetUp, all_kept, gain, kept
+from qspin.benchmarks import Score, SetUp, all_kept, gain, kept
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json
@@ -33,6 +33,7 @@ from qspin.memory import OutOfMemory
 from qspin.prepare import prepare
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.suites import SUITES
 
 DATE = datetime.date(2026, 1, 2)
 TEXTS = [row["prompt"] for row in map(json.loads, (HOUSE_STYLE / "train.jsonl").read_text().splitlines())][:40]
@@ -190,9 +191,12 @@ def test_lengths_that_do_not_fit(player: Player) -> None:
         player.loglikelihood(asked("loglikelihood", ("Hi", "")))
 
 
-def test_answers_go_on_when_memory_runs_out(player: Player, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_go_on_when_memory_runs_out(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+    player = Player(loaded, heard.append)
     questions = asked("generate_until", *((text, {"max_gen_toks": 12}) for text in TEXTS[:6]))
     whole, inner, widths = player.generate_until(questions), harness.generate, []
+    assert sum(heard) == pytest.approx(len(questions))
     monkeypatch.setattr(harness, "rows_at_once", lambda *_: 4)
 
     def refusing(model: Any, requests: Any, **settings: Any) -> Any:
@@ -206,6 +210,7 @@ def test_answers_go_on_when_memory_runs_out(player: Player, monkeypatch: pytest.
     times = 3
     assert player.generate_until(questions) == whole
     assert widths == [4, 2, 1]
+    assert sum(heard) == pytest.approx(2 * len(questions))
     widths.clear()
     times = 4
     with pytest.raises(QspinError, match="out of memory 3 times in a row while answering"):
