@@ -39,14 +39,16 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
         tasks = _tasks(set_ups, include)
         set_ups = [replace(set_up, definition=tasks.definition(set_up.task)) for set_up in set_ups]
     missing = {set_up: [name for name in who if kept(run_dir.player(name), set_up) is None] for set_up in set_ups}
-    if any(missing.values()):
-        _compute(console, run_dir, {s: names for s, names in missing.items() if names}, tasks or _tasks(set_ups, None))
+    missing = {set_up: names for set_up, names in missing.items() if names}
+    failed = _compute(console, run_dir, missing, tasks or _tasks(set_ups, None)) if missing else []
     config = load_config(run_dir.config)
     if players(run_dir, config):
         write_text(run_dir.summary, report.summary(run_dir, config))
     table = report.benchmarks(run_dir, who, set_ups)
     console.print(view.results_table(table))
     console.print(view.notes_table(table.notes), style="dim")
+    if failed:
+        raise QspinError(f"{len(failed)} of {len(set_ups)} tasks could not be put to the players: {', '.join(failed)}")
 
 
 def _tasks(set_ups: Sequence[SetUp], include: Path | None) -> Tasks:
@@ -57,11 +59,19 @@ def _tasks(set_ups: Sequence[SetUp], include: Path | None) -> Tasks:
     return Tasks.find([set_up.task for set_up in set_ups], include)
 
 
-def _compute(console: Console, run_dir: RunDir, missing: dict[SetUp, list[str]], tasks: Tasks) -> None:
-    loaded = None
+def _compute(console: Console, run_dir: RunDir, missing: dict[SetUp, list[str]], tasks: Tasks) -> list[str]:
+    """The names of tasks that can't be had; the others are none the worse for it."""
+    loaded, failed = None, []
     for number, (set_up, names) in enumerate(missing.items(), start=1):
         tell(console, f"{number} of {len(missing)}: {set_up.task}")
-        task = tasks.load(set_up.task, set_up.shots)
+        try:
+            task = tasks.load(set_up.task, set_up.shots)
+        except QspinError as error:
+            if len(missing) == 1:
+                raise
+            tell(console, f"error: {error}")
+            failed.append(set_up.task)
+            continue
         loaded = loaded or Loaded.open(run_dir, names[0])
         device = loaded.model.device
         documents = task.documents(set_up.limit)
@@ -73,6 +83,7 @@ def _compute(console: Console, run_dir: RunDir, missing: dict[SetUp, list[str]],
                 loaded.seat(name)
                 progress.phase(set_up.task, iteration=_iteration(name), total=documents, done=0, unit="documents")
                 keep(run_dir.player(name), task.put_to(loaded, set_up, progress.advance))
+    return failed
 
 
 def _iteration(name: str) -> int | None:

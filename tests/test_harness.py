@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,7 +303,7 @@ def test_the_command(run_dir: RunDir, evaluated: Any) -> None:
 
 def _set_up(run_dir: RunDir, task: str) -> SetUp:
     found = [outcome.set_up for outcome in all_kept(run_dir.base) if outcome.set_up.task == task]
-    [plain] = [set_up for set_up in found if set_up.shots is None]
+    [plain] = [set_up for set_up in found if set_up.shots is None and set_up.limit is None]
     return plain
 
 
@@ -431,6 +432,15 @@ def test_errors_take_a_line(run_dir: RunDir, tasks: Path, tmp_path: Path, monkey
         "output_type: multiple_choice\ntest_split: test\ndoc_to_text: x\ndoc_to_target: 0\ndoc_to_choice: y\n"
     )
     assert "error: lost: its data can't be had" in told("eval", here, "--tasks", "lost", "--include", broken)
+
+    shutil.copy(tasks / f"{CHOICES}.yaml", broken)
+    answer = call(
+        "eval", here, "--tasks", f"lost,{CHOICES}", "--include", broken, "--iteration", "base", "--limit", "2"
+    )
+    assert "error: lost: its data can't be had" in answer.out
+    assert f"{CHOICES}  0-shot, first 2" in answer.out
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == "error: 1 of 2 tasks could not be put to the players: lost"
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"q": "Why?", "c": ["a", "b"]}\n{"q": "How?", "c": null}\n')
