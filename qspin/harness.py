@@ -45,7 +45,7 @@ from qspin.files import sha256_of
 from qspin.generation import Completion, Request, generate
 from qspin.loaded import Loaded
 from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
-from qspin.reading import Passage, read
+from qspin.reading import Passage, Reading, read
 from qspin.records import Message
 from qspin.sampling import noise_key
 from qspin.stopping import check_stop
@@ -116,12 +116,7 @@ class Player(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         passages = [self._passage(context, continuation) for _, context, continuation in requests]
-
-        def on_read(count: int) -> None:
-            self._on_requests(count)
-            check_stop()
-
-        return [(reading.logp, reading.greedy) for reading in read(self._loaded.model, passages, on_read=on_read)]
+        return [(reading.logp, reading.greedy) for reading in self._read(passages, len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:  # noqa: ARG002
         """Each token once, after as much as the context holds of what stands before it."""
@@ -134,10 +129,16 @@ class Player(TemplateLM):  # type: ignore[misc]
                 passages.append(self._passage(context, continuation))
                 owners.append(index)
         sums = [0.0] * len(requests)
-        for owner, reading in zip(owners, read(self._loaded.model, passages), strict=True):
+        for owner, reading in zip(owners, self._read(passages, len(requests)), strict=True):
             sums[owner] += reading.logp
-        self._on_requests(len(requests))
         return sums
+
+    def _read(self, passages: Sequence[Passage], requests: int) -> list[Reading]:
+        def on_read(count: int) -> None:
+            self._on_requests(count * requests / len(passages))
+            check_stop()
+
+        return read(self._loaded.model, passages, on_read=on_read)
 
     def _passage(self, context: list[int], continuation: list[int]) -> Passage:
         """A context too long loses its beginning. The last token is read by nobody."""

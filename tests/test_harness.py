@@ -111,11 +111,14 @@ def test_what_it_would_say_is_greedy(player: Player, peer: HFLM) -> None:
     assert {greedy for _, greedy in ours} == {True, False}
 
 
-def test_rolling_likelihoods_are_those_of_hflm(player: Player, peer: HFLM) -> None:
+def test_rolling_likelihoods_are_those_of_hflm(loaded: Loaded, peer: HFLM) -> None:
+    heard: list[float] = []
+    player = Player(loaded, heard.append)
     texts = [(TEXTS[0],), (" ".join(TEXTS[:10]),), (" ".join(TEXTS),)]
-    assert len(peer.tok_encode(texts[-1][0])) > 2 * 512 or len(peer.tok_encode(texts[-1][0])) > 512
+    assert len(peer.tok_encode(texts[-1][0])) > 512, "none takes two windows"
     ours, theirs = (lm.loglikelihood_rolling(asked("loglikelihood_rolling", *texts)) for lm in (player, peer))
     assert ours == pytest.approx(theirs, rel=1e-4)
+    assert sum(heard) == pytest.approx(len(texts))
 
 
 GENERATIONS: list[tuple[str, dict[str, Any]]] = [
@@ -371,6 +374,10 @@ def test_every_player_is_shown_the_same_examples(run_dir: RunDir, tasks: Path) -
         prompts.append([request.args[0] for request in task.found["tasks"][WORDS].instances])
     assert prompts[0] == prompts[1]
     assert len({prompt.rpartition("What is")[0] for prompt in prompts[0]}) > 1, "the examples are drawn"
+    task.put_to(base, SetUp(WORDS, limit=1, chat=True), lambda _count: None)
+    [request] = task.found["tasks"][WORDS].instances
+    assert request.args[0].count("<|im_start|>user\nWhat is") == 3, "examples are turns"
+    assert request.args[0].endswith("?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_groups_figures_are_its_own_and_a_tags_are_its_tasks(loaded: Loaded, tasks: Path, tmp_path: Path) -> None:
