@@ -191,8 +191,8 @@ def benchmarks(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp]) ->
 
 
 def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
-    # in one word, which a narrow terminal does not break
-    return f"{value:{sign}.3f}" + ("" if error is None else f"±{error:.3f}")
+    # a narrow terminal breaks it at the space
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:
