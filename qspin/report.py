@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from qspin.benchmarks import Score, SetUp, all_kept, gain, shown
 from qspin.config import RunConfig, at_iteration
 from qspin.evaluation import change, panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
-from qspin.players import Player, best_rival, chosen, kept, players, rivals
+from qspin.players import Player, best_rival, chosen, finished, kept, players, rivals
 from qspin.run_dir import IterationDir, RunDir
 from qspin.verdict import RATED, against, verdict
 
@@ -18,6 +19,8 @@ PHASES = ("generate", "score", "train", "evaluate")
 HELD = "its resident memory, on a GPU what torch's tensors took there"
 GIB = 2**30
 MAIN = 2  # so many tables are for the terminal
+BENCHMARKS = "Benchmarks"  # the table that comes next, if tasks were put to players
+TOLD = {"base": "the untouched model", "sft": "the warm start"}
 REAL = "real"  # the row of the real completions
 
 Format = Callable[[Figure], str]
@@ -121,6 +124,7 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     return [
         _with_column(game, 2, Column("change", "of the NLL against the base's"), against),
         table("Held-out rows: what it writes", (*WRITING, *style), with_real=True),
+        *_benchmarks(run_dir),
         table("Details", (*DETAILS, *interval), with_real=True),
         _changes(measured, player, config),
         _training(measured, player, config),
@@ -146,6 +150,51 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
         *(column for _, _, column in fields),
     )
     return [Results("Supervised training, by rate", columns, rows)]
+
+
+def _benchmarks(run_dir: RunDir) -> list[Results]:
+    """Of every task that was put to a player."""
+    who = ["base", "sft", *map(str, range(finished(run_dir)))]
+    outcomes = {name: all_kept(run_dir.player(name)) for name in who}
+    set_ups = list(dict.fromkeys(outcome.set_up for found in outcomes.values() for outcome in found))
+    return [benchmarks(run_dir, [name for name in who if outcomes[name]], set_ups)] if set_ups else []
+
+
+def benchmarks(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp]) -> Results:
+    """A row for each figure of each task, a column for each player, and one for how far it is from the base."""
+    found: dict[tuple[SetUp, str, str], dict[str, Score]] = {}
+    for name in who:
+        for outcome in all_kept(run_dir.player(name)):
+            for score in outcome.scores if outcome.set_up in set_ups else ():
+                if shown(score):
+                    found.setdefault((outcome.set_up, score.task, score.metric), {})[name] = score
+    rows = []
+    for set_up in set_ups:
+        for (_, task, metric), scores in ((key, scores) for key, scores in found.items() if key[0] == set_up):
+            first = next(iter(scores.values()))
+            row = [task, ", ".join(filter(None, [f"{first.shots}-shot", set_up.told])), metric, str(first.documents)]
+            for name in who:
+                row.append(_with_error(scores[name].value, scores[name].error) if name in scores else "")
+                if name != "base" and "base" in who:
+                    both = name in scores and "base" in scores
+                    row.append(_with_error(*gain(scores["base"], scores[name]), sign="+") if both else "")
+            rows.append(row)
+    columns = [
+        Column("task", "of EleutherAI's lm-evaluation-harness"),
+        Column("set-up", "examples before each question; chat: asked through the chat template"),
+        Column("metric", "higher is better, unless it is a perplexity or bits"),
+        Column("n", "documents"),
+    ]
+    for name in who:
+        columns.append(Column(name, f"{TOLD.get(name, f'iteration {name}')}, ± standard error"))
+        if name != "base" and "base" in who:
+            columns.append(Column("change", "against the base, on the same documents"))
+    return Results(BENCHMARKS, tuple(columns), rows)
+
+
+def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
+    # a narrow terminal breaks it at the space
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:

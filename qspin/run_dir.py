@@ -17,6 +17,7 @@ iteration-K/
     metrics.jsonl           a line an optimiser step
     adapter/                PEFT format; an iteration is done when this and its evaluation are there
     evaluation.json
+    benchmarks/*.json       what it came to in public tasks; base/ and warm-start/ have them too
     seconds.json            wall-clock time by phase
     memory.json             the most bytes held while a phase worked
 """
@@ -75,6 +76,10 @@ class IterationDir:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def benchmarks(self) -> Path:
+        return self.path / "benchmarks"
 
     @property
     def done(self) -> bool:
@@ -170,6 +175,11 @@ class RunDir:
 
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
+
+    def player(self, name: str) -> IterationDir:
+        """Of base, sft (the warm start) or an iteration's number."""
+        known = {"base": self.base, "sft": self.warm_start}
+        return known[name] if name in known else self.iteration(int(name))
 
     def players(self) -> list[IterationDir]:
         """Every folder of a player that there is."""

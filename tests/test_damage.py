@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from qspin import spin
+from qspin.benchmarks import Outcome, Score, SetUp, keep
 from qspin.config import load_config
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
@@ -137,6 +138,19 @@ def test_every_file_cut_short_is_seen(finished: Path, midway: Path, tmp_path: Pa
         for part in range(CUTS):
             copy = damaged_copy(out, name, whole[: len(whole) * part // CUTS], tmp_path / "copy")
             assert seen(copy, name), f"{name} cut to {part}/{CUTS}"
+
+
+def test_a_damaged_benchmark_is_taken_away_and_the_run_needs_none(finished: Path, tmp_path: Path) -> None:
+    out = RunDir(tmp_path / "run")
+    shutil.copytree(finished, out.path)
+    set_up = SetUp("gsm8k", shots=5)
+    keep(out.iteration(0), Outcome(set_up, [Score("gsm8k", "exact_match", 0.5, 0.1, 5, 2, [0, 1])], "0.4", 1.0))
+    file = set_up.file(out.iteration(0))
+    assert take_away_damaged(out) == []
+    file.write_bytes(file.read_bytes().replace(b"0.5", b"0.9"))
+    [note] = take_away_damaged(out)
+    assert note == ("iteration-0/benchmarks/gsm8k,5-shot.json was damaged and is taken away; qspin eval makes it again")
+    assert not file.exists()
 
 
 def test_every_flipped_bit_is_seen(finished: Path, midway: Path, tmp_path: Path) -> None:
