@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from qspin import cli_results
+from qspin import cli_results, cli_trials
 from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
@@ -304,6 +304,7 @@ def _numbers(text: str | None) -> Any:
 
 for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push):
     app.command()(command)
+app.command()(cli_trials.mtbench)
 
 
 def main() -> None:
