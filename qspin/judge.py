@@ -71,7 +71,7 @@ class _Stopped(Exception):
 class Judge:
     """Where a judge is and what it is called. May be asked from several threads."""
 
-    def __init__(self, url: str, model: str, *, timeout: float, first_wait: float = FIRST_WAIT) -> None:
+    def __init__(self, url: str, model: str, *, timeout: float) -> None:
         """
         Args:
             url: what stands before /chat/completions.
@@ -82,17 +82,23 @@ class Judge:
         """
         self.model, self.where = model, _place(url)
         self._address = _endpoint(url)
-        self._first_wait = first_wait
         self._answered = False
-        self._client = httpx.Client(timeout=httpx.Timeout(timeout, connect=CONNECT), headers=_authorization())
+        limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT))
+        headers = _authorization()
+        try:
+            self._client = httpx.Client(timeout=limits, headers=headers)
+        except (ValueError, ImportError) as error:
+            raise QspinError(
+                f"the proxy that the environment names can't be used ({_said(str(error))}); mend it, or set NO_PROXY"
+            ) from None
 
-    def check(self) -> None:
+    def check(self, note: Callable[[str], None]) -> None:
         """Ask it for a word, before work that would be for nothing if it refused.
 
         Raises:
             QspinError: it refuses, or can't be reached.
         """
-        self.ask([Message("user", "Say: ready")])
+        self.ask([Message("user", "Say: ready")], note=note)
 
     def ask(
         self,
@@ -105,7 +111,7 @@ class Judge:
         Raises:
             QspinError: it refuses, or fails again and again.
         """
-        stop, wait = stop or threading.Event(), self._first_wait
+        stop, wait = stop or threading.Event(), FIRST_WAIT
         for attempt in itertools.count(1):
             if stop.is_set():
                 raise _Stopped

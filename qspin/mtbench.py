@@ -135,7 +135,7 @@ def fetched(name: str, sha256: str, option: str) -> Path:
     advice = f"give {option} a file in the format of FastChat's question.jsonl, as fastchat/llm_judge/data/mt_bench has"
     try:
         content = httpx.get(address, timeout=30).raise_for_status().content
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError, ImportError) as error:  # the last two of a proxy that can't be used
         raise QspinError(f"{address} can't be fetched ({one_line(error)}); {advice}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise QspinError(f"{address}: what comes from there is not FastChat's file; {advice}")
@@ -434,6 +434,7 @@ class Trial:
 
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Every turn of two players against each other, in both orders; the result so far of this judge."""
+        first, second = sorted((first, second), key=_rank)
         answers = self._answers([first, second])
         pairs = self._pairs(first, second, answers)
         self._ask([item for pair in pairs for item in pair], "comparisons", winner)
@@ -450,7 +451,7 @@ class Trial:
         questions = self.bench.questions
         wanting = [player for player in players if found[player].missing(questions)]
         if wanting:
-            self.judge.check()
+            self.judge.check(self.progress.note)
             write_text(self.folder / "question.jsonl", _question_file(questions))
             self.progress.note("loading the model")
             loaded = Loaded.open(self.run_dir, wanting[0])

@@ -92,6 +92,7 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^\w./:+ -]", "-", text)[:60]
 
 
+_PLAYER = ("player", "base: untouched; sft: its warm start; a number: what that iteration ended with")
 _MEAN = "mean of the judge's ratings, 1 to 10, with its 95% bootstrap interval over questions"
 _UNPARSED = "judgements without a verdict that could be read, asked twice; they count in no figure"
 
@@ -99,7 +100,7 @@ _UNPARSED = "judgements without a verdict that could be read, asked twice; they 
 def _players(title: str, grades: dict[str, Any]) -> Table:
     first = next(iter(grades))
     columns = [
-        ("player", "base: untouched; sft: its warm start; a number: what that iteration ended with"),
+        _PLAYER,
         ("score", f"{_MEAN}; both turns"),
         ("change", f"against {first}, on the same questions"),
         ("unparsed", _UNPARSED),
@@ -119,7 +120,7 @@ def _players(title: str, grades: dict[str, Any]) -> Table:
 def _categories(title: str, grades: dict[str, Any]) -> Table:
     columns = [
         ("category", "of the questions"),
-        ("player", "as above"),
+        _PLAYER,
         ("turn 1", _MEAN),
         ("turn 2", "the same of the second turn, judged with the whole conversation"),
         ("both", "the same of both"),
