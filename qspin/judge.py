@@ -80,7 +80,7 @@ class Judge:
         Raises:
             QspinError: the address or the key can't be one.
         """
-        self.model, self.where = model, _place(url)
+        self.model, self.where, self._timeout = model, _place(url), timeout
         self._address = _endpoint(url)
         self._answered = False
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT))
@@ -136,8 +136,8 @@ class Judge:
         }
         try:
             response = self._client.post(self._address, json=asked)
-        except httpx.TimeoutException as error:
-            raise _Again(f"does not answer in time ({type(error).__name__})") from None
+        except httpx.ReadTimeout:
+            raise _Again(f"does not answer within {self._timeout:g} s (--judge-timeout)") from None
         except httpx.TransportError as error:
             if _unknown_host(error):
                 raise QspinError(

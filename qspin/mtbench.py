@@ -106,8 +106,8 @@ def read_bench(questions: Path | None, references: Path | None) -> Bench:
         QspinError: a file has something else in it, or can't be had.
     """
     if questions is None:
-        questions = fetched(*QUESTIONS, "--questions")
-        references = references or fetched(*REFERENCES, "--questions")
+        questions = _fetched(*QUESTIONS)
+        references = references or _fetched(*REFERENCES)
     found: dict[str, Question] = {}
     for where, row in _rows(questions):
         question = _question(row, where)
@@ -123,16 +123,12 @@ def read_bench(questions: Path | None, references: Path | None) -> Bench:
     return Bench(tuple(found.values()))
 
 
-def fetched(name: str, sha256: str, option: str) -> Path:
-    """A file of FastChat's, in the cache; fetched once.
-
-    Raises:
-        QspinError: it can't be had.
-    """
+def _fetched(name: str, sha256: str) -> Path:
+    """A file of FastChat's, in the cache; fetched once."""
     path, address = cache_dir() / "mt-bench" / Path(name).name, f"{SOURCE}/{name}"
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
         return path
-    advice = f"give {option} a file in the format of FastChat's question.jsonl, as fastchat/llm_judge/data/mt_bench has"
+    advice = "give --questions a file in the format of FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl"
     try:
         content = httpx.get(address, timeout=30).raise_for_status().content
     except (httpx.HTTPError, ValueError, ImportError) as error:  # the last two of a proxy that can't be used
@@ -275,23 +271,17 @@ def answer(loaded: Loaded, bench: Bench, answers: Answers, model: str, progress:
                 answers.add(question, model, reply.text.strip(), how)
             answers.write(bench.questions)
     progress.step(what, total, total)
-    for text in told_of(answers):
-        progress.note(f"{model}: {text}")
-
-
-def told_of(answers: Answers) -> list[str]:
-    """What the context did to a player's answers."""
     caps = [how["cap"] for how in answers.how()]
-    clipped = [cap for cap in caps if 0 < cap < NEW_TOKENS]
-    told = []
-    if clipped:
-        told.append(
-            f"the model's context has no room for {NEW_TOKENS} new tokens in {len(clipped)} of {len(caps)} turns, "
-            f"which were given {min(clipped)} to {max(clipped)}"
+    if clipped := [cap for cap in caps if 0 < cap < NEW_TOKENS]:
+        progress.note(
+            f"{model}: the context has no room for {NEW_TOKENS} new tokens in {len(clipped)} of {total} turns, which "
+            f"were given {min(clipped)} to {max(clipped)}"
         )
     if none := caps.count(0):
-        told.append(f"{none} of {len(caps)} turns do not fit into the model's context at all; their answers are empty")
-    return told
+        progress.note(
+            f"{model}: {none} of {total} turns are too long for the context, or can't be rendered; their answers are "
+            "empty"
+        )
 
 
 def _conversation(question: Question, said: Sequence[str], turn: int) -> list[Message]:
@@ -302,15 +292,15 @@ def _conversation(question: Question, said: Sequence[str], turn: int) -> list[Me
 
 
 def _cap(loaded: Loaded, messages: Sequence[Message], later: Sequence[str]) -> int:
-    """New tokens for this turn, so that as many are left for each later one; 0 if the conversation does not fit."""
+    """New tokens for this turn, so that as many are left for each later one that fits; 0 if this one does not."""
     renderer = loaded.speech.renderer
     try:
         taken = [renderer.prompt_ids(part) for part in (messages, *([Message("user", text)] for text in later))]
-    except QspinError:  # the model wrote what its own template can't take back
+    except QspinError:  # a text that the template can't take, such as one that the model wrote itself
         return 0
-    room = (loaded.speech.context - sum(map(len, taken))) // (1 + len(later))
-    if room >= NEW_TOKENS:
-        return NEW_TOKENS
+    alone = loaded.speech.context - len(taken[0])
+    shared = (alone - sum(map(len, taken[1:]))) // len(taken)
+    room = min(NEW_TOKENS, shared if shared > 0 else alone)
     return max(0, room - room % STEP if room > STEP else room)
 
 
@@ -365,7 +355,6 @@ class Trial:
     prompts_name: str
     at_once: int
     progress: Progress
-    loaded: Loaded | None = None
 
     @staticmethod
     @contextlib.contextmanager

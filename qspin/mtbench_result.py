@@ -105,7 +105,7 @@ def _players(title: str, grades: dict[str, Any]) -> Table:
         ("change", f"against {first}, on the same questions"),
         ("unparsed", _UNPARSED),
         ("cut", "answers that hit the cap on new tokens"),
-        ("empty", "turns that did not fit the model's context; they are judged as empty answers"),
+        ("empty", "turns that could not be put to the model, most often for want of context; judged as empty answers"),
         ("no ref", "judgements in math, reasoning and coding that had no reference answer to go by"),
     ]
     rows = []

@@ -235,14 +235,16 @@ def test_what_does_not_fit_the_context_is_said(played: Path, tmp_path: Path, ser
     ]
     answer = trial(run, server, written(tmp_path / "long.jsonl", rows), "--iteration", "base")
     assert answer.code == 0, answer.err
-    assert re.search(r"no room for 1024 new tokens in 2 of 6 turns, which were given \d+ to \d+", answer.out)
-    assert "4 of 6 turns do not fit into the model's context at all; their answers are empty" in answer.out
+    assert re.search(r"no room for 1024 new tokens in 3 of 6 turns, which were given \d+ to \d+", answer.out)
+    assert "3 of 6 turns are too long for the context, or can't be rendered; their answers are empty" in answer.out
     said = answers_of(run, "base")
-    assert said[1] == said[2] == ["", ""] and all(said[3])
-    assert result_of(run)["grades"]["base"]["answers"]["unanswered"] == 4
+    assert said[1] == ["", ""] and all(said[3])
+    assert said[2][0] and said[2][1] == "", "a second turn that does not fit takes nothing from the first"
+    assert result_of(run)["grades"]["base"]["answers"]["unanswered"] == 3
     lines = [json.loads(line) for line in (folder_of(run) / "model_answer" / "base.jsonl").open()]
-    caps = [part["cap"] for line in lines for part in line["qspin"]]
-    assert caps[:4] == [0] * 4 and all(cap % mtbench.STEP == 0 for cap in caps[4:])
+    first, second, third = ([part["cap"] for part in line["qspin"]] for line in lines)
+    assert first == [0, 0] and second[1] == 0 and second[0] > third[0]
+    assert all(cap % mtbench.STEP == 0 for cap in (*second, *third))
 
 
 # --- grades ---
@@ -475,7 +477,9 @@ def test_answers_that_are_none_are_tried_again(
 
 def test_a_judge_that_hangs(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.gate.clear()
-    with pytest.raises(QspinError, match=r"does not answer in time \(ReadTimeout\), and did so 6 times in a row"):
+    with pytest.raises(
+        QspinError, match=r"does not answer within 0.1 s \(--judge-timeout\), and did so 6 times in a row"
+    ):
         asked(server, monkeypatch, timeout=0.1)
 
 
