@@ -20,9 +20,12 @@ def mtbench(
     folder: RunFolder,
     *,
     judge_url: Annotated[
-        str, typer.Option(help="an OpenAI-compatible endpoint, as http://127.0.0.1:8080/v1; key: QSPIN_JUDGE_KEY")
-    ],
-    judge_model: Annotated[str, typer.Option(help="the judge's name there")],
+        str | None,
+        typer.Option(help="an OpenAI-compatible endpoint, as http://127.0.0.1:8080/v1; key: QSPIN_JUDGE_KEY"),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="the judge's name there; without a judge: answers only")
+    ] = None,
     iteration: Annotated[
         str | None,
         typer.Option(help="players: base, sft, last, best, numbers, as base,0,2; else base and the kept one"),
@@ -51,12 +54,18 @@ def mtbench(
 
     run_dir = RunDir(folder)
     run_dir.check_run()
-    judge = Judge(judge_url, judge_model, timeout=judge_timeout)  # before anything that takes time
+    if (judge_url is None) != (judge_model is None):
+        raise QspinError("--judge-url and --judge-model go together; without both, players answer and nobody judges")
+    if pairwise and judge_url is None:
+        raise QspinError("--pairwise is for a judge: give --judge-url and --judge-model")
+    judge = None
+    if judge_url is not None and judge_model is not None:
+        judge = Judge(judge_url, judge_model, timeout=judge_timeout)  # before anything that takes time
 
     from qspin import report, view
     from qspin.judging import OWN, read_prompts
     from qspin.loaded import named
-    from qspin.mtbench import Trial, read_bench
+    from qspin.mtbench import ANSWERS, Trial, read_bench
     from qspin.mtbench_result import OURS, tables
 
     quiet_libraries()
@@ -79,6 +88,10 @@ def mtbench(
             progress=steps,
         ) as trial,
     ):
+        if judge is None:
+            trial.answers(players)
+            tell(console, f"answers: {trial.folder / ANSWERS}; give --judge-url and --judge-model to have them judged")
+            return
         result = trial.compare(*players) if pairwise else trial.grade(players)
     found = report.from_parts(tables(result))
     for table in found:

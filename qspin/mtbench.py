@@ -61,6 +61,7 @@ TEMPERATURES = {
 OTHER_TEMPERATURE = 0.7
 NEW_TOKENS = 1024
 
+ANSWERS = "model_answer"  # FastChat's name
 ROWS = 20  # answered between two writes
 STEP = 64  # caps below NEW_TOKENS are multiples of this, so that rows of like room are answered side by side
 
@@ -346,11 +347,11 @@ class Asked:
 
 @dataclass(slots=True)
 class Trial:
-    """One judge at work on one question file in a run's folder; use `begin`."""
+    """Players and a judge at work on one question file in a run's folder; use `begin`."""
 
     run_dir: RunDir
     bench: Bench
-    judge: Judge
+    judge: Judge | None  # None: for answers alone
     prompts: Prompts
     prompts_name: str
     at_once: int
@@ -361,7 +362,7 @@ class Trial:
     def begin(
         run_dir: RunDir,
         bench: Bench,
-        judge: Judge,
+        judge: Judge | None,
         prompts: Prompts,
         *,
         prompts_name: str,
@@ -396,6 +397,7 @@ class Trial:
 
     @property
     def judged(self) -> Path:
+        assert self.judge is not None
         words = {name: (prompt.system, prompt.template) for name, prompt in self.prompts.items()}
         return self.folder / f"{_slug(self.judge.model)}-{_hash([self.judge.model, words])}"
 
@@ -405,7 +407,7 @@ class Trial:
 
     def grade(self, players: Sequence[str]) -> dict[str, Any]:
         """Every turn of every player on its own, 1 to 10; the result so far of this judge."""
-        answers = self._answers(players)
+        answers = self.answers(players)
         asked = [self._grades(player, answers[player]) for player in players]
         self._ask([item for items in asked for item in items], "grades", rating)
         found = {}
@@ -424,7 +426,7 @@ class Trial:
     def compare(self, first: str, second: str) -> dict[str, Any]:
         """Every turn of two players against each other, in both orders; the result so far of this judge."""
         first, second = sorted((first, second), key=_rank)
-        answers = self._answers([first, second])
+        answers = self.answers([first, second])
         pairs = self._pairs(first, second, answers)
         self._ask([item for pair in pairs for item in pair], "comparisons", winner)
         games = [
@@ -433,14 +435,14 @@ class Trial:
         ]
         return self._conclude("pairs", {f"{first} vs {second}": games})
 
-    def _answers(self, players: Sequence[str]) -> dict[str, Answers]:
-        found = {
-            player: Answers.read(self.folder / "model_answer" / f"{_model_name(player)}.jsonl") for player in players
-        }
+    def answers(self, players: Sequence[str]) -> dict[str, Answers]:
+        """Every player's, made where they are missing. The judge is asked for a word before any is."""
+        found = {player: Answers.read(self.folder / ANSWERS / f"{_model_name(player)}.jsonl") for player in players}
         questions = self.bench.questions
         wanting = [player for player in players if found[player].missing(questions)]
         if wanting:
-            self.judge.check(self.progress.note)
+            if self.judge is not None:
+                self.judge.check(self.progress.note)
             write_text(self.folder / "question.jsonl", _question_file(questions))
             self.progress.note("loading the model")
             loaded = Loaded.open(self.run_dir, wanting[0])
@@ -479,9 +481,11 @@ class Trial:
 
     def _ask(self, asked: Sequence[Asked], what: str, parse: Any) -> None:
         """Have judged what is not yet; refused prompts are not kept, so that another context length may take them."""
+        judge = self.judge
+        assert judge is not None
         missing = {item.path: item for item in asked if not _kept(item)}
         done, refused = len(asked) - len(missing), []
-        told = f"{self.judge.model}: {what}"
+        told = f"{judge.model}: {what}"
         self.progress.step(told, done, len(asked))
 
         def keep(path: Path, judgement: Judgement[Any]) -> None:
@@ -493,7 +497,7 @@ class Trial:
                 value = {
                     "question_id": item.question.id,
                     "turn": item.turn,
-                    "judge": self.judge.model,
+                    "judge": judge.model,
                     "asked": item.to_json(),
                     "judgment": judgement.text,
                     "verdict": judgement.verdict,
@@ -504,7 +508,7 @@ class Trial:
             self.progress.step(told, done, len(asked))
 
         ask_all(
-            self.judge,
+            judge,
             {path: item.messages for path, item in missing.items()},
             parse=parse,
             keep=keep,
@@ -519,6 +523,7 @@ class Trial:
 
     def _conclude(self, kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
         """What this judge found before stays, but for what was found anew."""
+        assert self.judge is not None
         result: dict[str, Any] = {"grades": {}, "pairs": {}}
         if self.result.is_file():
             old = read_json(self.result)

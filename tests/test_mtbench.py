@@ -167,6 +167,21 @@ def test_the_second_turn_is_asked_after_the_first_answer(
             told += [Message("assistant", answer), Message("user", question.turns[-1])]
 
 
+def test_without_a_judge_players_only_answer(played: Path, tmp_path: Path, server: JudgeServer) -> None:
+    """As one does where memory holds one model at a time."""
+    run = Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
+    asked = ("mtbench", run, "--questions", played / "questions.jsonl", "--iteration", "base")
+    answer = call(*asked)
+    assert answer.code == 0, answer.err
+    assert f"answers: {folder_of(run) / 'model_answer'}; give --judge-url and --judge-model" in answer.out
+    assert sum(map(len, answers_of(run, "base").values())) == TURNS
+    assert trial(run, server, played / "questions.jsonl", "--iteration", "base").code == 0
+    assert len(server.asked) == TURNS, "no word beforehand: there was nothing left to answer"
+    assert "go together" in one_line(call(*asked, "--judge-url", server.url))
+    assert "go together" in one_line(call(*asked, "--judge-model", MODEL))
+    assert "--pairwise is for a judge" in one_line(call(*asked, "--pairwise"))
+
+
 def test_players_answer_for_themselves(answered: Path) -> None:
     assert answers_of(answered, "base") != answers_of(answered, "iteration-1")
 
