@@ -285,6 +285,7 @@ def _numbers(text: str | None) -> Any:
 for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push, cli_trials.chat):
     app.command()(command)
 app.command("eval")(cli_trials.evaluate)
+app.command()(cli_trials.mtbench)
 
 
 def main() -> None:

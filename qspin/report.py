@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qspin import mtbench_result
 from qspin.benchmarks import Score, SetUp, all_kept, gain, shown
 from qspin.config import RunConfig, at_iteration
 from qspin.evaluation import change, panel, real_panel
@@ -129,7 +130,13 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
         _changes(measured, player, config),
         _training(measured, player, config),
         *_rates(run_dir, config),
+        *from_parts(mtbench_result.all_tables(run_dir.path)),
     ]
+
+
+def from_parts(parts: Iterable[mtbench_result.Table]) -> list[Results]:
+    """Tables as they are made where this module is not known."""
+    return [Results(title, tuple(Column(*column) for column in columns), rows) for title, columns, rows in parts]
 
 
 def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
