@@ -190,6 +190,17 @@ def test_an_entry_covers_its_own_message_alone() -> None:
     assert covers("no disk", "…: no disk; buy one"), "all that it states"
 
 
+# --- the architecture's list of modules ---
+
+
+def test_every_module_stands_on_the_page_of_the_architecture() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (ROOT / "qspin").glob("*.py")} - {"__init__.py"}
+    named = set(re.findall(r"`(\w+\.py)`", page))
+    assert sorted(modules - named) == [], "say in a line of docs/architecture.md what it is for"
+    assert sorted(named - modules) == []
+
+
 # --- what a page tells people to type ---
 
 
