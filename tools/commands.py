@@ -55,42 +55,44 @@ def _commands(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _command(name: str, command: Any) -> str:
     hints = typing.get_type_hints(command.callback, include_extras=True)
-    parameters = [(_written(parameter, hints[parameter.name]), parameter) for parameter in command.params]
-    needed = [
-        written if parameter.required else f"[{written}]" for written, parameter in parameters if written[0] != "-"
-    ]
-    needed += [written for written, parameter in parameters if written[0] == "-" and parameter.required]
-    if hasattr(command, "commands"):
-        needed.append("[COMMAND]")
-    elif any(not parameter.required for written, parameter in parameters if written[0] == "-"):
-        needed.append("[OPTION …]")
-    lines = [f"\n## {name}\n", command.help, "", f"    {' '.join([name, *needed])}"]
-    if parameters:
-        lines += ["", "| argument or option | default | |", "| --- | --- | --- |"]
-    for written, parameter in parameters:
+    line, rows = [name], []
+    for parameter in command.params:
+        hint = hints[parameter.name]
+        written = _written(parameter, hint)
         more = "; may be given several times" if getattr(parameter, "multiple", False) else ""
-        least = hints[parameter.name].__metadata__[0].min
-        more += "" if least is None else f"; at least {least}"
-        lines.append(f"| `{written.replace('|', ' or ')}` | {_default(parameter)} | {parameter.help}{more} |")
-    return "\n".join(lines)
+        least, most = hint.__metadata__[0].min, hint.__metadata__[0].max
+        more += f"; at least {least}" * (least is not None) + f"; at most {most}" * (most is not None)
+        rows.append(f"| `{written.replace('|', ' or ')}` | {_default(parameter)} | {parameter.help}{more} |")
+        if parameter.required:
+            line.append(written)
+        elif _is_argument(parameter):
+            line.append(f"[{written}]")
+    if hasattr(command, "commands"):
+        line.append("[COMMAND]")
+    elif not all(parameter.required or _is_argument(parameter) for parameter in command.params):
+        line.append("[OPTION …]")
+    table = ["", "| argument or option | default | |", "| --- | --- | --- |", *rows] if rows else []
+    return "\n".join([f"\n## {name}\n", command.help, "", f"    {' '.join(line)}", *table])
+
+
+def _is_argument(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "argument")
 
 
 def _written(parameter: Any, hint: Any) -> str:
     """`--rows INTEGER`, `-o, --output PATH`, `RUN`."""
     kind = _kind(hint)
-    if parameter.param_type_name == "argument":
-        return str(parameter.metavar)
+    if _is_argument(parameter):
+        return parameter.metavar or str(parameter.name).upper()
     names = ", ".join(parameter.opts)
     return names if kind is bool else f"{names} {parameter.metavar or _placeholder(kind)}"
 
 
 def _kind(hint: Any) -> Any:
     """What one value of a parameter is: of `Annotated[list[float] | None, …]`, float."""
-    while True:
-        arguments = [one for one in typing.get_args(hint) if one is not type(None)]
-        if typing.get_origin(hint) in {None, typing.Literal}:
-            return hint
-        hint = arguments[0]
+    while typing.get_origin(hint) not in {None, typing.Literal}:
+        hint = next(inner for inner in typing.get_args(hint) if inner is not type(None))
+    return hint
 
 
 def _placeholder(kind: Any) -> str:
