@@ -432,7 +432,7 @@ def test_links_are_found_and_broken_ones_seen() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as `make docs` builds it: a warning fails."""
+    """Built as `make docs` builds it: a warning fails, which --quiet would hide from --strict."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
