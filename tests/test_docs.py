@@ -144,7 +144,7 @@ def texts(node: ast.expr, inside: Function, module: str, followed: frozenset[str
 
 @cache
 def messages() -> tuple[tuple[str, str], ...]:
-    """(where, what) of all that a QspinError may say."""
+    """(where, what) of all that a QspinError may say, but for those that only pass on what another said."""
     nodes = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     kinds = {node.name for node in nodes if "QspinError" in {getattr(base, "id", None) for base in node.bases}}
     kinds = (kinds | {"QspinError"}) - {"_UnfitError"}  # why a row is left out: docs/data.md has those
@@ -154,7 +154,7 @@ def messages() -> tuple[tuple[str, str], ...]:
             for node in ast.walk(function):
                 if isinstance(node, ast.Call) and getattr(node.func, "id", None) in kinds:
                     said = texts(node.args[0], function, module)
-                    found |= {(f"{module}:{node.lineno}", text): None for text in said}
+                    found |= {(f"{module}:{node.lineno}", text): None for text in said if letters(text)}
     return tuple(found)
 
 
