@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import HOUSE_STYLE, Silent, moved_adapter, small_run
+from conftest import HOUSE_STYLE, moved_adapter, small_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_cli import call, process, refusal
@@ -32,6 +32,7 @@ from qspin.harness import Player, Sampling
 from qspin.loaded import Loaded
 from qspin.memory import OutOfMemory
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 from qspin.spin import run
 from qspin.suites import SUITES

@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 from judge_server import KEY, MODEL, JudgeServer
 from test_cli import Answer, call, process
 
@@ -33,6 +33,7 @@ from qspin.judge import Judge
 from qspin.judging import OWN, Question, rating, read_prompts, request, winner
 from qspin.loaded import Loaded
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run

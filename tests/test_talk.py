@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 from rich.console import Console
 from test_cli import COLOUR_VARIABLES, call
 
@@ -28,6 +28,7 @@ from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
 from qspin.loaded import Loaded
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run
