@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qspin.config import Architecture, RunConfig, load_config, preset_names
+from qspin.config import Architecture, RunConfig, load_config
+from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint, read_shape
 from qspin.machine import Machine

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qspin import footprint, kv_cache
 from qspin.attention import Lengths, Packed
-from qspin.config import Architecture, load_config, preset_names
+from qspin.config import Architecture, load_config
+from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.footprint import Batch, Footprint, count_parameters, read_shape
 from qspin.model import SlotModel

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"safe_text"},
+    {"safe_text", "config_files"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "footprint"},
     {"formats"},
