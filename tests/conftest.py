@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.base import find_base
-from qspin.config import LoraConfig, ModelConfig
+from qspin.config import Architecture, LoraConfig, ModelConfig
 from qspin.model import SlotModel
 from qspin.records import Message, Record
 
@@ -74,6 +74,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
     "phi3": lambda: transformers.Phi3Config(**SHAPE),
 }
+TINY = Architecture(  # the llama
+    family="llama",
+    layers=3,
+    hidden=64,
+    intermediate=128,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    vocabulary=512,
+    tied_embeddings=True,
+    parameters=143_808,
+)
 
 
 @pytest.fixture(scope="session")

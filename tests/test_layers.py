@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "qspin"
@@ -11,8 +13,8 @@ LAYERS = [  # each may import what stands above it
     {"errors"},
     {"safe_text", "config_files"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
-    {"files", "sources", "presets", "footprint"},
-    {"formats"},
+    {"files", "sources", "presets", "shape"},
+    {"formats", "footprint"},
     {"data", "chat", "run_dir", "memory", "unsloth_kernels", "plots"},
     {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation"},
     {"fused", "status", "gguf_file", "players"},
@@ -72,3 +74,14 @@ def test_imports_point_one_way() -> None:
 def test_heavy_libraries_stay_in_their_rooms() -> None:
     for library, rooms in HEAVY.items():
         assert {path.stem for path in PACKAGE.glob("*.py") if library in imports(path)} == rooms, library
+
+
+def test_what_says_that_it_is_free_of_torch_imports_none() -> None:
+    docstrings = {path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in PACKAGE.glob("*.py")}
+    modules = [f"qspin.{name}" for name, text in docstrings.items() if "free of torch" in (text or "").lower()]
+    assert len(modules) > 5
+    script = f"import sys, {', '.join(modules)}; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False True\n"  # numpy shows that what is imported is seen
