@@ -27,16 +27,16 @@ LAYERS = [  # each may import what stands above it
     {"game", "loaded"},
     {"answering", "learning", "measuring"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
-    {"doctor", "export", "plan_view", "sweep", "page"},
-    {"console"},
-    {"push", "watching"},
+    {"finding", "export", "plan_view", "sweep", "page"},
+    {"console", "doctor_device"},
+    {"push", "watching", "doctor"},
     {"cli_results"},
     {"cli"},
 ]
 HEAVY = {
     "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
-    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor", "merge"},
+    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor_device", "merge"},
     "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
 }
