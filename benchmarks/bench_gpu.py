@@ -51,7 +51,7 @@ from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
 from qspin.footprint import Batch
 from qspin.generation import Request, generate
-from qspin.machine import copy_rate, product_rate
+from qspin.machine import GIB, copy_rate, product_rate
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, plan_batches
@@ -59,7 +59,6 @@ from qspin.records import Pair
 from qspin.scoring import score_pairs
 from qspin.training import Task, train
 
-GIB = 2**30
 HERE = Path(__file__).parent
 
 

@@ -201,11 +201,7 @@ def memory(*, needed: int = MEMORY) -> Finding:
 
 def disk(folder: Path, *, needed: int = ROOM) -> Finding:
     """Where runs started from here are written, if they are not told otherwise."""
-    elsewhere = "work in another folder, or name one with --out"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        return Finding("disk", "problem", f"{folder} can't be written to ({refusal})", elsewhere)
-    return _room("disk", folder, f"{folder}: ", needed, "problem", f"make room, {elsewhere}")
+    return _place("disk", folder, needed, "problem", "work in another folder, or name one with --out")
 
 
 def cache(*, needed: int = ROOM) -> Finding:
@@ -213,31 +209,16 @@ def cache(*, needed: int = ROOM) -> Finding:
     from qspin.base import cache_dir
 
     folder = cache_dir()
-    elsewhere = "name another folder in QSPIN_CACHE"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        return Finding("cache", "problem", f"{folder} can't be written to ({refusal})", elsewhere)
-    return _room("cache", folder, f"{folder}: {gib(_size(folder))}, ", needed, "problem", f"make room, or {elsewhere}")
+    return _place("cache", folder, needed, "problem", "name another folder in QSPIN_CACHE", held=_size(folder))
 
 
 def hub_cache(*, needed: int = HUB_ROOM) -> Finding:
-    """Where models and data sets from the hub are kept."""
+    """Where models and data sets from the hub are kept; without it runs on what is here can still start."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    elsewhere = "name another folder in HF_HUB_CACHE"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        found = f"{folder} can't be written to ({refusal}): nothing new comes from the hub"
-        return Finding("hub cache", "warning", found, elsewhere)
-    return _room(
-        "hub cache",
-        folder,
-        f"{folder}: {gib(_size(folder))}, ",
-        needed,
-        "warning",
-        f"a model takes 2 GB for each billion of its parameters; make room, or {elsewhere}",
-    )
+    elsewhere = "name another folder in HF_HUB_CACHE; a model takes 2 GB for each billion of its parameters"
+    return _place("hub cache", folder, needed, "warning", elsewhere, held=_size(folder))
 
 
 def hub() -> Finding:
@@ -259,11 +240,16 @@ def hub() -> Finding:
     return Finding("hub", "ok", f"logged in{offline}")
 
 
-def _room(name: str, folder: Path, before: str, needed: int, level: Level, advice: str) -> Finding:
+def _place(name: str, folder: Path, needed: int, level: Level, elsewhere: str, *, held: int | None = None) -> Finding:
+    """Whether a folder can be written to, and has so many bytes free; `held` are those that are in it, if told."""
+    refusal = _refusal(folder)
+    if refusal is not None:
+        return Finding(name, level, f"{folder} can't be written to ({refusal})", elsewhere)
     free = shutil.disk_usage(existing(folder)).free
+    found = f"{folder}: {'' if held is None else f'{gib(held)}, '}{gib(free)} free"
     if free < needed:
-        return Finding(name, level, f"{before}{gib(free)} free, less than {gib(needed)}", advice)
-    return Finding(name, "ok", f"{before}{gib(free)} free")
+        return Finding(name, level, f"{found}, less than {gib(needed)}", f"make room, or {elsewhere}")
+    return Finding(name, "ok", found)
 
 
 def _refusal(folder: Path) -> str | None:

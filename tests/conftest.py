@@ -177,6 +177,16 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
+class Notes(Silent):
+    """A progress of which only the notes are kept."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 class Clock:
     """Time that passes when told to."""
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Silent
+from conftest import Notes
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -19,14 +19,6 @@ from qspin.learning import learn
 from qspin.prepare import prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture
