@@ -41,6 +41,7 @@ def presets_dir() -> Path:
 
 
 def preset_names() -> list[str]:
+    """In order of the alphabet."""
     return sorted(path.stem for path in presets_dir().glob("*.yaml"))
 
 

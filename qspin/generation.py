@@ -29,6 +29,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """The answer to a request."""
+
     ids: tuple[int, ...]  # the sampled stop token included
     ended: bool  # False: cut at the cap
 
