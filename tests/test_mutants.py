@@ -13,6 +13,8 @@ def f(a: int = 0) -> "int":
     """Doc 1."""
     if a < 1 and (not a):
         raise ValueError("no")
+    if a:
+        return None
     return -min(a[1:], 2.0)
 '''
 
@@ -28,12 +30,12 @@ def test_each_small_break_is_made_once_and_alone() -> None:
         (6, "not a → a"),
         (7, "'no' → 'nox'"),
         (7, "raise ValueError('no') → pass"),
-        (8, "-min(a[1:], 2.0) → min(a[1:], 2.0)"),
-        (8, "1 → 2"),
-        (8, "1: → :"),
-        (8, "2.0 → 3.0"),
-        (8, "min → max"),
-        (8, "return -min(a[1:], 2.0) → return None"),
+        (10, "-min(a[1:], 2.0) → min(a[1:], 2.0)"),
+        (10, "1 → 2"),
+        (10, "1: → :"),
+        (10, "2.0 → 3.0"),
+        (10, "min → max"),
+        (10, "return -min(a[1:], 2.0) → return None"),
     ]
     assert ast.unparse(tree) == ast.unparse(ast.parse(SOURCE)), "changed back"
     texts = [ast.unparse(mutated) for _, _, mutated in mutants(tree)]

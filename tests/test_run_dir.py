@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 from qspin.errors import QspinError
@@ -156,6 +157,11 @@ def test_whoever_has_just_taken_the_lock_is_waited_for_to_give_its_name(tmp_path
     late.kill()
     late.communicate()
     assert f"process {late.pid} on " in message
+
+
+def test_whoever_holds_the_lock_and_gives_no_name_is_another_process(tmp_path: Path) -> None:
+    with filelock.FileLock(tmp_path / ".lock"):
+        assert refusal(tmp_path) == f"{tmp_path}: another process is working here; wait for it or choose another --out"
 
 
 def test_a_folder_that_is_taken_is_known_before_any_work(tmp_path: Path, holder: subprocess.Popen[str]) -> None:

@@ -92,7 +92,7 @@ def _changes(item: object) -> Iterator[ast.AST | str]:
             yield ast.Slice()
         case ast.IfExp():
             yield from (item.body, item.orelse)
-        case ast.Return(value=ast.expr()):
+        case ast.Return(value=ast.expr() as value) if ast.unparse(value) != "None":
             yield ast.Return(ast.Constant(None))
         case ast.Expr() | ast.AugAssign() | ast.Raise():
             yield ast.Pass()
