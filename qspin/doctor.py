@@ -217,7 +217,7 @@ def hub_cache(*, needed: int = HUB_ROOM) -> Finding:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    elsewhere = "name another folder in HF_HUB_CACHE; a model takes 2 GB for each billion of its parameters"
+    elsewhere = "name a folder in HF_HUB_CACHE that has room for models: 2 GB for each billion of their parameters"
     return _place("hub cache", folder, needed, "warning", elsewhere, held=_size(folder))
 
 

@@ -109,7 +109,8 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     assert refusal(tmp_path / "run") == f"--out: {tmp_path / 'run'} is a file; name a folder"
     assert (tmp_path / "run").read_text() == "mine"
-    assert refusal(tmp_path / "run" / "below").startswith(f"--out: {tmp_path / 'run' / 'below'} can't be made: ")
+    below = tmp_path / "run" / "below"
+    assert refusal(below) == f"--out: {below} can't be made: File exists"
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -159,7 +160,9 @@ def test_whoever_has_just_taken_the_lock_is_waited_for_to_give_its_name(tmp_path
     assert f"process {late.pid} on " in message
 
 
-def test_whoever_holds_the_lock_and_gives_no_name_is_another_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [b"", b"\xff\xfe"])
+def test_whoever_holds_the_lock_and_gives_no_name_is_another_process(name: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".holder").write_bytes(name)
     with filelock.FileLock(tmp_path / ".lock"):
         assert refusal(tmp_path) == f"{tmp_path}: another process is working here; wait for it or choose another --out"
 

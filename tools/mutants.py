@@ -155,7 +155,7 @@ def main() -> int:
             if not noticed(folder, tests):
                 survivors += 1
                 print(f"{number}: {options.module}:{line}: {change}", flush=True)
-    print(f"{len(made)} mutants, {survivors} survived")
+    print(f"{survivors} of {len(made)} went unnoticed")
     return int(survivors > 0)
 
 
