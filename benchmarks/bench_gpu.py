@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -22,23 +21,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `keep_freed_memory` does
 
 import torch
 import transformers.utils.logging
+from gpu_cases import (
+    BATCH,
+    CASES,
+    FIXED,
+    NEW,
+    PEERS,
+    PROMPT,
+    Peer,
+    Share,
+    make_model,
+    make_rows,
+    measure_lengths,
+    read_pairs,
+)
 from harness import say, write
-from table import FIXED_STEPS, peer_rates
+from table import peer_rates
 
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
 from qspin.footprint import Batch
 from qspin.generation import Request, generate
-from qspin.machine import copy_rate, product_rate
+from qspin.machine import GIB, copy_rate, product_rate
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, plan_batches
@@ -46,99 +59,17 @@ from qspin.records import Pair
 from qspin.scoring import score_pairs
 from qspin.training import Task, train
 
-GIB = 2**30
 HERE = Path(__file__).parent
-MODELS: dict[str, Callable[[], Any]] = {
-    "mistral-7b": lambda: transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
-    "llama-3.1-8b": lambda: transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-    ),
-    "qwen2.5-7b": lambda: transformers.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-    ),
-}
-BATCH = 16  # pairs a step
-NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """A part of the GPU, and what is done in it."""
-
-    cap: float  # GiB for torch's allocator
-    rows: tuple[str, ...]  # kinds of `make_rows` to train on
-    checkpointing: bool
-    generate: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One process of ours: a model, a backend, and shares in turn, the smallest first: it is loaded in that."""
-
-    model: str
-    backend: str
-    shares: dict[str, Share]
-
-
-@dataclasses.dataclass(frozen=True)
-class Peer:
-    """One process of TRL's."""
-
-    model: str
-    on: str
-    cap: float
-    rows: str
-    checkpointing: Literal["none", "plain", "unsloth"]
-    batch: int
-    generate: bool
-
-
-FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
-BOTH = "both"  # a peer's: some of FIXED, then REAL
-CASES = {
-    "qspin": Case("mistral-7b", "unsloth", {
-        "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
-        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
-        "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
-        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
-    }),
-    "qspin, torch's kernels": Case("mistral-7b", "transformers", {
-        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
-    }),
-    "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
-        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
-        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
-    }),
-}  # fmt: skip
-PEERS = {
-    "TRL on Unsloth": Peer("mistral-7b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
-    "TRL on Unsloth, plain": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16, generate=False),
-    "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4, generate=False),
-    "TRL on transformers": Peer("mistral-7b", "transformers", 22.0, BOTH, "plain", batch=8, generate=True),
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scratch", type=Path, help="folder for models: 15 GB each, removed at the end")
+    parser.add_argument("--scratch", type=Path, help="folder for models, 15 GB each, which stay there")
     parser.add_argument("--lengths", type=Path, help="token counts of real rows")
     parser.add_argument("--measure-lengths", type=Path, help="file of prompts and answers to count the tokens of")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--shares", nargs="*", help="and of qspin's shares in them")
-    parser.add_argument("--profile", action="store_true", help="tables of the kernels that took the time, in --scratch")
+    parser.add_argument("--profile", action="store_true", help="tables of the kernels that took the time, here")
     parser.add_argument("--timeout", type=float, default=200, help="seconds a case may take")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -208,50 +139,6 @@ def measured_by(command: Sequence[str], out: Path, timeout: float) -> dict[str, 
     return (json.loads(out.read_text()) if out.is_file() else {}) | wrong
 
 
-def make_model(name: str, folder: Path) -> float:
-    """Random 16-bit weights, written as any model is; seconds taken."""
-    started = time.perf_counter()
-    config = MODELS[name]()
-    config.dtype = "bfloat16"
-    with torch.device("cuda"):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    del model
-    torch.cuda.empty_cache()
-    return time.perf_counter() - started
-
-
-def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> str:
-    """Pairs of random tokens: 'p+r+g' is one length, 'real' those of real rows; the path of their file."""
-    real = [tuple(shape) for shape in json.loads(lengths.read_text())]
-    if kind in (REAL, BOTH):
-        fixed = [(256, 256, 256)] * (FIXED_STEPS + 2) * batch if kind == BOTH else []
-        shapes = [*fixed, *real]
-    else:
-        shape = tuple(int(part) for part in kind.split("+"))
-        shapes = [shape] * (BATCH * (6 if sum(shape) < 1024 else 3))
-    path, chance = scratch / f"rows-{kind}.jsonl", random.Random(0)
-    with path.open("w") as file:
-        for shape in shapes:
-            sides = ([chance.randrange(5, 32000) for _ in range(count)] for count in shape)
-            file.write(json.dumps(dict(zip(("prompt", "real", "generated"), sides, strict=True))) + "\n")
-    return str(path)
-
-
-def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
-    """Of the first 192 good rows; generated completions are as long as other rows' real ones."""
-    from qspin.config import load_config
-    from qspin.prepare import prepare
-
-    settings = {"data.source": str(data), "data.limit": 200, "data.heldout_rows": 8}
-    settings |= {"data.max_prompt_tokens": 512, "data.max_completion_tokens": 512}
-    rows = prepare(load_config("smollm2-135m", settings), datetime.date(2026, 1, 1)).train
-    others = [len(row.real_ids) for row in rows]
-    random.Random(0).shuffle(others)
-    return [(len(row.prompt_ids), len(row.real_ids), other) for row, other in zip(rows, others, strict=True)]
-
-
 def ours(name: str, options: argparse.Namespace) -> None:
     case, device = CASES[name], torch.device("cuda")
     config = ModelConfig(id=str(options.scratch / case.model))
@@ -297,15 +184,6 @@ def generations(model: SlotModel) -> dict[str, Any]:
         found["16 at once"] = generation(model, 16, 16, NEW)
     torch.cuda.empty_cache()
     return found
-
-
-def read_pairs(path: str) -> list[Pair]:
-    pairs = []
-    for index, line in enumerate(Path(path).read_text().splitlines()):
-        row = json.loads(line)
-        sides = (tuple(row["prompt"]), tuple(row["real"]), tuple(row["generated"]))
-        pairs.append(Pair(str(index), 0, *sides, ended=True))
-    return pairs
 
 
 def generation(model: SlotModel, rows: int, width: int, new: int) -> dict[str, float]:

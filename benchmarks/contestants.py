@@ -18,7 +18,8 @@ from harness import Measurement, measured
 
 from qspin.base import load_tokenizer
 from qspin.budget import rows_at_once, token_budget
-from qspin.config import RunConfig, load_config, presets_dir
+from qspin.config import RunConfig, load_config
+from qspin.config_files import presets_dir
 from qspin.generation import Completion, Request, generate
 from qspin.memory import keep_freed_memory
 from qspin.model import SlotModel

@@ -205,10 +205,10 @@ def lora() -> Any:
     )
 
 
-def train(
-    options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], window: int
-) -> dict[str, Any]:
-    """One pass over the rows in the file's order. TRL's fastest settings, as far as they exist:
+def dpo_trainer(
+    options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], window: int, output: str
+) -> Any:
+    """TRL's trainer with its fastest settings, as far as they exist:
 
     - The reference's log-probs are known before the first step, as with precompute_ref_log_probs. TRL's own function
       scores them here, because the flag also hashes the whole model, which is seconds of GPU time for a file's name.
@@ -217,9 +217,7 @@ def train(
     - Padding goes to a multiple of 8: it costs little and keeps matrices aligned and compiled shapes few.
     - Unsloth's users train with 8-bit AdamW, which is its default; TRL's default is PyTorch's fused AdamW.
     """
-    import torch
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     class PairsTrainer(DPOTrainer):  # type: ignore[misc]
@@ -228,9 +226,44 @@ def train(
         def _prepare_dataset(self, dataset: Dataset, *_args: Any, **_kwargs: Any) -> Dataset:
             return dataset
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        """When each step ended, and its margin."""
+    trainer = PairsTrainer(
+        model=model,
+        args=DPOConfig(
+            output_dir=output,
+            per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=1,
+            max_steps=len(rows) // options.batch,
+            learning_rate=5e-5,
+            bf16=True,
+            optim="adamw_8bit" if options.peer == "unsloth" else "adamw_torch_fused",
+            gradient_checkpointing=options.checkpointing != "none",
+            beta=0.1,
+            loss_type=["sigmoid"],
+            max_length=window,
+            pad_to_multiple_of=8,
+            train_sampling_strategy="sequential",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=None if options.peer == "unsloth" else lora(),
+    )
+    trainer.model.eval()  # Unsloth compiles what it trains with, and would compile it for this pass alone
+    trainer.train_dataset = trainer._precompute_ref_logps(trainer.train_dataset, "train", options.batch)
+    trainer.precompute_ref_logps = True
+    trainer.model.train()
+    return trainer
 
+
+def watched(trainer: Any, warmup: int) -> Any:
+    """A callback that keeps when each step `ends`, and its `margins`; peak memory counts from the end of the warmup."""
+    import torch
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.ends: list[float] = []
             self.margins: list[float] = []
@@ -239,43 +272,24 @@ def train(
             torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
             self.margins += trainer._metrics["train"]["rewards/margins"][-1:]
-            if state.global_step == options.warmup:
+            if state.global_step == warmup:
                 torch.cuda.reset_peak_memory_stats()
 
-    steps = len(rows) // options.batch
+    watch = Watch()
+    trainer.add_callback(watch)
+    return watch
+
+
+def train(
+    options: argparse.Namespace, model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], window: int
+) -> dict[str, Any]:
+    """One pass over the rows in the file's order; seconds and bytes of the steps after the warmup."""
+    import torch
+
     with tempfile.TemporaryDirectory() as output:
-        trainer = PairsTrainer(
-            model=model,
-            args=DPOConfig(
-                output_dir=output,
-                per_device_train_batch_size=options.batch,
-                gradient_accumulation_steps=1,
-                max_steps=steps,
-                learning_rate=5e-5,
-                bf16=True,
-                optim="adamw_8bit" if options.peer == "unsloth" else "adamw_torch_fused",
-                gradient_checkpointing=options.checkpointing != "none",
-                beta=0.1,
-                loss_type=["sigmoid"],
-                max_length=window,
-                pad_to_multiple_of=8,
-                train_sampling_strategy="sequential",
-                logging_strategy="no",
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=None if options.peer == "unsloth" else lora(),
-        )
-        trainer.model.eval()  # Unsloth compiles what it trains with, and would compile it for this pass alone
-        trainer.train_dataset = trainer._precompute_ref_logps(trainer.train_dataset, "train", options.batch)
-        trainer.precompute_ref_logps = True
-        trainer.model.train()
+        trainer = dpo_trainer(options, model, tokenizer, rows, window, output)
         torch.cuda.empty_cache()
-        watch = Watch()
-        trainer.add_callback(watch)
+        watch = watched(trainer, options.warmup)
         started = time.perf_counter()
         outcome = trainer.train()
     ends = [started, *watch.ends][options.warmup :]

@@ -46,6 +46,8 @@ class Rules:
 
 
 class Layout(Protocol):
+    """How a row is cut: who attends to whom in it."""
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         """(H, T, D), (Hkv, T, D), (Hkv, T, D) → (T, H, D)."""
         ...

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol
 
 import jinja2
 
-from qspin.config import presets_dir
+from qspin.config_files import presets_dir
 from qspin.errors import QspinError, one_line
 from qspin.records import Example, Message, Record, Reject
 

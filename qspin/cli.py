@@ -181,7 +181,8 @@ def doctor() -> None:
     """Look at all that a run needs of this machine, and say what to do about what it lacks."""
     from rich.console import Console
 
-    from qspin.doctor import as_text, examine, verdict
+    from qspin.doctor import examine
+    from qspin.finding import as_text, verdict
 
     console = Console()
     findings = []

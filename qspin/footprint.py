@@ -11,16 +11,13 @@ a number in the compute type. A row has T tokens, of which C are predicted; each
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
-
-from pydantic import ValidationError
+from typing import Literal, NamedTuple
 
 from qspin.config import Architecture
-from qspin.errors import QspinError
+from qspin.shape import Linear, linears
 
 Device = Literal["cpu", "cuda"]
 
@@ -42,38 +39,6 @@ SAMPLING = 33
 MAPPED = 32 << 20
 HOLES = 0.3  # what the heap of smaller ones holds between them, of the activations kept
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
-
-
-class Linear(NamedTuple):
-    """A 4-bit layer."""
-
-    name: str
-    inputs: int
-    outputs: int
-
-    @property
-    def weights(self) -> int:
-        return self.inputs * self.outputs
-
-
-@functools.cache
-def linears(shape: Architecture) -> tuple[Linear, ...]:
-    """The 4-bit layers of one decoder layer."""
-    width, inner = shape.hidden, shape.intermediate
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    output, down = Linear("o_proj", queries, width), Linear("down_proj", inner, width)
-    if shape.family == "phi3":
-        qkv, gate_up = Linear("qkv_proj", width, queries + 2 * keys), Linear("gate_up_proj", width, 2 * inner)
-        return qkv, output, gate_up, down
-    return (
-        Linear("q_proj", width, queries),
-        Linear("k_proj", width, keys),
-        Linear("v_proj", width, keys),
-        output,
-        Linear("gate_proj", width, inner),
-        Linear("up_proj", width, inner),
-        down,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,51 +357,3 @@ class _Widths(NamedTuple):
     inner: int  # I
     queries: int  # Q
     keys: int  # K
-
-
-def read_shape(settings: Mapping[str, Any], name: str) -> Architecture:
-    """The shape in a transformers configuration, as config.json has it. `name` is for the error.
-
-    Raises:
-        QspinError: it is no configuration of a decoder.
-    """
-    settings = settings.get("text_config") or settings
-    try:
-        heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-        numbers = {
-            "family": settings["model_type"],
-            "layers": settings["num_hidden_layers"],
-            "hidden": hidden,
-            "intermediate": settings["intermediate_size"],
-            "heads": heads,
-            "kv_heads": settings.get("num_key_value_heads") or heads,
-            "head_size": settings.get("head_dim") or hidden // heads,
-            "vocabulary": settings["vocab_size"],
-            # a file leaves out what its family has by default
-            "tied_embeddings": settings.get("tie_word_embeddings", settings["model_type"] == "gemma2"),
-        }
-        bare = Architecture.model_validate({**numbers, "parameters": 1})
-    except KeyError as error:
-        raise QspinError(f"{name}: {error} is missing; set model.architecture.*") from None
-    except ValidationError as error:
-        raise QspinError(f"{name}: not the configuration of a language model: {error.errors()[0]['msg']}") from None
-    return bare.model_copy(update={"parameters": count_parameters(bare)})
-
-
-def count_parameters(shape: Architecture) -> int:
-    """Weights of a model of this shape: 4-bit layers, embeddings, and the norms and biases that its family has."""
-    width, keys = shape.hidden, shape.kv_heads * shape.head_size
-    queries = shape.heads * shape.head_size
-    norms = 2 * width
-    match shape.family:
-        case "gemma2":
-            norms = 4 * width
-        case "olmo2":
-            norms = 2 * width + queries + keys
-        case "qwen3":
-            norms = 2 * width + 2 * shape.head_size
-        case "qwen2":
-            norms = 2 * width + queries + 2 * keys  # the last three are biases
-    layer = sum(linear.weights for linear in linears(shape)) + norms
-    embeddings = shape.vocabulary * width * (1 if shape.tied_embeddings else 2)
-    return shape.layers * layer + embeddings + width

@@ -21,6 +21,8 @@ _TOOL_CALLS, _TOOLS = ("tool_calls", "function_call"), ("tools", "functions")  #
 
 
 class Format(NamedTuple):
+    """A shape that a row may have, and how its conversation is read."""
+
     name: str
     keys: tuple[str, ...]  # that every row of this format has
     turns: Callable[[Object], list[Message]]

@@ -29,6 +29,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """The answer to a request."""
+
     ids: tuple[int, ...]  # the sampled stop token included
     ended: bool  # False: cut at the cap
 
@@ -77,24 +79,8 @@ def generate(
             row.ids.append(token)
             on_token(row.index, token)
 
-    def retire() -> int:
-        """Take finished rows out; the last live row moves into each gap, so that live slots stay the first ones.
-
-        Returns the tokens that these rows won't need.
-        """
-        spared = 0
-        for slot in reversed(range(len(live))):
-            row = live[slot]
-            ended = row.ids[-1] in stop_ids or ends(row.ids)
-            if ended or len(row.ids) == max_new_tokens:
-                done[row.index] = completion = Completion(tuple(row.ids), ended)
-                on_done(row.index, completion)
-                spared += max_new_tokens - len(row.ids)
-                last = live.pop()
-                if slot < len(live):
-                    live[slot] = last
-                    cache.move(len(live), slot)
-        return spared
+    def ended(row: _Live) -> bool:
+        return row.ids[-1] in stop_ids or ends(row.ids)
 
     with model.unpacked():
         while waiting or live:
@@ -107,8 +93,26 @@ def generate(
             else:
                 choose(_decode(model, cache, requests, live), live)
                 new = len(live)
-            on_step(new, (new + retire()) / max_new_tokens)
+            spared = 0  # tokens that rows which ended early won't need
+            for row in _retire(live, cache, lambda row: ended(row) or len(row.ids) == max_new_tokens):
+                done[row.index] = completion = Completion(tuple(row.ids), ended(row))
+                on_done(row.index, completion)
+                spared += max_new_tokens - len(row.ids)
+            on_step(new, (new + spared) / max_new_tokens)
     return [completion for completion in done if completion is not None]
+
+
+def _retire(live: list[_Live], cache: KVCache, over: Callable[[_Live], bool]) -> list[_Live]:
+    """Take finished rows out; the last live row moves into each gap, so that live slots stay the first ones."""
+    finished: list[_Live] = []
+    for slot in reversed(range(len(live))):
+        if over(live[slot]):
+            finished.append(live[slot])
+            last = live.pop()
+            if slot < len(live):
+                live[slot] = last
+                cache.move(len(live), slot)
+    return finished
 
 
 def _worth_prefilling(live: int, waiting: int, width: int) -> bool:

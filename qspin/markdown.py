@@ -15,6 +15,7 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
+    """Text without line breaks and what can't be printed; spaces in a row become one."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
@@ -41,6 +42,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def document(metadata: str, *parts: str) -> str:
+    """A file of parts under YAML front matter."""
     return "\n\n".join([f"---\n{metadata}\n---", *parts]) + "\n"
 
 
@@ -49,4 +51,5 @@ def count(number: int, noun: str) -> str:
 
 
 def numbers(value: float | list[float]) -> str:
+    """A setting that may be a list, one an iteration."""
     return ", ".join(f"{number:g}" for number in value) if isinstance(value, list) else f"{value:g}"

@@ -38,11 +38,12 @@ from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qspin.footprint import Footprint, read_shape
+from qspin.footprint import Footprint
 from qspin.fused import fuse_gated_mlp, fuse_norm, fuse_rotary
 from qspin.kernels import Kernels
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
 from qspin.memory import free_bytes
+from qspin.shape import read_shape
 
 ALL = slice(None)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names

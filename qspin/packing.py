@@ -69,6 +69,7 @@ def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 def lengths_of(pair: Pair, prefix: int = 0) -> Lengths:
+    """Tokens of a pair's parts; those that all prompts begin with are not counted."""
     return Lengths(len(pair.prompt_ids) - prefix, len(pair.real_ids), len(pair.generated_ids))
 
 

@@ -55,6 +55,7 @@ def _draws(rows: int, seed: int) -> Array:
 
 
 def mean(values: Sequence[float]) -> Statistic:
+    """Of a value a row, every row weighing the same."""
     return ratio(values, [1.0] * len(values))
 
 

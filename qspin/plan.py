@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qspin.config import Architecture, RunConfig, load_config, preset_names
+from qspin.config import Architecture, RunConfig, load_config
+from qspin.config_files import preset_names
 from qspin.errors import QspinError
-from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint, read_shape
+from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.machine import Machine
 from qspin.plan_rows import Rows
+from qspin.shape import read_shape
 
 # Shares of a machine's rates that passes over whole rows and decoding steps reach. The CPU's are those of
 # docs/fitting.md, the GPU's are assumed.

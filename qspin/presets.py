@@ -17,16 +17,8 @@ from pydantic.fields import FieldInfo
 from rich.table import Table
 from rich.text import Text
 
-from qspin.config import (
-    FACT,
-    SUFFIXES,
-    ModelConfig,
-    dump_config,
-    load_config,
-    preset_names,
-    read_layers,
-    unknown_preset,
-)
+from qspin.config import FACT, ModelConfig, dump_config, load_config
+from qspin.config_files import SUFFIXES, preset_names, read_layers, unknown_preset
 from qspin.errors import QspinError
 
 COLUMNS = ("preset", "size", "licence", "about")

@@ -2,14 +2,17 @@
 
 The number depends on (seed, iteration, example, position) and nothing else, so a completion does not depend on which
 others were decoded beside it, on their order, or on a crash in between. Each iteration has numbers of its own.
+
+Free of torch until a token is sampled: figures of finished runs take their numbers from here as well.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -37,6 +40,8 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
     The token is the first whose cumulative probability, in order of token ids, exceeds the number. Sums are made in
     blocks and only the chosen block is summed token by token, so that the cost is one pass over the logits.
     """
+    import torch
+
     if temperature == 0:
         return logits.argmax(-1)
     weights = logits / temperature if temperature != 1 else logits

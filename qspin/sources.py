@@ -42,6 +42,11 @@ Row = tuple[int, Object | BadRow]  # with its line; with its number where rows h
 
 
 def file_rows(path: Path) -> Iterator[Row]:
+    """The rows of a JSONL, JSON, CSV or Parquet file, read as they are asked for.
+
+    Raises:
+        QspinError: there is no such file, or its ending is none of those.
+    """
     if not path.is_file():
         found = "is not a file; name one in it" if path.exists() else "no such file; check the path"
         raise QspinError(f"{path}: {found}")
@@ -52,6 +57,11 @@ def file_rows(path: Path) -> Iterator[Row]:
 
 
 def hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row]:
+    """The rows of a data set on the hub, or of its copy in the cache.
+
+    Raises:
+        QspinError: the hub can't be reached or has no such data set, split or configuration for us.
+    """
     import datasets
     import httpx
     import huggingface_hub

@@ -17,8 +17,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.base import find_base
-from qspin.config import LoraConfig, ModelConfig
+from qspin.config import Architecture, LoraConfig, ModelConfig
 from qspin.model import SlotModel
+from qspin.progress import Silent
 from qspin.records import Message, Record
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
@@ -74,6 +75,18 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
     "phi3": lambda: transformers.Phi3Config(**SHAPE),
 }
+TINY = Architecture(  # the llama
+    family="llama",
+    layers=3,
+    hidden=64,
+    intermediate=128,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    vocabulary=512,
+    tied_embeddings=True,
+    parameters=143_808,
+)
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +169,16 @@ def small_run(model: Path, data: Path, rows: int, aside: str = "") -> dict[str, 
     }
 
 
+class Notes(Silent):
+    """A progress of which only the notes are kept."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 class Clock:
     """Time that passes when told to."""
 
@@ -164,3 +187,8 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

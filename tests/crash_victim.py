@@ -27,6 +27,7 @@ import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.pipeline  # noqa: F401
 import torch
+from conftest import Notes
 
 from qspin import spin
 from qspin.config import load_config
@@ -34,19 +35,11 @@ from qspin.errors import QspinError
 from qspin.meter import Meter, measured, to_do, workload
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Audience, Silent
+from qspin.progress import Audience
 from qspin.run_dir import RunDir
 from qspin.status import StatusFile
 
 MODES = {"off": 0, "die": 1, "torn": 2, "full": 3}
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def play(prepared: Prepared, out: Path, notes: Notes) -> None:

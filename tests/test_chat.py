@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qspin.chat import Renderer
-from qspin.config import presets_dir
+from qspin.config_files import presets_dir
 from qspin.errors import QspinError
 from qspin.records import Example, Message, Pair, Record, Reject
 

@@ -103,14 +103,15 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def test_help_answers_at_once() -> None:
-    """Half a second is the aim; a shared core is given a little more."""
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_help_answers_at_once(arguments: list[str]) -> None:
+    """In half a second; the least of three, since a busy machine only adds to it."""
     seconds = []
     for _ in range(3):
         before = processor_seconds()
-        assert process("run", "--help").communicate()[0].count("--set") == 1
+        assert "--help" in process(*arguments).communicate()[0]
         seconds.append(processor_seconds() - before)
-    assert statistics.median(seconds) < 0.7
+    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize(

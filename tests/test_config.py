@@ -19,9 +19,8 @@ from qspin.config import (
     dump_config,
     load_config,
     parse_override,
-    preset_names,
-    presets_dir,
 )
+from qspin.config_files import preset_names, presets_dir
 from qspin.errors import QspinError
 
 PRESETS = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Notes
 
 from qspin import spin
 from qspin.benchmarks import Outcome, Score, SetUp, keep
@@ -31,16 +32,8 @@ FLIPS, CUTS = 200, 16
 LAST_STEP = 4  # that the run midway has finished in iteration 1
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    @property
-    def taken_away(self) -> list[str]:
-        return [note for note in self.notes if "taken away" in note]
+def taken_away(progress: Notes) -> list[str]:
+    return [note for note in progress.notes if "taken away" in note]
 
 
 class UntilStep(Silent):
@@ -205,7 +198,7 @@ def test_what_can_be_made_again_is_and_the_run_ends_in_the_same_bytes(
     progress = Notes()
     spin.run(prepared, out, progress)
     pieces = [re.sub(r"(step-\d+)/.*", r"\1", name) for name in damaged]
-    assert progress.taken_away == [f"{piece} was damaged and is taken away; {consequence}" for piece in pieces]
+    assert taken_away(progress) == [f"{piece} was damaged and is taken away; {consequence}" for piece in pieces]
     assert results(out) == results(finished)
 
 
@@ -215,7 +208,7 @@ def test_an_evaluation_of_another_version_is_made_again(prepared: Prepared, fini
     write_json(out / "iteration-0" / "evaluation.json", {"real_nll": [1.0], "real_tokens": [1]})
     progress = Notes()
     spin.run(prepared, out, progress)
-    assert progress.taken_away == [
+    assert taken_away(progress) == [
         f"iteration-0/evaluation.json is of another version of qspin and is taken away; {AGAIN}"
     ]
     assert results(out) == results(finished)
@@ -229,7 +222,7 @@ def test_figures_of_a_training_that_is_over_are_lost_and_the_table_says_nothing(
     (out / "iteration-0" / "metrics.jsonl").write_text("")
     progress = Notes()
     spin.run(prepared, out, progress)
-    assert progress.taken_away == [f"iteration-0/metrics.jsonl was damaged and is taken away; {FIGURES}"]
+    assert taken_away(progress) == [f"iteration-0/metrics.jsonl was damaged and is taken away; {FIGURES}"]
     _, _, training = (out / "SUMMARY.md").read_text().partition("## Training\n")
     margins = [line.split("|")[2].strip() for line in training.splitlines() if "| " in line]
     assert margins[-2] == "" != margins[-1]

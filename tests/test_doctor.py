@@ -19,29 +19,9 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from qspin.config import ModelConfig
-from qspin.doctor import (
-    GIB,
-    INDENT,
-    NF4_BOUND,
-    Card,
-    Finding,
-    as_text,
-    backend,
-    cache,
-    disk,
-    embedded_model,
-    gpu,
-    hub,
-    hub_cache,
-    memory,
-    nf4,
-    nf4_error,
-    package,
-    python,
-    required,
-    unused_gpu,
-    verdict,
-)
+from qspin.doctor import cache, disk, embedded_model, hub, hub_cache, memory, package, python, required
+from qspin.doctor_device import NF4_BOUND, Card, backend, gpu, nf4, nf4_error, unused_gpu
+from qspin.finding import GIB, INDENT, Finding, as_text, verdict
 from qspin.model import compute_dtype
 
 ANSI = "\x1b["

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, ROOT
+from conftest import ARCHITECTURES, TINY
 from torch import Tensor
 
 from qspin import footprint, kv_cache
 from qspin.attention import Lengths, Packed
-from qspin.config import Architecture, load_config, preset_names
-from qspin.errors import QspinError
-from qspin.footprint import Batch, Footprint, count_parameters, read_shape
+from qspin.config import load_config
+from qspin.footprint import Batch, Footprint
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.packing import lengths_of, pack_row
@@ -25,18 +22,6 @@ from qspin.records import Pair
 from qspin.scoring import pair_logps
 
 CPU = torch.device("cpu")
-TINY = Architecture(  # conftest's llama
-    family="llama",
-    layers=3,
-    hidden=64,
-    intermediate=128,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    vocabulary=512,
-    tied_embeddings=True,
-    parameters=143_808,
-)
 GROUPS = [(10, 20, 30), (5, 8, 0)]  # prompt, real, generated
 PREFIX = 4
 PAIRS = [
@@ -227,33 +212,6 @@ def test_a_forward_pass_keeps_the_bytes_that_were_counted(
     assert kept == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_shape_is_read_from_config_json(architecture: str, tiny_folder: Callable[[str], Path]) -> None:
-    folder = tiny_folder(architecture)
-    shape = read_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), "config.json")
-    config = ARCHITECTURES[architecture]()
-    assert (shape.family, shape.layers, shape.hidden, shape.kv_heads) == (architecture, 3, 64, 2)
-    assert shape.head_size == getattr(config, "head_dim", None) or 64 // 4
-    assert shape.tied_embeddings is config.tie_word_embeddings
-    if architecture == "llama":
-        assert shape == TINY
-
-
-def test_what_is_no_configuration_is_one_line() -> None:
-    with pytest.raises(QspinError, match=r"^x/config.json: 'num_attention_heads' is missing; set model\.architecture"):
-        read_shape({"model_type": "llama"}, "x/config.json")
-    settings = dict.fromkeys(("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size"), 4)
-    with pytest.raises(QspinError, match=r"^x: not the configuration of a language model: Input should be a valid int"):
-        read_shape({**settings, "model_type": "llama", "intermediate_size": "wide"}, "x")
-
-
-@pytest.mark.parametrize("name", preset_names())
-def test_parameters_count_up(name: str) -> None:
-    shape = load_config(name).model.architecture
-    assert shape is not None
-    assert count_parameters(shape) == shape.parameters
-
-
 def test_a_cache_has_the_bytes_that_were_counted() -> None:
     cache = kv_cache.KVCache(slots=5, device=CPU)
     cache.reserve(100)
@@ -263,8 +221,3 @@ def test_a_cache_has_the_bytes_that_were_counted() -> None:
     grown = math.ceil(100 / footprint.GROWTH) * footprint.GROWTH
     other = (2 * 4 + 2) * grown * 4 + footprint.SAMPLING * 512
     assert 5 * (tiny().row(100) - other) * 3 / 4 == held
-
-
-def test_footprint_is_free_of_torch() -> None:
-    source = (ROOT / "qspin" / "footprint.py").read_text(encoding="utf-8")
-    assert "import torch" not in source

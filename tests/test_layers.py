@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors"},
-    {"safe_text"},
+    {"safe_text", "config_files"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
-    {"files", "sources", "presets", "footprint", "judge", "suites"},
-    {"formats", "judging", "mtbench_result"},
+    {"files", "sources", "presets", "shape", "judge", "suites"},
+    {"formats", "footprint", "judging", "mtbench_result"},
     {"data", "chat", "run_dir", "memory", "unsloth_kernels", "plots"},
     {"adapters", "recipe", "attention", "lora", "base", "meter", "merge", "ollama", "evaluation", "benchmarks"},
     {"fused", "status", "gguf_file", "players"},
@@ -25,9 +27,9 @@ LAYERS = [  # each may import what stands above it
     {"game", "loaded"},
     {"answering", "learning", "measuring", "talk", "harness", "mtbench"},
     {"spin", "baseline", "view", "track", "card", "compare", "plan"},
-    {"doctor", "export", "plan_view", "sweep", "page"},
-    {"console"},
-    {"push", "watching", "talk_view", "trials"},
+    {"finding", "export", "plan_view", "sweep", "page"},
+    {"console", "doctor_device"},
+    {"push", "watching", "doctor", "talk_view", "trials"},
     {"api"},
     {"cli_results", "cli_trials"},
     {"cli"},
@@ -35,7 +37,7 @@ LAYERS = [  # each may import what stands above it
 HEAVY = {
     "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
-    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor", "merge"},
+    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor_device", "merge"},
     "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
     "lm_eval": {"harness"},
@@ -74,3 +76,14 @@ def test_imports_point_one_way() -> None:
 def test_heavy_libraries_stay_in_their_rooms() -> None:
     for library, rooms in HEAVY.items():
         assert {path.stem for path in PACKAGE.glob("*.py") if library in imports(path)} == rooms, library
+
+
+def test_what_says_that_it_is_free_of_torch_imports_none() -> None:
+    docstrings = {path.stem: ast.get_docstring(ast.parse(path.read_text("utf-8"))) for path in PACKAGE.glob("*.py")}
+    modules = [f"qspin.{name}" for name, text in docstrings.items() if "free of torch" in (text or "").lower()]
+    assert len(modules) > 5
+    script = f"import sys, {', '.join(modules)}; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False True\n"  # numpy shows that what is imported is seen

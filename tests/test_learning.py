@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Notes
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -17,17 +18,8 @@ from qspin.files import read_jsonl, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.run_dir import RunDir
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture

@@ -22,11 +22,6 @@ def work(run: RunDir | None = None, **settings: object) -> list[Work]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def meter(clock: Clock) -> Meter:
     return Meter(work(), {}, 2, lambda: MEMORY, clock)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Notes
 
 from qspin import answering, learning, measuring, spin, training, warm_start
 from qspin.adapters import load_adapter
@@ -30,14 +31,6 @@ PHASES: dict[str, tuple[Any, str]] = {
     "warm start": (warm_start, "pair_logps"),
     "evaluate": (measuring, "evaluate"),
 }
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @pytest.fixture(scope="module")

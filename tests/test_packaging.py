@@ -22,7 +22,8 @@ NAMES = sorted(path.stem for path in (ROOT / "presets").glob("*.yaml"))
 ASK = """
 import qspin
 from pathlib import Path
-from qspin.config import load_config, preset_names
+from qspin.config import load_config
+from qspin.config_files import preset_names
 data = load_config("quickstart").data
 assert Path(data.source).is_file() and Path(data.heldout_source).is_file()
 templates = {load_config(name).chat.template for name in preset_names()} - {None}

@@ -117,6 +117,15 @@ def test_an_empty_generated_side_predicts_nothing() -> None:
     assert row.layout.groups == (Lengths(2, 2, 0), Lengths(1, 1, 1))
 
 
+def test_an_empty_real_side_predicts_nothing_and_the_generated_one_all_the_same() -> None:
+    row = pack_row([pair("a", (10, 11), (), (30, 31)), pair("b", (12,), (23,), (32,))], CPU)
+    assert row.input_ids.tolist() == [10, 11, 30, 31, 12, 23, 32]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 1]
+    assert row.predictors.tolist() == [1, 2, 4, 4]
+    assert row.targets.tolist() == [30, 31, 23, 32]
+    assert row.lengths.tolist() == [0, 2, 1, 1]
+
+
 def test_a_row_with_a_prefix_by_hand() -> None:
     pairs = [pair("a", (8, 9, 10, 11), (20, 21), (30,)), pair("b", (8, 9, 12), (23,), (32, 33))]
     row = pack_row(pairs, CPU, prefix=2)
@@ -129,6 +138,12 @@ def test_a_row_with_a_prefix_by_hand() -> None:
     assert row.pairs == 2
     assert row.layout.prefix == 2
     assert row.layout.groups == (Lengths(2, 2, 1), Lengths(1, 1, 2))
+
+
+def test_a_row_of_one_pair_with_a_prefix() -> None:
+    row = pack_row([pair("a", (8, 9, 10), (20,), (30,))], CPU, prefix=2)
+    assert row.input_ids.tolist() == [8, 9, 10, 20, 30]
+    assert row.predictors.tolist() == [2, 2]
 
 
 def test_lengths_of_a_pair() -> None:

@@ -22,7 +22,8 @@ from harness import in_fresh_process
 from test_cli import call
 
 from qspin.base import find_base
-from qspin.config import load_config, preset_names
+from qspin.config import load_config
+from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.machine import GIB, Machine, card
 from qspin.model import SlotModel

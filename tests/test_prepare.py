@@ -68,6 +68,14 @@ def test_what_is_odd_about_good_rows_is_told(ready: Prepare, tmp_path: Path) -> 
     assert {e.record_id for e in (*found.train, *found.heldout)} >= {"a", "b", "row-22", "row-24"}
 
 
+def test_a_template_that_can_not_be_read_is_named(ready: Prepare, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", *good(8))
+    (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
+    for template in (tmp_path / "latin.jinja", tmp_path / "nowhere.jinja"):
+        with pytest.raises(QspinError, match=rf"^chat\.template: {template} can't be read \("):
+            ready(rows, **{"chat.template": str(template)})
+
+
 def test_a_template_without_a_system_turn_is_told_of(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     own = AutoTokenizer.from_pretrained(tiny_folder("llama")).chat_template

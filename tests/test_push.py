@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import yaml
 from conftest import CHATML
 from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
+from test_cli import Answer
 
 from qspin import spin
 from qspin.card import Licence
@@ -94,15 +94,6 @@ for line in sys.stdin:
     sys.stderr.flush()
     print(json.dumps(code), file=answers, flush=True)
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a push ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
 
 
 class Pusher:

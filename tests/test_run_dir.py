@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 
 from qspin.errors import QspinError
@@ -158,10 +159,60 @@ def test_whoever_has_just_taken_the_lock_is_waited_for_to_give_its_name(tmp_path
     assert f"process {late.pid} on " in message
 
 
+@pytest.mark.parametrize("name", [b"", b"\xff\xfe"])
+def test_whoever_holds_the_lock_and_gives_no_name_is_another_process(name: bytes, tmp_path: Path) -> None:
+    (tmp_path / ".holder").write_bytes(name)
+    with filelock.FileLock(tmp_path / ".lock"):
+        assert refusal(tmp_path) == f"{tmp_path}: another process is working here; wait for it or choose another --out"
+
+
 def test_a_folder_that_is_taken_is_known_before_any_work(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     """`qspin run` looks before it reads model and data."""
     with pytest.raises(QspinError, match=f"process {holder.pid} on .* is working here"):
         RunDir(tmp_path / "run").check_usable()
+
+
+# --- where everything is ---
+
+
+def test_every_path_of_a_run() -> None:
+    """Programs read these, and runs of earlier versions have them."""
+    run = RunDir(Path("run"))
+    assert {str(path.relative_to("run")) for path in (run.record, run.config, run.rejects, run.summary)} == {
+        "run.json", "config.yaml", "rejects.jsonl", "SUMMARY.md",
+    }  # fmt: skip
+    assert (run.verdict, run.status) == (Path("run/verdict.json"), Path("run/status.json"))
+    assert run.base.evaluation == Path("run/base/evaluation.json")
+    assert run.warm_start.adapter == Path("run/warm-start/adapter")
+    assert run.supervised(2e-4, 1).path == Path("run/supervised/lr-0.0002/round-1")
+    iteration = run.iteration(3)
+    assert iteration.path == Path("run/iteration-3")
+    assert iteration.generation_plan == iteration.path / "generation.json"
+    assert iteration.generated(7) == iteration.path / "generated" / "shard-00007.jsonl"
+    assert iteration.training_plan == iteration.path / "training.json"
+    assert iteration.scores(7) == iteration.path / "scores" / "shard-00007.jsonl"
+    assert iteration.snapshots == iteration.path / "snapshots"
+    assert iteration.metrics == iteration.path / "metrics.jsonl"
+    assert iteration.adapter == iteration.path / "adapter"
+    assert iteration.times == iteration.path / "seconds.json"
+
+
+def test_players_are_the_folders_that_are_there_in_order(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.players() == []
+    names = ["base", "warm-start", "iteration-0", "iteration-1", "supervised/lr-0.0002/round-0"]
+    for name in [*names, "exports", "supervised/lr-0.01", "supervised/notes"]:
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "iteration-2").write_text("a file")
+    assert [player.path.relative_to(tmp_path).as_posix() for player in run.players()] == names
+    assert run.supervised_rates() == [0.0002, 0.01]
+
+
+def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(QspinError, match=rf"^{tmp_path}: not the folder of a run, it has no run\.json$"):
+        RunDir(tmp_path).check_run()
+    write_text(tmp_path / "run.json", "{}")
+    RunDir(tmp_path).check_run()
 
 
 # --- where a run goes on ---

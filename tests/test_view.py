@@ -43,11 +43,6 @@ COMPLETION = (
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
 def meter(clock: Clock) -> Meter:
     work = workload(RunDir(Path("none")), load_config(None, {"iterations": 3, "train.epochs": 2}), ROWS, HELDOUT)
     return Meter(work, {}, 3, lambda: (int(5.2 * 2**30), int(15.5 * 2**30)), clock)

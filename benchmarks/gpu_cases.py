@@ -1,0 +1,144 @@
+"""What bench_gpu.py measures: models of known shapes with random weights, shares of a card, and rows to train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from table import FIXED_STEPS
+
+from qspin.records import Pair
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "mistral-7b": lambda: transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
+    "llama-3.1-8b": lambda: transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+    ),
+}
+BATCH = 16  # pairs a step
+NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """A part of the GPU, and what is done in it."""
+
+    cap: float  # GiB for torch's allocator
+    rows: tuple[str, ...]  # kinds of `make_rows` to train on
+    checkpointing: bool
+    generate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One process of ours: a model, a backend, and shares in turn, the smallest first: it is loaded in that."""
+
+    model: str
+    backend: str
+    shares: dict[str, Share]
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One process of TRL's."""
+
+    model: str
+    on: str
+    cap: float
+    rows: str
+    checkpointing: Literal["none", "plain", "unsloth"]
+    batch: int
+    generate: bool
+
+
+FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
+BOTH = "both"  # a peer's: some of FIXED, then REAL
+CASES = {
+    "qspin": Case("mistral-7b", "unsloth", {
+        "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
+        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
+        "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+    "qspin, torch's kernels": Case("mistral-7b", "transformers", {
+        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
+    }),
+    "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
+        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+}  # fmt: skip
+PEERS = {
+    "TRL on Unsloth": Peer("mistral-7b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
+    "TRL on Unsloth, plain": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16, generate=False),
+    "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4, generate=False),
+    "TRL on transformers": Peer("mistral-7b", "transformers", 22.0, BOTH, "plain", batch=8, generate=True),
+}
+
+
+def make_model(name: str, folder: Path) -> float:
+    """Random 16-bit weights, written as any model is; seconds taken."""
+    started = time.perf_counter()
+    config = MODELS[name]()
+    config.dtype = "bfloat16"
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    del model
+    torch.cuda.empty_cache()
+    return time.perf_counter() - started
+
+
+def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> str:
+    """Pairs of random tokens: 'p+r+g' is one length, 'real' those of real rows; the path of their file."""
+    real = [tuple(shape) for shape in json.loads(lengths.read_text())]
+    if kind in (REAL, BOTH):
+        fixed = [(256, 256, 256)] * (FIXED_STEPS + 2) * batch if kind == BOTH else []
+        shapes = [*fixed, *real]
+    else:
+        shape = tuple(int(part) for part in kind.split("+"))
+        shapes = [shape] * (BATCH * (6 if sum(shape) < 1024 else 3))
+    path, chance = scratch / f"rows-{kind}.jsonl", random.Random(0)
+    with path.open("w") as file:
+        for shape in shapes:
+            sides = ([chance.randrange(5, 32000) for _ in range(count)] for count in shape)
+            file.write(json.dumps(dict(zip(("prompt", "real", "generated"), sides, strict=True))) + "\n")
+    return str(path)
+
+
+def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
+    """Of the first 192 good rows; generated completions are as long as other rows' real ones."""
+    from qspin.config import load_config
+    from qspin.prepare import prepare
+
+    settings = {"data.source": str(data), "data.limit": 200, "data.heldout_rows": 8}
+    settings |= {"data.max_prompt_tokens": 512, "data.max_completion_tokens": 512}
+    rows = prepare(load_config("smollm2-135m", settings), datetime.date(2026, 1, 1)).train
+    others = [len(row.real_ids) for row in rows]
+    random.Random(0).shuffle(others)
+    return [(len(row.prompt_ids), len(row.real_ids), other) for row, other in zip(rows, others, strict=True)]
+
+
+def read_pairs(path: str) -> list[Pair]:
+    pairs = []
+    for index, line in enumerate(Path(path).read_text().splitlines()):
+        row = json.loads(line)
+        sides = (tuple(row["prompt"]), tuple(row["real"]), tuple(row["generated"]))
+        pairs.append(Pair(str(index), 0, *sides, ended=True))
+    return pairs

@@ -1,0 +1,160 @@
+"""Where settings come from: presets and YAML files that build on one another, and overrides on top, as one tree.
+
+    layers = read_layers("smollm2-135m")
+    tree = together(layers, {"train.beta": 0.2}, groups={"model", "train"})
+
+What settings there are, and which values fit, only `config.py` knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from qspin.errors import QspinError
+
+SUFFIXES = {".yaml", ".yml"}  # by which a configuration file is told from a preset's name
+PATHS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
+
+# What is known of the model that a preset or file names, and holds for no other. A chat template may be right for
+# another as well, as one for base models is; `prepare` notes that it is used.
+OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
+
+
+class Layer(NamedTuple):
+    """One file of a configuration, which may build on another."""
+
+    path: Path
+    text: str
+    tree: dict[str, Any]  # its settings, without those of the one that it builds on
+
+
+def presets_dir() -> Path:
+    """Inside the package in a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent / "presets"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "presets"
+
+
+def preset_names() -> list[str]:
+    """In order of the alphabet."""
+    return sorted(path.stem for path in presets_dir().glob("*.yaml"))
+
+
+def unknown_preset(name: str) -> str:
+    """What to say of a name that no preset has."""
+    close = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"no preset is called {name!r}; {hint}there are {', '.join(preset_names())}"
+
+
+def read_layers(source: str | Path) -> list[Layer]:
+    """A preset or YAML file, then the one that it builds on (`preset:`), and so on.
+
+    Raises:
+        QspinError: there is no such preset or file, it is no mapping in YAML, or it builds on itself.
+    """
+    layers: list[Layer] = []
+    wanted: str | Path | None = source
+    while wanted is not None:
+        path = _file_of(wanted)
+        text, tree = _read(path)
+        parent = tree.pop("preset", None)
+        if parent is not None and not isinstance(parent, str):
+            raise QspinError(f"{path}: preset: {parent!r} is not the name of a preset or of a YAML file")
+        if any(path.resolve() == layer.path.resolve() for layer in layers):
+            raise QspinError(f"{path}: preset: {parent} builds on this very file")
+        _resolve_paths(tree, path.parent)
+        layers.append(Layer(path, text, tree))
+        wanted = parent
+        if parent is not None and Path(parent).suffix in SUFFIXES and (path.parent / parent).is_file():
+            wanted = path.parent / parent
+    return layers
+
+
+def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Container[str]) -> dict[str, Any]:
+    """The settings of layers, each over those behind it, and dotted overrides over all.
+
+    Args:
+        groups: names of groups of settings; where one holds nothing, all of its lines are comments.
+
+    Where another `model.id` is named than below, what was known of that model is left out (`OF_ONE_MODEL`).
+
+    Raises:
+        QspinError: an override reaches into what is no group.
+    """
+    tree: dict[str, Any] = {}
+    for layer in reversed(layers):
+        model = layer.tree.get("model")
+        if isinstance(model, dict):
+            _forget_other_model(tree, model.get("id"))
+        said = {key: value for key, value in layer.tree.items() if value is not None or key not in groups}
+        tree = _merge(tree, said)
+    _forget_other_model(tree, overrides.get("model.id"))
+    for key, value in overrides.items():
+        _set(tree, key, value)
+    return tree
+
+
+def _file_of(source: str | Path) -> Path:
+    path = Path(source)
+    if path.suffix in SUFFIXES:
+        return path
+    path = presets_dir() / f"{source}.yaml"
+    if not path.is_file():
+        raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
+    return path
+
+
+def _read(path: Path) -> tuple[str, dict[str, Any]]:
+    """A file's text, and its settings as a tree."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise QspinError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise QspinError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")
+    return text, tree
+
+
+def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
+    """Paths that exist relative to the file which names them are meant so."""
+    for key in PATHS:
+        part, name = key.split(".")
+        section = tree.get(part)
+        value = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
+            section[name] = str(folder / value)
+
+
+def _forget_other_model(tree: dict[str, Any], named: Any) -> None:
+    model = tree.get("model")
+    if named is not None and isinstance(model, dict) and model.get("id", named) != named:
+        for key in OF_ONE_MODEL:
+            model.pop(key, None)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        below = tree.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise QspinError(f"{dotted}: {name} is a single value, not a group of settings")
+        tree = below
+    tree[last] = value
