@@ -8,14 +8,16 @@
 #     TORCH=REQUIREMENT           another torch, inside the range of pyproject.toml
 #
 # Needs that interpreter and a package index; no GPU, no model hub. Where there is no GPU, torch comes as its CPU
-# build if one can be had: it is a fifteenth of the size. `make` runs this again when pyproject.toml has changed.
+# build if one can be had: it is a fifteenth of the size. `make` runs this again when pyproject.toml or constraints.txt
+# has changed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${1:-python3}
 CPU_INDEX=https://download.pytorch.org/whl/cpu
-TORCH=${TORCH:-'torch>=2.8,<2.14'} # inside the range of pyproject.toml; up to here machines that keep a CPU build offer it
+# inside the range of pyproject.toml; up to here machines that keep a CPU build offer it
+TORCH=${TORCH:-'torch>=2.8,<2.14'}
 VENV=${VENV:-.venv}
 CONSTRAINTS=${CONSTRAINTS-constraints.txt}
 
@@ -26,7 +28,7 @@ fail() {
 }
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 constrained() { pip install ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} "$@"; }
-install() { constrained --quiet --quiet "$@" || fail "pip could not install $*"; }
+install() { constrained --quiet --quiet "$@" || fail "pip could not install $*${CONSTRAINTS:+ as in $CONSTRAINTS}"; }
 
 check_python() {
     local version
