@@ -1,10 +1,16 @@
-# `make` prints the targets. Setting up is tools/setup.sh, done once and again when pyproject.toml changes.
+# `make` prints the targets. Setting up is tools/setup.sh, done once and again when pyproject.toml or constraints.txt
+# changes.
 
 PYTHON ?= python3
 READY := .venv/.ready
 
+# what a library's release most easily breaks: arithmetic beside transformers and PEFT, tokens, files, the command line
+FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py cli.py config.py data.py evaluation.py \
+	fused.py generation.py gguf_file.py invariants.py lora.py loss.py merge.py model.py optimisation.py packing.py \
+	page.py presets.py push.py sampling.py scoring.py track.py training.py view.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint docs clean
+.PHONY: help setup quickstart test lint docs constraints floors clean
 
 help:
 	@echo "make quickstart   set up, then play SPIN with a small model on this machine: runs/quickstart"
@@ -12,11 +18,13 @@ help:
 	@echo "make lint         set up, then ruff and mypy"
 	@echo "make docs         set up, then write the generated pages and the site: build/site/index.html"
 	@echo "make setup        only build .venv; PYTHON=python3.12 chooses the interpreter"
-	@echo "make clean        remove .venv, caches and builds; runs/ is kept"
+	@echo "make constraints  write the versions in .venv to constraints.txt"
+	@echo "make floors       test with the lowest versions that pyproject.toml allows, in .floors"
+	@echo "make clean        remove .venv, .floors, caches and builds; runs/ is kept"
 
 setup: $(READY)
 
-$(READY): pyproject.toml tools/setup.sh
+$(READY): pyproject.toml constraints.txt tools/setup.sh
 	@bash tools/setup.sh "$(PYTHON)"
 	@touch $@
 
@@ -35,5 +43,15 @@ docs: $(READY)
 	.venv/bin/python tools/commands.py
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
+constraints: $(READY)
+	@bash tools/constraints.sh
+	@touch $(READY)
+
+floors:
+	@mkdir -p .floors
+	@$(PYTHON) tools/floors.py > .floors/constraints.txt
+	@VENV=.floors/venv CONSTRAINTS=.floors/constraints.txt bash tools/setup.sh "$(PYTHON)"
+	QSPIN_CACHE=.floors/cache .floors/venv/bin/python -m pytest -q $(FLOOR_TESTS)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

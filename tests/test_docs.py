@@ -26,7 +26,8 @@ from test_cli import call
 from test_page import Elements
 
 from qspin.cli import app
-from qspin.config import RunConfig, dump_config, load_config, preset_names
+from qspin.config import RunConfig, dump_config, load_config
+from qspin.config_files import preset_names
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]

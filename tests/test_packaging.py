@@ -9,7 +9,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
@@ -46,9 +48,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy: setuptools leaves a build/ folder behind, and would pack what an older one holds."""
     checkout = tmp_path_factory.mktemp("checkout") / "qspin"
     checkout.mkdir()
-    for path in ("pyproject.toml", "cli.py", "README.md", "LICENSE"):
-        if (ROOT / path).is_file():
-            shutil.copy(ROOT / path, checkout)
+    for path in ("pyproject.toml", "cli.py", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / path, checkout)
     for path in ("qspin", "presets", "tests"):
         shutil.copytree(ROOT / path, checkout / path, ignore=shutil.ignore_patterns("__pycache__"))
     out = tmp_path_factory.mktemp("wheel")
@@ -74,6 +75,10 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert len(needs) == len(project["dependencies"]) + sum(map(len, project["optional-dependencies"].values()))
     assert "Requires-Python: >=3.11" in metadata
+    assert "License-Expression: Apache-2.0" in metadata
+    for name in ("LICENSE", "NOTICE"):
+        [shipped] = [found for found in archive.namelist() if found.endswith(f".dist-info/licenses/{name}")]
+        assert archive.read(shipped) == (ROOT / name).read_bytes()
     [scripts] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
     assert scripts.split() == ["[console_scripts]", "qspin", "=", "qspin.cli:main"]
 
@@ -86,6 +91,42 @@ def test_the_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
     set_path = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.path.append({str(libraries)!r})"
     said = run([sys.executable, "-I", "-c", f"{set_path}\n{ASK}"], tmp_path)
     assert said.splitlines() == [str(tmp_path / "site" / "qspin"), " ".join(NAMES)]
+
+
+def test_the_command_of_a_wheel_lists_the_presets(wheel: Path, tmp_path: Path) -> None:
+    import yaml
+
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = ["--python", str(python), "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    run([sys.executable, "-m", "pip", *install], tmp_path)
+    [site] = (tmp_path / "venv" / "lib").glob("*/site-packages")
+    (site / "libraries.pth").write_text(f"{Path(yaml.__file__).parents[1]}\n")  # a folder's own .pth files are not read
+
+    listed = run([str(python.with_name("qspin")), "presets"], tmp_path)
+    assert sorted({line.split()[0] for line in listed.splitlines() if line} & set(NAMES)) == NAMES
+    assert run([str(python), "-c", "import qspin; print(qspin.__file__)"], tmp_path).startswith(str(site))
+
+
+def test_an_sdist_is_the_checkout(tmp_path: Path) -> None:
+    """Whoever packs qspin for a distribution can run its tests."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout: this is an sdist itself")
+    listed = run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], ROOT).split("\0")
+    files = {name for name in listed if name and (ROOT / name).is_file()}
+    checkout = tmp_path / "qspin"
+    for name in files:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    (checkout / "qspin" / "__pycache__").mkdir()
+    (checkout / "qspin" / "__pycache__" / "stale.pyc").touch()
+
+    run([sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('..')"], checkout)
+    [archive] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {member.name.partition("/")[2] for member in packed.getmembers() if member.isfile()}
+    written = {"PKG-INFO", "setup.cfg", *(name for name in inside if name.startswith("qspin.egg-info/"))}
+    assert inside - written == files
 
 
 def test_a_bare_checkout_finds_its_presets(tmp_path: Path) -> None:

@@ -3,23 +3,32 @@
 #
 #     tools/setup.sh [PYTHON]     PYTHON: an interpreter of version 3.11 or later, python3 by default
 #
+#     CONSTRAINTS=FILE            versions to take, constraints.txt by default; CONSTRAINTS= takes the newest there are
+#     VENV=FOLDER                 elsewhere than in .venv
+#     TORCH=REQUIREMENT           another torch, inside the range of pyproject.toml
+#
 # Needs that interpreter and a package index; no GPU, no model hub. Where there is no GPU, torch comes as its CPU
-# build if one can be had: it is a fifteenth of the size. `make` runs this again when pyproject.toml has changed.
+# build if one can be had: it is a fifteenth of the size. `make` runs this again when pyproject.toml or constraints.txt
+# has changed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${1:-python3}
 CPU_INDEX=https://download.pytorch.org/whl/cpu
-TORCH='torch>=2.8,<2.14' # inside the range of pyproject.toml; up to here machines that keep a CPU build offer it
+# inside the range of pyproject.toml; up to here machines that keep a CPU build offer it
+TORCH=${TORCH:-'torch>=2.8,<2.14'}
+VENV=${VENV:-.venv}
+CONSTRAINTS=${CONSTRAINTS-constraints.txt}
 
 say() { echo "setup: $*"; }
 fail() {
     echo "setup: error: $*" >&2
     exit 1
 }
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-install() { pip install --quiet --quiet "$@" || fail "pip could not install $*"; }
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+constrained() { pip install ${CONSTRAINTS:+--constraint "$CONSTRAINTS"} "$@"; }
+install() { constrained --quiet --quiet "$@" || fail "pip could not install $*${CONSTRAINTS:+ as in $CONSTRAINTS}"; }
 
 check_python() {
     local version
@@ -33,8 +42,8 @@ check_python() {
 
 # Whether pip, given these options, would take a CPU build. It resolves and reads metadata, and installs nothing.
 offers_cpu_build() {
-    pip install --quiet --dry-run --ignore-installed --no-deps --report - "$@" "$TORCH" 2>/dev/null |
-        .venv/bin/python -c '
+    constrained --quiet --dry-run --ignore-installed --no-deps --report - "$@" "$TORCH" 2>/dev/null |
+        "$VENV/bin/python" -c '
 import json, sys
 from pip._vendor.packaging.requirements import Requirement
 from pip._vendor.packaging.version import Version
@@ -53,7 +62,7 @@ install_torch() {
     elif offers_cpu_build; then
         say "torch for CPUs"
         install "$TORCH"
-    elif timeout 10 .venv/bin/python -m pip index versions torch --retries 0 --timeout 5 \
+    elif timeout 10 "$VENV/bin/python" -m pip index versions torch --retries 0 --timeout 5 \
         --index-url "$CPU_INDEX" >/dev/null 2>&1; then
         say "torch for CPUs, from $CPU_INDEX (about 200 MB)"
         install --no-deps --index-url "$CPU_INDEX" "$TORCH"
@@ -64,8 +73,8 @@ install_torch() {
 }
 
 check_python
-say "a virtual environment in .venv, with $("$PYTHON" --version)"
-"$PYTHON" -m venv .venv
+say "a virtual environment in $VENV, with $("$PYTHON" --version)"
+"$PYTHON" -m venv "$VENV"
 install --upgrade 'pip>=25.1' # --group came with 25.1
 install_torch
 say "qspin and its dependencies, pytest, ruff, mypy"
