@@ -14,7 +14,6 @@ from qspin.base import Base, quiet_libraries
 from qspin.config import RunConfig, TrainConfig
 from qspin.errors import QspinError
 from qspin.generation import Request, generate
-from qspin.memory import keep_freed_memory
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch
 from qspin.records import Pair, Score
@@ -29,7 +28,6 @@ def help_out() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # there is nothing to keep
     quiet_libraries()
-    keep_freed_memory()
     helper = _Helper()
     code = 0
     try:

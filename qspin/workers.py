@@ -53,9 +53,11 @@ def launch() -> Iterator[None]:
         yield
         return
     connect()
+    _State.count = _launched()
     try:
         yield
     finally:
+        _State.count = 1
         import torch.distributed as dist
 
         with contextlib.suppress(RuntimeError):  # nobody is left to be told
@@ -73,8 +75,9 @@ def connect() -> None:
     import torch
     import torch.distributed as dist
 
-    from qspin.memory import processes_here
+    from qspin.memory import keep_freed_memory, processes_here
 
+    keep_freed_memory()  # before the first tensor
     if torch.cuda.is_available():
         here, cards = processes_here(), torch.cuda.device_count()
         if here > cards:
@@ -128,8 +131,8 @@ ALONE = Crew()
 
 
 def everyone() -> Crew:
-    """All processes of the launch, before they have loaded anything."""
-    return Crew(_launched())
+    """All processes that are there, before they have loaded anything."""
+    return Crew(_State.count)
 
 
 def serve(do: Callable[[str, Any], Any], slot: Callable[[], Sequence[nn.Parameter]]) -> None:
@@ -156,6 +159,7 @@ def serve(do: Callable[[str, Any], Any], slot: Callable[[], Sequence[nn.Paramete
 
 
 class _State:
+    count = 1  # processes that are connected, as the first one knows
     sharing = False  # the helpers are at work, or were when the sharing was broken off
 
 
