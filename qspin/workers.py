@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qspin.errors import QspinError
+from qspin.stopping import check_stop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,10 +61,10 @@ def launch() -> Iterator[None]:
         _State.count = 1
         import torch.distributed as dist
 
-        with contextlib.suppress(RuntimeError):  # nobody is left to be told
-            if not _State.sharing:
+        if not _State.sharing:
+            with contextlib.suppress(WorkerLost):  # who is gone need not be told
                 _broadcast(None)
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def connect() -> None:
@@ -113,7 +114,9 @@ class Crew:
         """
         if self.count == 1:
             return own(), []
-        _State.sharing = True  # if this is left by another way than the end, helpers are not where they can be told
+        if _State.sharing:  # the last piece was broken off, and the helpers are not where they could hear of this one
+            raise _lost()
+        _State.sharing = True
         _broadcast({"job": job, "pieces": pieces, "adapter": bool(self.slot), "gradients": gradients})
         if self.slot:
             _share_weights(self.slot)
@@ -160,7 +163,7 @@ def serve(do: Callable[[str, Any], Any], slot: Callable[[], Sequence[nn.Paramete
 
 class _State:
     count = 1  # processes that are connected, as the first one knows
-    sharing = False  # the helpers are at work, or were when the sharing was broken off
+    sharing = False  # the helpers are at work, or were when that was broken off
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, dict[str, str]]:
@@ -278,7 +281,12 @@ def _losses_told() -> Iterator[None]:
         yield
     except RuntimeError:
         time.sleep(SECONDS_TO_HEAR)
-        raise WorkerLost(
-            f"one of the {_launched()} processes of this launch has ended; the same command goes on from the last "
-            "finished piece, with any number of processes"
-        ) from None
+        check_stop()
+        raise _lost() from None
+
+
+def _lost() -> WorkerLost:
+    return WorkerLost(
+        f"one of the {_launched()} processes of this launch has ended; the same command goes on from the last finished "
+        "piece, with any number of processes"
+    )
