@@ -36,6 +36,7 @@ COUNT = 2
 ROWS, HELDOUT = 31, 6  # so that the last effective batch is one pair, and a helper has none
 # Seen: weights apart by 1.4e-5 of their norm, log-probs of a completion by 1.2e-4 nats.
 WEIGHTS_BOUND, NATS_BOUND = 2e-4, 2e-3
+BUSY = 300  # seconds that a process may take to start, or to end, on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # A helper as it is, but for jobs that it is told to fail at once: by a file of the job's name.
@@ -146,7 +147,7 @@ def helpers(one: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Iterator[H
         there = Helpers(told, [start(["-c", HELPER, str(told)], each) for each in theirs], [0] * len(theirs))
         with workers.launch():
             yield there
-        said = [process.communicate(timeout=60)[0] for process in there.processes]
+        said = [process.communicate(timeout=BUSY)[0] for process in there.processes]
     assert (said, [process.returncode for process in there.processes]) == ([""] * len(said), there.codes)
 
 
@@ -292,7 +293,7 @@ def test_a_launch_that_is_cut_off_ends_and_one_process_goes_on(
     quiet = "--mixed_precision no --dynamo_backend no"  # else it says that it took these
     command = f"{launch} {quiet} -m qspin run {config} --out {run.path}"
     launcher = start(command.split(), {})
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + BUSY
     while not (run.iteration(1).snapshots / "step-000002").is_dir():
         assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()
         time.sleep(0.001)
@@ -302,7 +303,7 @@ def test_a_launch_that_is_cut_off_ends_and_one_process_goes_on(
         launcher.terminate()
     else:
         second.kill()
-    said, _ = launcher.communicate(timeout=60)
+    said, _ = launcher.communicate(timeout=BUSY)
     assert (launcher.returncode, first.is_running()) == (1, False)
     assert said.count("2 processes share the work") == 1
     assert said.count(STOPPED) + said.count("one of the 2 processes of this launch has ended") == 1
@@ -315,7 +316,7 @@ def test_a_launch_that_is_cut_off_ends_and_one_process_goes_on(
 def test_an_error_is_told_once(tmp_path: Path) -> None:
     command = ["-m", "qspin", "run", "no-such-preset", "--out", str(tmp_path / "run")]
     processes = [start(command, each) for each in environments(2)]
-    said = [process.communicate(timeout=60)[0] for process in processes]
+    said = [process.communicate(timeout=BUSY)[0] for process in processes]
     assert said[0].startswith("error: no preset is called 'no-such-preset'")
     assert (said[0].count("\n"), said[1]) == (1, "")
     assert [process.returncode for process in processes] == [1, 0]
