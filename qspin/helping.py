@@ -22,11 +22,14 @@ from qspin.training import Task, backward
 from qspin.warm_start import backward_real
 from qspin.workers import connect, serve
 
+_STDOUT = 1
+
 
 def help_out() -> NoReturn:
     """Do pieces until no more are sent, or the first process is gone, which has said what there is to say."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # there is nothing to keep
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # libraries greet; a traceback is still seen
     quiet_libraries()
     helper = _Helper()
     code = 0
