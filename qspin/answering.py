@@ -43,10 +43,11 @@ def answer(game: Game, iteration: int) -> None:
     failures = 0
     while missing:
         shards = missing[: game.crew.count]  # one for each process
-        started = time.monotonic()
         try:
-            with refusals_told():
+            with refusals_told(), game.counted(folder, "generate"):
                 made = _pairs(game, iteration, [shard for _, shard in shards], plan["width"])
+                for (index, _), pairs in zip(shards, made, strict=True):
+                    write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         except OutOfMemory as error:
             failures += 1
             if failures == ATTEMPTS or plan["width"] == 1:
@@ -59,9 +60,6 @@ def answer(game: Game, iteration: int) -> None:
             game.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
             begin()  # what was done of these shards is lost
             continue
-        for (index, _), pairs in zip(shards, made, strict=True):
-            write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
-        folder.add_seconds("generate", time.monotonic() - started)
         del missing[: len(shards)]
         failures = 0
 

@@ -72,22 +72,22 @@ def attend(
     return output.unsqueeze(0), None
 
 
-class Packed:
-    """Groups side by side, after a prefix that begins the prompts of all of them and is computed once.
+class Cut:
+    """A row cut into spans.
 
-    Every group attends to the prefix and within itself, its generated completion not to its real one.
+    Args:
+        queries: each span's own places; all spans in turn are the row.
+        places: (s,) of each span, the places that it may look at, in order of position: its own are the last.
+        prefix: so many places at the row's beginning are among every span's.
     """
 
-    def __init__(self, groups: Sequence[Lengths], device: torch.device, prefix: int = 0) -> None:
-        self.groups = tuple(groups)
+    def __init__(self, queries: list[slice], places: list[Tensor], device: torch.device, prefix: int = 0) -> None:
+        self.queries, self.places = queries, places
         self.device = device
         self.prefix = prefix
-        spans = tuple(_spans(self.groups, prefix))
-        self.queries = [span.queries for span in spans]
-        self.places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
         ends = list(itertools.accumulate(map(len, self.places)))
         self.keys = [slice(end - len(own), end) for own, end in zip(self.places, ends, strict=True)]  # into key_places
-        self.key_places = torch.cat(self.places).to(device)  # (S,) the keys of all spans, one span after the other
+        self.key_places = torch.cat(places).to(device)  # (S,) the keys of all spans, one span after the other
         self._flash: Spans | None = None
         self._masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
 
@@ -121,6 +121,19 @@ class Packed:
             found = additive(seen, dtype).repeat(repeats, 1)
             self._masks[queries, keys, repeats, window, dtype] = found
         return found
+
+
+class Packed(Cut):
+    """Groups side by side, after a prefix that begins the prompts of all of them and is computed once.
+
+    Every group attends to the prefix and within itself, its generated completion not to its real one.
+    """
+
+    def __init__(self, groups: Sequence[Lengths], device: torch.device, prefix: int = 0) -> None:
+        self.groups = tuple(groups)
+        spans = tuple(_spans(self.groups, prefix))
+        places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
+        super().__init__([span.queries for span in spans], places, device, prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +182,7 @@ class _SpanAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Packed, rules: Rules
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, row: Cut, rules: Rules
     ) -> Tensor:  # (H, T, D), (Hkv, T, D), (Hkv, T, D) → (T, H, D)
         heads, length, size = query.shape
         kv_heads = len(key)
@@ -222,7 +235,7 @@ class _SpanAttention(torch.autograd.Function):
         return grad_query.mul_(rules.scaling), total[:kv_heads], total[kv_heads:], None, None
 
 
-def _gathered(key: Tensor, value: Tensor, row: Packed) -> tuple[Tensor, Tensor]:
+def _gathered(key: Tensor, value: Tensor, row: Cut) -> tuple[Tensor, Tensor]:
     """(Hkv, T, D) twice → (Hkv, S, D) twice, the keys and values of all spans."""
     both = torch.cat([key, value]).index_select(1, row.key_places)
     return both[: len(key)], both[len(key) :]

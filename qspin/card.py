@@ -255,8 +255,8 @@ def _method(config: RunConfig) -> Iterable[str]:
 
 def _recipe(config: RunConfig, record: Mapping[str, Any]) -> Iterable[str]:
     yield "## Recipe"
-    yield f"With {code(CONFIG)} from this repository:"
-    yield fenced("bash", f"pip install qspin=={record['qspin']}\n{command(config, record)}")
+    yield f"With {code(CONFIG)} from this repository, and qspin {record['qspin']}:"
+    yield fenced("bash", command(config, record))
     if config.model.init_adapter is not None:
         adapter = record["inputs"]["model.init_adapter"]
         yield (

@@ -36,6 +36,8 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     chat_template: str | dict[str, str] | None
+    bos_token_id: int | None
+    eos_token_id: int | None
     added_tokens_decoder: Mapping[int, Any]  # tokens that are matched as a whole: .content, .special
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> str: ...
@@ -127,6 +129,28 @@ class Renderer:
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """What `prompt_ids` are the tokens of."""
         return self._text(self._marked(messages), generation_prompt=True).replace(_MARK, "")
+
+    def plain_ids(self, text: str, *, begun: bool) -> tuple[int, ...]:
+        """The tokens of a text that is no conversation, a benchmark's say; what it has of control tokens are those.
+
+        Args:
+            begun: with what the tokenizer puts before a text (BOS, or nothing), unless the text has it already.
+        """
+        has_it = text.startswith(self._decode([self.before_text]))
+        return self._ids(text, add_special_tokens=begun and not has_it)
+
+    @property
+    def before_text(self) -> int:
+        """The token that stands for what comes before a text: BOS, or EOS where there is none."""
+        tokenizer = self._template.tokenizer
+        found = (tokenizer.bos_token_id, tokenizer.eos_token_id, self.end_of_turn)
+        return next(token for token in found if token is not None)
+
+    @property
+    def end_of_text(self) -> int:
+        """What the tokenizer calls EOS; often not the end of a turn."""
+        eos = self._template.tokenizer.eos_token_id
+        return self.end_of_turn if eos is None else eos
 
     def control_token_in(self, record: Record) -> str | None:
         """The first control token that a record's text holds; its text, as tokens are never in records."""
@@ -222,9 +246,9 @@ class Renderer:
                 return ids
         raise _UnfitError("control-token", "a text contains a control token, which can't be encoded as plain text")
 
-    def _ids(self, text: str) -> tuple[int, ...]:
+    def _ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
         # the template writes BOS where the model wants one; the tokenizer would write it a second time
-        ids = self._template.tokenizer.encode(text, add_special_tokens=False)
+        ids = self._template.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if (largest := max(ids, default=0)) >= self.vocab_size:
             raise QspinError(
                 f"model.id: the tokenizer writes token {largest}, but {self.vocab_size} have an embedding; "

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from qspin import cli_results
-from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
+from qspin import cli_results, cli_trials
+from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import redacted, show_traceback, visible
@@ -17,9 +17,7 @@ from qspin.stopping import CODES, heed_stops, leave_stopped
 from qspin.workers import launch, rank
 
 if TYPE_CHECKING:
-    from qspin.config import RunConfig
     from qspin.prepare import Prepared
-    from qspin.run_dir import RunDir
 
 
 app = typer.Typer(
@@ -83,6 +81,9 @@ def run(
         from qspin.track import check
 
         check(tracker)
+
+    from qspin.record import prepare_run
+
     prepared = prepare_run(config, RunDir(out), keep_rejects=not dry_run)
     if dry_run:
         _show_plan(prepared)
@@ -108,7 +109,7 @@ def plan(
     """Say what a run would take: memory by phase, time and disk, and what to change where it doesn't fit."""
     from rich.console import Console
 
-    from qspin import machine, plan_rows
+    from qspin import api
     from qspin import plan as planner
     from qspin.config import load_config, parse_override
     from qspin.plan_view import render
@@ -118,14 +119,9 @@ def plan(
     }
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
-    planner.shape_of(config)  # before anything that takes time
-    if data is None:
-        lengths = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
-    else:
+    if data is not None:
         quiet_libraries()
-        lengths = plan_rows.rows_of_data(config)
-    where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
-    found = planner.make_plan(config, where, lengths)
+    found = api.plan(config, vram=vram, read_rows=data is not None)
     Console().print(render(found, None if found.fits else planner.nearest_change(found)))
 
 
@@ -215,25 +211,14 @@ def sweep(
     ] = None,
 ) -> None:
     """Play a run for each combination of settings, sharing what is the same, and compare them."""
+    from qspin import api
     from qspin.config import parse_override
-    from qspin.sweep import grid, parse_vary
+    from qspin.sweep import parse_vary
 
     overrides: dict[str, Any] = {} if data is None else {"data.source": data}
     overrides |= dict(parse_override(text) for text in settings or [])
-    cells = grid(source, overrides, parse_vary(vary))
-    for cell in cells:
-        cell.run_dir(out).check_usable()
     quiet_libraries()
-
-    from qspin.record import template_date
-    from qspin.watching import watch_sweep
-
-    date = template_date(cells[0].run_dir(out))  # one for all, or prompts of some templates would differ
-
-    def prepare(config: RunConfig, run_dir: RunDir) -> Prepared:
-        return prepare_run(config, run_dir, keep_rejects=True, date=date)
-
-    watch_sweep(cells, out, prepare)
+    api.sweep(source, parse_vary(vary), out, overrides=overrides)
 
 
 @app.command()
@@ -245,18 +230,13 @@ def baseline(
     ] = None,
 ) -> None:
     """Train on the same rows without self-play, for as many steps, and set it beside the run's iterations."""
-    from qspin.config import load_config
-    from qspin.run_dir import RunDir
-    from qspin.watching import watch_baseline
+    from qspin import api
 
-    run_dir = RunDir(folder)
-    run_dir.check_run()
-    config = load_config(run_dir.config)
-    rates = lr or [config.sft.lr]
+    rates = lr or [api.results(folder).config.sft.lr]
     if not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
     quiet_libraries()
-    watch_baseline(prepare_run(config, run_dir, keep_rejects=False), folder, rates)
+    api.baseline(folder, rates)
 
 
 @app.command()
@@ -303,8 +283,10 @@ def _numbers(text: str | None) -> Any:
     return [part.strip() for part in text.split(",")]
 
 
-for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push):
+for command in (cli_results.compare, cli_results.report, cli_results.export, cli_results.push, cli_trials.chat):
     app.command()(command)
+app.command("eval")(cli_trials.evaluate)
+app.command()(cli_trials.mtbench)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qspin.console import RunFolder, a_name, prepare_run, quiet_libraries, tell
+from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 
 
@@ -23,21 +23,22 @@ def compare(
     from rich.console import Console
 
     from qspin import view
-    from qspin.config import load_config
     from qspin.players import chosen_iteration, players
-    from qspin.record import check_rows
+    from qspin.recipe import recorded_config
+    from qspin.record import heldout_prompts
     from qspin.report import answers
     from qspin.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    wanted = [chosen_iteration(run_dir, name.strip()) for name in iterations.split(",")] if iterations else None
-    chosen = {str(index) for index in wanted or [chosen_iteration(run_dir, None)]}
-    config = load_config(run_dir.config)
+    names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
+    chosen = {str(chosen_iteration(run_dir, name, "--iterations")) for name in names}
+    config = recorded_config(run_dir)
     quiet_libraries()
-    prepared = prepare_run(config, run_dir, keep_rejects=False)
-    check_rows(run_dir, prepared)
+    prompts = heldout_prompts(run_dir, config, _note)
     who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
-    Console().print(view.completions_table(answers(who, prepared.heldout_prompts, rows)))
+    if prompts is None:
+        prompts = [f"row {number + 1}" for number in range(len(who[0].evaluation.completions))]
+    Console().print(view.completions_table(answers(who, prompts, rows)))
 
 
 def report(
@@ -48,18 +49,16 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML file to look at: figures, plots, answers before and after, and what the run was made of."""
-    from qspin.config import load_config
-    from qspin.files import write_text
-    from qspin.page import page
-    from qspin.run_dir import RunDir
+    from qspin import api
 
-    run_dir = RunDir(folder)
-    run_dir.check_run()
     quiet_libraries()
-    prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
-    target = out or run_dir.path / "report.html"
-    write_text(target, page(run_dir, prepared))
-    typer.echo(f"report: {target}")
+    typer.echo(f"report: {api.report(folder, out, say=_note)}")
+
+
+def _note(text: str) -> None:
+    from rich.console import Console
+
+    tell(Console(stderr=True), f"note: {text}")
 
 
 def export(

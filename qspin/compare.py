@@ -20,13 +20,13 @@ from torch import Tensor
 
 from qspin.adapters import load_adapter
 from qspin.errors import QspinError
-from qspin.files import read_json
+from qspin.files import ADAPTER_WEIGHTS, read_json, sha256_of
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
 from qspin.packing import pack_row
-from qspin.prepare import Prepared, prepare
+from qspin.prepare import Prepared
 from qspin.recipe import recorded_config
-from qspin.record import load_recorded, template_date
+from qspin.record import load_recorded, prepare_run
 from qspin.records import Example, Pair
 from qspin.run_dir import RunDir
 
@@ -105,7 +105,7 @@ class Trained:
     @functools.cached_property
     def prepared(self) -> Prepared:
         """Raises a QspinError: the settings, the base or the data are not to be had as they were."""
-        return prepare(recorded_config(self.run_dir), template_date(self.run_dir))
+        return prepare_run(recorded_config(self.run_dir), self.run_dir, keep_rejects=False)
 
     @functools.cached_property
     def rows(self) -> tuple[Example, ...]:
@@ -194,6 +194,7 @@ def compared(trained: Trained, exported: Reading) -> dict[str, Any]:
     same = sum(a == b for a, b in zip(reading.likeliest, exported.likeliest, strict=True))
     before, after = reading.nll / reading.tokens, exported.nll / exported.tokens
     return {
+        "adapter": sha256_of(trained.adapter / ADAPTER_WEIGHTS),
         "rows": len(trained.rows),
         "nll_trained": before,
         "nll_exported": after,

@@ -1,4 +1,4 @@
-"""What the command line's rooms share: arguments, rows that are ready for a run, and a line on the terminal."""
+"""What the command line's rooms share: arguments, and a line on the terminal."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qspin.errors import QspinError
 from qspin.safe_text import check_path, visible
 
 if TYPE_CHECKING:
-    import datetime
-
     from rich.console import Console
-
-    from qspin.config import RunConfig
-    from qspin.prepare import Prepared
-    from qspin.run_dir import RunDir
 
 
 def a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
@@ -25,28 +18,6 @@ def a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=a_name)]
-
-
-def prepare_run(
-    config: RunConfig, run_dir: RunDir, *, keep_rejects: bool, date: datetime.date | None = None
-) -> Prepared:
-    """Rows that a run stops at are listed where one that goes on lists those it leaves out.
-
-    Args:
-        date: for the template of a new run, if not today.
-    """
-    from qspin.data import LeftOut
-    from qspin.prepare import prepare, write_rejects
-    from qspin.record import template_date
-
-    try:
-        return prepare(config, date if date and not run_dir.record.is_file() else template_date(run_dir))
-    except LeftOut as error:
-        if not keep_rejects or run_dir.record.is_file():
-            raise
-        with run_dir.lock():
-            write_rejects(run_dir.rejects, error.rejects)
-        raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
 
 
 def tell(console: Console, text: str, style: str = "") -> None:

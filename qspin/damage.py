@@ -49,7 +49,8 @@ def _pieces(folder: IterationDir) -> Iterator[tuple[Path, tuple[Path, ...]]]:
     yield folder.training_plan, (scores,)
     for path in (*_shards(generated), *_shards(scores), *sorted(folder.snapshots.glob("step-*"))):
         yield path, ()
-    for path in (folder.metrics, folder.evaluation, folder.times):
+    shown = (folder.times, folder.memory, *sorted(folder.benchmarks.glob("*.json")))
+    for path in (folder.metrics, folder.evaluation, *shown):
         yield path, ()
 
 
@@ -63,8 +64,10 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _loss(folder: IterationDir, piece: Path) -> str:
-    if piece in {folder.metrics, folder.times} and folder.adapter.is_dir():
+    if piece in {folder.metrics, folder.times, folder.memory} and folder.adapter.is_dir():
         return "its figures are lost, and no more than that"
+    if piece.parent == folder.benchmarks:
+        return "qspin eval makes it again"
     if piece.parent == folder.snapshots:
         return "training goes on from the snapshot before it, or from its beginning"
     return "it is made again where the run needs it"

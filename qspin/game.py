@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from qspin.config import BackendName, RunConfig
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.files import full_disk_told, read_json
-from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
+from qspin.memory import OutOfMemory, keep_freed_memory, peak, refusals_told
 from qspin.model import SlotModel, choose_backend, unsloth_missing
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
 from qspin.room import check_room
-from qspin.run_dir import RunDir
+from qspin.run_dir import IterationDir, RunDir
 from qspin.workers import Crew, everyone
+
+LOOK_SECONDS = 0.05  # between two looks at how much memory a phase holds
 
 
 @contextlib.contextmanager
@@ -93,6 +96,23 @@ class Game:
         if iteration > 0:
             return load_adapter(self.dir.iteration(iteration - 1).adapter)
         return load_adapter(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
+
+    @contextlib.contextmanager
+    def counted(self, folder: IterationDir, phase: str) -> Iterator[Callable[[], None]]:
+        """Add to a folder what the block takes: seconds, and the most memory that the process holds meanwhile. A block
+        that fails adds what it had handed in by calling what it is given."""
+        started = time.monotonic()
+        with peak(self.model.device, LOOK_SECONDS) as held:
+
+            def add() -> None:
+                nonlocal started
+                now = time.monotonic()
+                folder.add_seconds(phase, now - started)
+                folder.add_peak(phase, held.look())
+                started = now
+
+            yield add
+            add()
 
 
 def _load(prepared: Prepared, threads: int, device: torch.device, backend: BackendName) -> tuple[SlotModel, Crew]:

@@ -52,10 +52,12 @@ def generate(
     on_step: Callable[[int, float], None],
     on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
     on_token: Callable[[int, int], None] = lambda _index, _token: None,
+    ends: Callable[[Sequence[int]], bool] = lambda _ids: False,
 ) -> list[Completion]:
     """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
     of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
-    `on_done` hears of each completion as it ends, and `on_token` of each token, and which request it is for.
+    `on_done` hears of each completion as it ends, and `on_token` of each token, and which request it is for. `ends`
+    says of the tokens sampled so far whether they are a whole completion, as they are after a stop token.
 
     The result does not depend on `width` or on the order of the requests beyond rounding.
     """
@@ -83,7 +85,7 @@ def generate(
         spared = 0
         for slot in reversed(range(len(live))):
             row = live[slot]
-            ended = row.ids[-1] in stop_ids
+            ended = row.ids[-1] in stop_ids or ends(row.ids)
             if ended or len(row.ids) == max_new_tokens:
                 done[row.index] = completion = Completion(tuple(row.ids), ended)
                 on_done(row.index, completion)

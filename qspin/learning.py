@@ -6,7 +6,6 @@ memory in the same way.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -217,19 +216,18 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
         if path.is_file():
             shard = [Score(**row) for row in read_jsonl(path)]
         else:
-            started = time.monotonic()
-            parts = work_together(
-                game.crew,
-                "score",
-                task.pairs,
-                micro_batches,
-                {"prefix": task.prefix},
-                lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
-                lambda told: [Score(**row) for row in told],
-            )
-            shard = [score for part in parts for score in part]
-            write_jsonl(path, [score.to_json() for score in shard])
-            folder.add_seconds("score", time.monotonic() - started)
+            with game.counted(folder, "score"):
+                parts = work_together(
+                    game.crew,
+                    "score",
+                    task.pairs,
+                    micro_batches,
+                    {"prefix": task.prefix},
+                    lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
+                    lambda told: [Score(**row) for row in told],
+                )
+                shard = [score for part in parts for score in part]
+                write_jsonl(path, [score.to_json() for score in shard])
         game.progress.advance(len(shard))
         scores += shard
     return replace(task, scores={score.key: score for score in scores})
@@ -249,15 +247,13 @@ def _optimise(
     sizes = [sum(len(micro_batch) for micro_batch in plan[batch]) for batch in order]
     kept = sum(sizes[: steps_kept(folder.snapshots)])
     game.progress.phase(phase, iteration=iteration, total=sum(sizes), done=kept, unit="pairs")
-    started = time.monotonic()
+    with game.counted(folder, "train") as add:
 
-    def on_step(metrics: Metrics, pairs: int) -> None:
-        nonlocal started
-        game.progress.advance(pairs, **metrics)
-        folder.add_seconds("train", time.monotonic() - started)
-        started = time.monotonic()
+        def on_step(metrics: Metrics, pairs: int) -> None:
+            game.progress.advance(pairs, **metrics)
+            add()
 
-    metrics = work(on_step)
+        metrics = work(on_step)
     need = sum(parameter.nbytes for parameter in game.model.parameters.values())
     with stops_held():  # there may be no snapshot of the last steps
         verify_base(game.dir, game.model, game.crew)

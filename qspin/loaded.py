@@ -2,16 +2,17 @@
 
     loaded = Loaded.open(RunDir(Path("runs/mine")))
     loaded.seat("1")                                    # base, sft, last, best or an iteration's number
-    [reply] = loaded.reply([[Message("user", "Why is the sky blue?")]])
+    [text] = loaded.generate(["Why is the sky blue?"])
 
 The base is loaded once. The run's rows are not read, so a run whose data has moved can be talked with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 
@@ -21,13 +22,13 @@ from qspin.chat import Renderer
 from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.generation import Request, generate
-from qspin.memory import keep_freed_memory
+from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import SlotModel
 from qspin.players import chosen_iteration
-from qspin.prepare import Speech, find_speech
+from qspin.prepare import Speech
 from qspin.recipe import recorded_config
-from qspin.record import load_recorded, template_date
-from qspin.records import Message
+from qspin.record import load_recorded, recorded_speech
+from qspin.records import Message, Role
 from qspin.run_dir import RunDir
 from qspin.sampling import noise_key
 from qspin.stopping import check_stop
@@ -63,7 +64,7 @@ class Loaded:
         player = named(run_dir, wanted)
         config = recorded_config(run_dir)
         keep_freed_memory()
-        speech = find_speech(config, template_date(run_dir))
+        speech = recorded_speech(run_dir, config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = Loaded(run_dir, config, speech, load_recorded(run_dir, speech.base, config, device))
         loaded.seat(player)
@@ -99,7 +100,7 @@ class Loaded:
         Args:
             max_new_tokens, temperature, top_p: as in the run's generation unless given; a temperature of 0 always takes
                 the likeliest token.
-            seed: of sampling; the same seed, conversation and player give the same reply.
+            seed: of sampling; the same seed, conversation and player give the same reply, beyond rounding.
             on_text: hears the replies piece by piece as they are made, each with its conversation's index.
 
         Raises:
@@ -107,29 +108,60 @@ class Loaded:
         """
         settings = self.config.generation
         cap = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
+        heat = settings.temperature if temperature is None else temperature
+        nucleus = settings.top_p if top_p is None else top_p
+        if cap < 1 or heat < 0 or not 0 < nucleus <= 1:
+            raise QspinError(
+                f"max_new_tokens={cap}, temperature={heat:g}, top_p={nucleus:g}: at least 1, at least 0, and above 0 "
+                "up to 1 are possible"
+            )
         requests = [
-            Request(self._prompt(conversation, cap), noise_key(seed, 0, f"reply {index}"))
-            for index, conversation in enumerate(conversations)
+            Request(ids, noise_key(seed, 0, f"reply to {ids}"))
+            for ids in (self._prompt(conversation, cap) for conversation in conversations)
         ]
         if not requests:
             return []
         width = rows_at_once(self.model, max(len(request.prompt_ids) for request in requests) + cap)
         streams = [Stream(self.speech.renderer, index, on_text) for index in range(len(requests))] if on_text else []
-        completions = generate(
-            self.model,
-            requests,
-            max_new_tokens=cap,
-            temperature=settings.temperature if temperature is None else temperature,
-            top_p=settings.top_p if top_p is None else top_p,
-            width=width,
-            stop_ids=self.speech.stop_ids,
-            on_step=lambda _tokens, _done: check_stop(),
-            on_token=lambda index, token: streams[index].add(token) if streams else None,
-        )
+        try:
+            with refusals_told():
+                completions = generate(
+                    self.model,
+                    requests,
+                    max_new_tokens=cap,
+                    temperature=heat,
+                    top_p=nucleus,
+                    width=width,
+                    stop_ids=self.speech.stop_ids,
+                    on_step=lambda _tokens, _done: check_stop(),
+                    on_token=lambda index, token: streams[index].add(token) if streams else None,
+                )
+        except OutOfMemory as error:
+            raise QspinError(
+                f"out of memory with {width} replies side by side ({error}); ask fewer prompts at once, or for fewer "
+                "new tokens"
+            ) from None
         for stream in streams:
             stream.end()
         text = self.speech.renderer.completion_text
         return [Reply(text(completion.ids), len(completion.ids), completion.ended) for completion in completions]
+
+    def generate(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
+        """The replies' texts to prompts: each a user turn, or a conversation as `[{"role": "user", "content": …}]`.
+
+        Args:
+            settings: as for `reply`.
+
+        Raises:
+            QspinError: a single prompt is not in a list, a turn is no turn; as `reply`.
+        """
+        if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+            raise QspinError('generate takes a list of prompts, as in generate(["Why is the sky blue?"])')
+        conversations = [
+            [Message("user", prompt)] if isinstance(prompt, str) else [_message(turn) for turn in prompt]
+            for prompt in prompts
+        ]
+        return [reply.text for reply in self.reply(conversations, **settings)]
 
     def _prompt(self, conversation: Sequence[Message], new: int) -> tuple[int, ...]:
         ids = self.speech.renderer.prompt_ids(conversation)
@@ -170,12 +202,18 @@ class Stream:
             self._said = text
 
 
-def named(run_dir: RunDir, wanted: str | None) -> str:
-    """The player that is meant, by its own name; see `Loaded.seat`."""
+def _message(turn: Mapping[str, str]) -> Message:
+    if turn.keys() != {"role", "content"} or turn["role"] not in get_args(Role):
+        raise QspinError(f"a turn has a role ({', '.join(get_args(Role))}) and its content; got {dict(turn)!r:.200}")
+    return Message(turn["role"], turn["content"])  # type: ignore[arg-type]
+
+
+def named(run_dir: RunDir, wanted: str | None, option: str = "--iteration") -> str:
+    """The player that is meant, by its own name; see `Loaded.seat`. `option` is where it was named."""
     if wanted == "base":
         return wanted
     if wanted == "sft":
         if not run_dir.warm_start.adapter.is_dir():
             raise QspinError(f"{run_dir.path} has no warm start (sft.epochs is 0); base, last, best or a number may be")
         return wanted
-    return str(chosen_iteration(run_dir, wanted))
+    return str(chosen_iteration(run_dir, wanted, option))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 from qspin.adapters import load_adapter
 from qspin.errors import QspinError
 from qspin.evaluate import TOKENS_AT_ONCE, evaluate, units
@@ -27,12 +25,11 @@ def measure(game: Game, folder: IterationDir, iteration: int | None, *, opponent
     if not folder.evaluation.is_file():
         against = None if opponent is None else read_evaluation(opponent.evaluation)
         game.model.set_adapter(load_adapter(folder.adapter) if folder.adapter.is_dir() else game.start)
-        started = time.monotonic()
-        result = _evaluation(game, iteration, against)
-        style = game.config.evaluation.style
-        game.progress.advance(0, **values(result, seed=game.config.seed, style=style))
-        write_json(folder.evaluation, result.to_json())
-        folder.add_seconds("evaluate", time.monotonic() - started)
+        with game.counted(folder, "evaluate"):
+            result = _evaluation(game, iteration, against)
+            style = game.config.evaluation.style
+            game.progress.advance(0, **values(result, seed=game.config.seed, style=style))
+            write_json(folder.evaluation, result.to_json())
         # a round of the baseline is no move of the game, and what is said of the last iteration ends the run
         if iteration is not None and folder == game.dir.iteration(iteration) and iteration + 1 < game.config.iterations:
             for sentence in verdict(players(game.dir, game.config), game.config):

@@ -8,7 +8,6 @@ import os
 import platform
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import psutil
 import torch
@@ -81,38 +80,47 @@ def used_and_total(device: torch.device) -> tuple[int, int]:
     return torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
 
 
-@dataclass(slots=True)
 class Peak:
-    """The most memory that a block of work took above what was taken before it, in bytes."""
+    """The most memory that was taken since this was made, in bytes: resident memory on a CPU, as far as it is looked
+    at, and torch's tensors on a GPU, which torch watches."""
 
-    above: int = 0
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._process, self._lock = device, psutil.Process(), threading.Lock()
+        if device.type != "cpu":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.most = 0
+        self._before = self.look()
+
+    def look(self) -> int:
+        """The most until now."""
+        cpu = self._device.type == "cpu"
+        taken = self._process.memory_info().rss if cpu else torch.cuda.max_memory_allocated(self._device)
+        with self._lock:
+            self.most = max(self.most, taken)
+            return self.most
+
+    @property
+    def above(self) -> int:
+        """What was there before is not counted."""
+        return self.most - self._before
 
 
 @contextlib.contextmanager
-def peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the block inside. On a CPU this is resident memory, looked at every 10 ms."""
-    result = Peak()
-    if device.type != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield result
-        result.above = torch.cuda.max_memory_allocated(device) - before
-        return
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-
-    def look() -> None:
-        result.above = max(result.above, process.memory_info().rss - before)
+def peak(device: torch.device, every: float = 0.01) -> Iterator[Peak]:
+    """Measure the block inside; on a CPU by a look every so many seconds."""
+    result, done = Peak(device), threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.01):
-            look()
+        while not done.wait(every):
+            result.look()
 
     watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    if device.type == "cpu":
+        watcher.start()
     try:
         yield result
-        look()
+        result.look()
     finally:
         done.set()
-        watcher.join()
+        if device.type == "cpu":
+            watcher.join()

@@ -325,7 +325,7 @@ def unsloth_missing(device: torch.device) -> str | None:
     if device.type == "cpu":
         return "Unsloth needs a GPU"
     if importlib.util.find_spec("unsloth") is None:
-        return "Unsloth is not installed: pip install 'qspin[unsloth]'"
+        return "Unsloth is not installed: pip install unsloth"
     return None
 
 

@@ -1,6 +1,6 @@
 """A finished run as one HTML file that asks nothing of any network: report.html.
 
-    text = page(run_dir, prepared)
+    text = page(run_dir, config, prepared.heldout_prompts)
 
 What comes from data is text and nothing else: escaped by the template, put into the page by `textContent`, and under a
 policy that runs no script but the page's own.
@@ -23,9 +23,7 @@ from qspin.errors import QspinError
 from qspin.evaluation import panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.players import Player, kept, players
-from qspin.prepare import Prepared
-from qspin.record import check_rows
-from qspin.report import PHASES, measured_on, sentences, tables
+from qspin.report import BENCHMARKS, GIB, HELD, MAIN, PHASES, measured_on, sentences, tables
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 
@@ -51,32 +49,37 @@ show();
 """
 
 
-def page(run_dir: RunDir, prepared: Prepared) -> str:
+def page(run_dir: RunDir, config: RunConfig, prompts: Sequence[str] | None) -> str:
     """report.html.
 
+    Args:
+        prompts: of the held-out rows; None where the data is not to be had, and then the page says so.
+
     Raises:
-        QspinError: nobody was measured yet, or the rows are not the run's.
+        QspinError: nobody was measured yet.
     """
-    config, record = prepared.config, read_json(run_dir.record)
+    record = read_json(run_dir.record)
     measured = players(run_dir, config)
     if not measured:
         raise QspinError(f"{run_dir.path}: nobody has been measured yet; the command that began the run goes on")
-    check_rows(run_dir, prepared)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("qspin", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    data = record["data"]
+    data, shown = record["data"], tables(run_dir, config)
     return environment.get_template("report.html.j2").render(
         title=f"{visible(record['base']['name'])} after self-play",
         about=f"{data['train_rows']} training rows, {data['heldout_rows']} held out, "
         f"{sum(player.name.isdigit() for player in measured)} of {config.iterations} iterations.",
         said=[visible(sentence) for sentence in sentences(run_dir, config)],
         measured_on=measured_on(run_dir, config),
-        tables=tables(run_dir, config),
+        tables=shown,
+        main=MAIN + (shown[MAIN].title == BENCHMARKS),
         pictures=_pictures(measured, config),
+        held=HELD,
         lineage=_lineage(record),
         settings=visible(dump_config(config)),
-        rows=_rows(measured, prepared.heldout_prompts),
+        rows=_rows(measured, prompts),
+        without_prompts=prompts is None,
         script=Markup(SCRIPT),
         script_hash=base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode(),
     )
@@ -99,12 +102,15 @@ def _pictures(measured: Sequence[Player], config: RunConfig) -> dict[str, Markup
             },
         ),
         "lengths": plots.distributions(_lengths(measured, config), "Lengths of held-out completions", "tokens"),
-        "times": plots.shares({who.told: _seconds(who) for who in measured}, "Where the time went", "seconds"),
+        "times": plots.shares({who.told: _seconds(who) for who in measured}, PHASES, "Where the time went", "seconds"),
     }
+    memory = {who.told: _gib(who) for who in measured}
+    if any(memory.values()):
+        found["memory"] = plots.groups(memory, PHASES, "The most memory held while each phase worked", "GiB")
     margins = {f"iteration {player.name}": _margins(player) for player in measured if player.name.isdigit()}
     if any(margins.values()):
         found["margins"] = plots.lines({k: v for k, v in margins.items() if v}, "Margin while training", "step")
-    return {"margins": Markup(""), **{name: Markup(svg) for name, svg in found.items()}}
+    return {"margins": Markup(""), "memory": Markup(""), **{name: Markup(svg) for name, svg in found.items()}}
 
 
 def _lengths(measured: Sequence[Player], config: RunConfig) -> dict[str, list[int]]:
@@ -116,6 +122,11 @@ def _lengths(measured: Sequence[Player], config: RunConfig) -> dict[str, list[in
 def _seconds(player: Player) -> dict[str, float]:
     found = player.folder.seconds()
     return {phase: found[phase] for phase in PHASES if phase in found}
+
+
+def _gib(player: Player) -> dict[str, float]:
+    found = player.folder.peaks()
+    return {phase: found[phase] / GIB for phase in PHASES if phase in found}
 
 
 def _margins(player: Player) -> list[float]:
@@ -133,21 +144,20 @@ def _lineage(record: dict[str, Any]) -> list[tuple[str, str]]:
         "format": data["format"],
         "rows left out": data["rejected_rows"],
         "qspin": record["qspin"],
-        "kernels": record["backend"],
+        "kernels": record.get("backend", "transformers"),
         **record["versions"],
     }
     return [(name, visible(str(value))) for name, value in told.items()]
 
 
-def _rows(measured: Sequence[Player], prompts: Sequence[str]) -> Markup:
+def _rows(measured: Sequence[Player], prompts: Sequence[str] | None) -> Markup:
     """Prompt, real completion and each player's, as JSON that ends no script element."""
-    real = measured[0].evaluation.real_completions
     rows = [
         [
-            ("prompt", visible(prompt)),
-            ("real", visible(real[index])),
+            *([] if prompts is None else [("prompt", visible(prompts[index]))]),
+            ("real", visible(real)),
             *((player.told, visible(player.evaluation.completions[index])) for player in measured),
         ]
-        for index, prompt in enumerate(prompts[:SHOWN_ROWS])
+        for index, real in enumerate(measured[0].evaluation.real_completions[:SHOWN_ROWS])
     ]
     return Markup(json.dumps(rows).replace("<", "\\u003c"))

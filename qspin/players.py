@@ -26,11 +26,15 @@ class Player:
 
     @property
     def told(self) -> str:
-        """Its name in a sentence."""
-        if self.name.isdigit():
-            return f"iteration {self.name}"
-        known = {"base": "the base", "sft": "the warm start"}
-        return known.get(self.name) or f"round {self.name.removeprefix(ROUND)} of supervised training"
+        return told(self.name)
+
+
+def told(name: str) -> str:
+    """A player's name in a sentence."""
+    if name.isdigit():
+        return f"iteration {name}"
+    known = {"base": "the base", "sft": "the warm start"}
+    return known.get(name) or f"round {name.removeprefix(ROUND)} of supervised training"
 
 
 def players(run_dir: RunDir, config: RunConfig) -> list[Player]:
@@ -105,8 +109,9 @@ def chosen(candidates: Sequence[Player], config: RunConfig) -> Player:
     return best(candidates, config) if config.evaluation.keep == "best" else candidates[-1]
 
 
-def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
-    """`last`, `best` or a number → a finished iteration; None is what the run's `evaluation.keep` says.
+def chosen_iteration(run_dir: RunDir, wanted: str | None, option: str = "--iteration") -> int:
+    """`last`, `best` or a number → a finished iteration; None is what the run's `evaluation.keep` says. `option` is
+    where it was named.
 
     Raises:
         QspinError: the folder is not one of a run, or there is no such iteration.
@@ -116,9 +121,7 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None) -> int:
     if not done:
         raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
     if wanted is not None and wanted not in {"last", "best", *map(str, done)}:
-        raise QspinError(
-            f"--iteration: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are"
-        )
+        raise QspinError(f"{option}: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are")
     if wanted is not None and wanted.isdigit():
         return int(wanted)
     config = load_config(run_dir.config)  # as last started: what is kept may be changed

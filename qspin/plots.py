@@ -55,7 +55,9 @@ def players(panels: Mapping[str, Mapping[str, Figure]], figures: Mapping[str, tu
 
 def intervals(axis: Axes, series: Mapping[str, Mapping[str, Figure]]) -> None:
     """Lines from player to player, a little apart so that intervals do not hide each other."""
-    names = list(dict.fromkeys(player for line in series.values() for player in line))
+    found = {player for line in series.values() for player in line}
+    iterations = sorted((player for player in found if player.isdigit()), key=int)
+    names = [*sorted(found - {*iterations}), *iterations]  # base, sft, 0, 1, …
     for offset, (label, line) in enumerate(series.items()):
         places = [names.index(player) + 0.03 * (offset - (len(series) - 1) / 2) for player in line]
         values = [figure.value for figure in line.values()]
@@ -78,7 +80,8 @@ def compared(series: Mapping[str, Mapping[str, Mapping[str, Figure]]], headings:
             intervals(axis, runs)
             axis.set_title(heading, fontsize="medium")
             axis.set_xlabel("player")
-        axes[0].legend(fontsize="small")
+        if series:
+            axes[0].legend(fontsize="small")
         return _svg(picture)
 
 
@@ -111,23 +114,47 @@ def distributions(series: Mapping[str, Sequence[int]], heading: str, label: str)
         return _svg(picture)
 
 
-def shares(parts: Mapping[str, Mapping[str, float]], heading: str, label: str) -> str:
-    """A bar for each name, of parts in one order."""
-    kinds = max((list(bar) for bar in parts.values()), key=len)
+def shares(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str], heading: str, label: str) -> str:
+    """A bar for each name, of parts in the order of their kinds, each kind in a colour of its own."""
     with mpl.rc_context(STYLE):
         picture = Picture(figsize=(6, 0.8 + 0.35 * len(parts)), layout="constrained")
         axis = picture.subplots()
         names = list(parts)
         reached = dict.fromkeys(names, 0.0)
-        for kind in kinds:
+        for kind, colour in _coloured(parts, kinds).items():
             sizes = [parts[name].get(kind, 0.0) for name in names]
-            axis.barh(names, sizes, left=list(reached.values()), label=kind, height=0.6)
+            axis.barh(names, sizes, left=list(reached.values()), label=kind, height=0.6, color=colour)
             reached = {name: reached[name] + size for name, size in zip(names, sizes, strict=True)}
         axis.invert_yaxis()
         axis.set_title(heading, fontsize="medium")
         axis.set_xlabel(label)
         axis.legend(fontsize="small", ncols=len(kinds))
         return _svg(picture)
+
+
+def groups(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str], heading: str, label: str) -> str:
+    """As `shares`, of parts that do not add up: a bar each, one under another."""
+    coloured = _coloured(parts, kinds)
+    high = 0.8 / len(coloured)
+    with mpl.rc_context(STYLE):
+        picture = Picture(figsize=(6, 0.8 + 0.5 * len(parts)), layout="constrained")
+        axis = picture.subplots()
+        for index, (kind, colour) in enumerate(coloured.items()):
+            places = [place + (index - (len(coloured) - 1) / 2) * high for place in range(len(parts))]
+            sizes = [part.get(kind, 0.0) for part in parts.values()]
+            axis.barh(places, sizes, label=kind, height=high, color=colour)
+        axis.set_yticks(range(len(parts)), list(parts))
+        axis.invert_yaxis()
+        axis.set_title(heading, fontsize="medium")
+        axis.set_xlabel(label)
+        axis.legend(fontsize="small", ncols=len(kinds))
+        return _svg(picture)
+
+
+def _coloured(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> dict[str, str]:
+    """The kinds that there are, each with its colour."""
+    there = {kind for part in parts.values() for kind in part}
+    return {kind: colour for kind, colour in zip(kinds, COLOURS, strict=False) if kind in there}
 
 
 def _svg(picture: Picture) -> str:

@@ -38,15 +38,18 @@ class Prepared:
     notes: tuple[str, ...]  # for the user
 
 
-def prepare(config: RunConfig, date: datetime.date) -> Prepared:
+def prepare(config: RunConfig, date: datetime.date, commit: str | None = None) -> Prepared:
     """Resolve the base, read and judge the rows, render and tokenise them.
+
+    Args:
+        commit: of a hub id, in place of what its revision means today.
 
     Raises:
         QspinError: the base, the template or the data can't be used; says which and what to do.
     """
     if config.data.source is None:
         raise QspinError("data.source is not set: give --data a file of prompts and answers, or a hub id")
-    speech = find_speech(config, date)
+    speech = find_speech(config, date, commit)
     base, renderer = speech.base, speech.renderer
     rows = _read_rows(config, config.data.source, renderer)
     _check_enough(config, rows)
@@ -79,9 +82,9 @@ class Speech(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_speech(config: RunConfig, date: datetime.date) -> Speech:
-    """Resolve the base, and probe its template; raises as `prepare`."""
-    base = find_base(config.model)
+def find_speech(config: RunConfig, date: datetime.date, commit: str | None = None) -> Speech:
+    """Resolve the base, and probe its template; as `prepare`."""
+    base = find_base(config.model if commit is None else config.model.model_copy(update={"revision": commit}))
     architecture = load_model_config(base).get_text_config()
     tokenizer = load_tokenizer(base)
     renderer = Renderer.build(

@@ -40,17 +40,25 @@ from qspin.files import (
     read_json,
     read_jsonl,
     read_plain_json,
+    remove,
+    sha256_of,
     write_plain_json,
     write_text,
 )
 from qspin.players import chosen_iteration
-from qspin.prepare import load_rows, prepare
+from qspin.prepare import load_rows
 from qspin.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
-from qspin.record import template_date
+from qspin.record import prepare_run
 from qspin.records import Pair, Record
 from qspin.run_dir import RunDir
 
 Content = Literal["adapter", "merged", "dataset"]
+# what an earlier push may have left, of more iterations or more shards, and would be read along with ours
+STALE: dict[Content, list[str]] = {
+    "adapter": [],
+    "merged": ["model*.safetensors", "model.safetensors.index.json"],
+    "dataset": ["data/iteration-*.parquet"],
+}
 Say = Callable[[str], None]
 
 CARD = "README.md"
@@ -77,6 +85,7 @@ class Upload:
 
     repo: str
     kind: Literal["model", "dataset"]
+    content: Content
     folder: Path
     files: tuple[str, ...]  # below the folder; nothing else in it is uploaded
 
@@ -116,7 +125,7 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str 
     for name, text in ours.items():
         write_text(folder / name, text)
     kind: Literal["model", "dataset"] = "dataset" if content == "dataset" else "model"
-    return Upload(repo, kind, folder, tuple(sorted({*files, *ours})))
+    return Upload(repo, kind, content, folder, tuple(sorted({*files, *ours})))
 
 
 def send(upload: Upload, *, private: bool) -> str:
@@ -142,6 +151,7 @@ def send(upload: Upload, *, private: bool) -> str:
             repo_type=upload.kind,
             folder_path=upload.folder,
             allow_patterns=list(upload.files),
+            delete_patterns=STALE[upload.content] or None,
             commit_message=f"Upload with qspin {qspin.__version__}",
         )
     # all that the client raises: its own errors and httpx's, and RuntimeError around one of them or from hf_xet
@@ -180,10 +190,14 @@ def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration
 
 
 def _merged(run_dir: RunDir, folder: Path, iteration: int, say: Say) -> tuple[list[str], dict[str, Any]]:
-    """The merged model and how it was checked; merged anew only if an earlier push did not get so far."""
-    if not folder.is_dir():  # it is there whole or not at all
+    """The merged model and how it was checked; merged anew unless an earlier push did so with this very adapter."""
+    if folder.is_dir():  # it is there whole or not at all
+        check_folder(folder)
+        weights = run_dir.iteration(iteration).adapter / ADAPTER_WEIGHTS
+        if read_json(folder / CHECK).get("adapter") != sha256_of(weights):
+            remove(folder)
+    if not folder.is_dir():
         export(Trained(run_dir, iteration), to="merged-16bit", out=folder, say=say)
-    check_folder(folder)
     check = read_json(folder / CHECK)
     if drifted(check):
         say(WARNING)
@@ -205,7 +219,7 @@ def _pairs(
     run_dir: RunDir, repo: str, folder: Path, config: RunConfig, record: Mapping[str, Any], last: int
 ) -> tuple[list[str], str]:
     """A Parquet file an iteration, and the card. The rows are read again: a run keeps tokens, not messages."""
-    prepared = prepare(config, template_date(run_dir))
+    prepared = prepare_run(config, run_dir, keep_rejects=False)
     if prepared.fingerprint != record["data"]["fingerprint"]:
         raise QspinError(f"{config.data.source}: the rows are not those that {run_dir.path} was made from")
     text = prepared.renderer.completion_text

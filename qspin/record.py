@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,15 @@ from pydantic import ValidationError
 import qspin
 from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
+from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
 from qspin.model import SlotModel, unsloth_missing
-from qspin.prepare import Prepared, write_rejects
+from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.run_dir import RunDir
 from qspin.workers import ALONE, Crew
 
+ORIGINS = {"package": "the installed package", "folder": "the folder", "hub": "the hub's"}  # of a base: where from
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -29,6 +31,56 @@ def template_date(run_dir: RunDir) -> datetime.date:
     if run_dir.record.is_file():
         return datetime.date.fromisoformat(_read(run_dir)["template_date"])
     return datetime.date.today()
+
+
+def prepare_run(
+    config: RunConfig, run_dir: RunDir, *, keep_rejects: bool, date: datetime.date | None = None
+) -> Prepared:
+    """What `prepare` makes for a run's folder; rows that a run stops at are listed where one that goes on lists those
+    it leaves out.
+
+    Args:
+        date: for the template of a new run, if not today.
+    """
+    try:
+        date = date if date and not run_dir.record.is_file() else template_date(run_dir)
+        return prepare(config, date, commit_of(run_dir, config))
+    except LeftOut as error:
+        if not keep_rejects or run_dir.record.is_file():
+            raise
+        with run_dir.lock():
+            write_rejects(run_dir.rejects, error.rejects)
+        raise QspinError(f"{error}; all that were left out: {run_dir.rejects}") from None
+
+
+def commit_of(run_dir: RunDir, config: RunConfig) -> str | None:
+    """The commit that the run's base was at when it began, where it is a hub id: its branch may have moved since."""
+    if not run_dir.record.is_file():
+        return None
+    record = _read(run_dir)
+    model = record["config"]["model"]
+    asked_alike = (model["id"], model["revision"]) == (config.model.id, config.model.revision)
+    commit: str | None = record["base"].get("commit") if asked_alike else None
+    return commit
+
+
+def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
+    """How one talks with the run's base, which must be had from where the run had it, with the same template.
+
+    Raises:
+        QspinError: it can't be had, or is another.
+    """
+    speech = find_speech(config, template_date(run_dir), commit_of(run_dir, config))
+    record = _read(run_dir)
+    was, found = (next(kind for kind in ORIGINS if kind in origin) for origin in (record["base"], speech.base.origin))
+    if was != found:
+        raise QspinError(
+            f"model.id: {run_dir.path} was made with {ORIGINS[was]} {record['base'][was]}, and here {config.model.id} "
+            f"is {ORIGINS[found]}; bring the old one back"
+        )
+    if speech.renderer.template_hash != record["inputs"]["chat.template"]:
+        raise QspinError(f"chat.template: its content is not what {run_dir.path} began with; bring it back")
+    return speech
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> int:
@@ -91,6 +143,18 @@ def check_rows(run_dir: RunDir, prepared: Prepared) -> None:
         )
 
 
+def heldout_prompts(run_dir: RunDir, config: RunConfig, say: Callable[[str], None]) -> Sequence[str] | None:
+    """The last user turn of each held-out row, read from the data again; None where it is not to be had as it was, and
+    `say` hears why."""
+    try:
+        prepared = prepare_run(config, run_dir, keep_rejects=False)
+        check_rows(run_dir, prepared)
+    except QspinError as error:
+        say(f"without prompts, which are read from the data: {error}")
+        return None
+    return prepared.heldout_prompts
+
+
 def _read(run_dir: RunDir) -> dict[str, Any]:
     advice = (
         f"it says what the run is, so nothing can go on from it: put a copy of it back, or delete {run_dir.path} "
@@ -143,6 +207,13 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; "
             "choose another --out, or bring the old file back"
         )
+    for name, ours in (("end_of_turn", prepared.renderer.end_of_turn), ("stop_ids", sorted(prepared.stop_ids))):
+        if record[name] != ours:
+            raise QspinError(
+                f"model.id: answers of {prepared.base.name} end in other tokens than when {run_dir.path} began "
+                f"({name}: {record[name]} -> {ours}), so its files have changed; bring them back, or choose another "
+                "--out"
+            )
     for name, found in prepared.inputs.items():
         if record["inputs"][name] != found:
             raise QspinError(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from qspin import mtbench_result
+from qspin.benchmarks import Score, SetUp, all_kept, gain, shown
 from qspin.config import RunConfig, at_iteration
 from qspin.evaluation import change, panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
-from qspin.players import Player, best_rival, chosen, kept, players, rivals
+from qspin.players import Player, best_rival, chosen, finished, kept, players, rivals
 from qspin.run_dir import IterationDir, RunDir
 from qspin.verdict import RATED, against, verdict
 
 PHASES = ("generate", "score", "train", "evaluate")
+HELD = "its resident memory, on a GPU what torch's tensors took there"
+GIB = 2**30
 MAIN = 2  # so many tables are for the terminal
+BENCHMARKS = "Benchmarks"  # the table that comes next, if tasks were put to players
+TOLD = {"base": "the untouched model", "sft": "the warm start"}
 REAL = "real"  # the row of the real completions
 
 Format = Callable[[Figure], str]
@@ -119,11 +125,18 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     return [
         _with_column(game, 2, Column("change", "of the NLL against the base's"), against),
         table("Held-out rows: what it writes", (*WRITING, *style), with_real=True),
+        *_benchmarks(run_dir),
         table("Details", (*DETAILS, *interval), with_real=True),
         _changes(measured, player, config),
         _training(measured, player, config),
         *_rates(run_dir, config),
+        *from_parts(mtbench_result.all_tables(run_dir.path)),
     ]
+
+
+def from_parts(parts: Iterable[mtbench_result.Table]) -> list[Results]:
+    """Tables as they are made where this module is not known."""
+    return [Results(title, tuple(Column(*column) for column in columns), rows) for title, columns, rows in parts]
 
 
 def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
@@ -144,6 +157,51 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
         *(column for _, _, column in fields),
     )
     return [Results("Supervised training, by rate", columns, rows)]
+
+
+def _benchmarks(run_dir: RunDir) -> list[Results]:
+    """Of every task that was put to a player."""
+    who = ["base", "sft", *map(str, range(finished(run_dir)))]
+    outcomes = {name: all_kept(run_dir.player(name)) for name in who}
+    set_ups = list(dict.fromkeys(outcome.set_up for found in outcomes.values() for outcome in found))
+    return [benchmarks(run_dir, [name for name in who if outcomes[name]], set_ups)] if set_ups else []
+
+
+def benchmarks(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp]) -> Results:
+    """A row for each figure of each task, a column for each player, and one for how far it is from the base."""
+    found: dict[tuple[SetUp, str, str], dict[str, Score]] = {}
+    for name in who:
+        for outcome in all_kept(run_dir.player(name)):
+            for score in outcome.scores if outcome.set_up in set_ups else ():
+                if shown(score):
+                    found.setdefault((outcome.set_up, score.task, score.metric), {})[name] = score
+    rows = []
+    for set_up in set_ups:
+        for (_, task, metric), scores in ((key, scores) for key, scores in found.items() if key[0] == set_up):
+            first = next(iter(scores.values()))
+            row = [task, ", ".join(filter(None, [f"{first.shots}-shot", set_up.told])), metric, str(first.documents)]
+            for name in who:
+                row.append(_with_error(scores[name].value, scores[name].error) if name in scores else "")
+                if name != "base" and "base" in who:
+                    both = name in scores and "base" in scores
+                    row.append(_with_error(*gain(scores["base"], scores[name]), sign="+") if both else "")
+            rows.append(row)
+    columns = [
+        Column("task", "of EleutherAI's lm-evaluation-harness"),
+        Column("set-up", "examples before each question; chat: asked through the chat template"),
+        Column("metric", "higher is better, unless it is a perplexity or bits"),
+        Column("n", "documents"),
+    ]
+    for name in who:
+        columns.append(Column(name, f"{TOLD.get(name, f'iteration {name}')}, ± standard error"))
+        if name != "base" and "base" in who:
+            columns.append(Column("change", "against the base, on the same documents"))
+    return Results(BENCHMARKS, tuple(columns), rows)
+
+
+def _with_error(value: float, error: float | None, *, sign: str = "") -> str:
+    # a narrow terminal breaks it at the space
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ±{error:.3f}")
 
 
 def sentences(run_dir: RunDir, config: RunConfig) -> list[str]:
@@ -181,12 +239,14 @@ def _training(measured: Sequence[Player], player: Column, config: RunConfig) -> 
         Column("margin", "mean margin in the last epoch of training / on held-out rows; if the first is far "
                "higher, it learned rows by heart"),
         Column("seconds", " / ".join(PHASES)),
+        Column("GiB", f"the most that the process held meanwhile, with all that was there before: {HELD}"),
     )  # fmt: skip
     rows = []
     for item in measured:
-        seconds = item.folder.seconds()
+        seconds, peaks = item.folder.seconds(), item.folder.peaks()
         times = " / ".join(f"{seconds[phase]:.0f}" if phase in seconds else "-" for phase in PHASES)
-        rows.append([item.name, _margins(item, config), times])
+        memory = " / ".join(f"{peaks[phase] / GIB:.1f}" if phase in peaks else "-" for phase in PHASES)
+        rows.append([item.name, _margins(item, config), times, memory])
     return Results("Training", (player, *columns), rows)
 
 

@@ -17,7 +17,9 @@ iteration-K/
     metrics.jsonl           a line an optimiser step
     adapter/                PEFT format; an iteration is done when this and its evaluation are there
     evaluation.json
+    benchmarks/*.json       what it came to in public tasks; base/ and warm-start/ have them too
     seconds.json            wall-clock time by phase
+    memory.json             the most bytes held while a phase worked
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import filelock
 import psutil
@@ -75,6 +78,10 @@ class IterationDir:
         return self.path / "evaluation.json"
 
     @property
+    def benchmarks(self) -> Path:
+        return self.path / "benchmarks"
+
+    @property
     def done(self) -> bool:
         return self.adapter.is_dir() and self.evaluation.is_file()
 
@@ -82,19 +89,41 @@ class IterationDir:
     def times(self) -> Path:
         return self.path / "seconds.json"
 
+    @property
+    def memory(self) -> Path:
+        return self.path / "memory.json"
+
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Time spent, over all the processes that worked on this iteration."""
         times = self.seconds()
-        times[phase] = times.get(phase, 0.0) + seconds
-        with contextlib.suppress(OSError, QspinError):  # for show: it must not stop a run
-            write_json(self.times, times, durable=False)
+        _show(self.times, times | {phase: times.get(phase, 0.0) + seconds})
 
     def seconds(self) -> dict[str, float]:
         """By phase; none if the file is not there, or damaged."""
-        try:
-            return read_json(self.times)
-        except QspinError:
-            return {}
+        return _shown(self.times)
+
+    def add_peak(self, phase: str, held: int) -> None:
+        """Bytes held, the most of all the processes that worked on this iteration."""
+        peaks = self.peaks()
+        if held > peaks.get(phase, 0):
+            _show(self.memory, peaks | {phase: held})
+
+    def peaks(self) -> dict[str, int]:
+        """By phase; none if the file is not there, or damaged."""
+        return _shown(self.memory)
+
+
+def _show(path: Path, figures: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError, QspinError):  # for show: it must not stop a run
+        write_json(path, figures, durable=False)
+
+
+def _shown(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = read_json(path)
+    except QspinError:
+        return {}
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +176,11 @@ class RunDir:
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
 
+    def player(self, name: str) -> IterationDir:
+        """Of base, sft (the warm start) or an iteration's number."""
+        known = {"base": self.base, "sft": self.warm_start}
+        return known[name] if name in known else self.iteration(int(name))
+
     def players(self) -> list[IterationDir]:
         """Every folder of a player that there is."""
         folders = [self.base, self.warm_start, *map(IterationDir, sorted(self.path.glob("iteration-*")))]
@@ -166,9 +200,12 @@ class RunDir:
         """
         if self.path.exists() and not self.path.is_dir():
             raise QspinError(f"--out: {self.path} is a file; name a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.record.is_file() and not self._lock.is_file():
+        ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
+        if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
         parent = existing(self.path)
+        if not parent.is_dir():
+            raise QspinError(f"--out: {parent} is a file; name a folder")
         if not os.access(parent, os.W_OK):
             raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
         holder = self.holder()

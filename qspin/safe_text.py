@@ -14,7 +14,8 @@ from types import TracebackType
 
 from qspin.errors import QspinError
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # variables whose values are shown nowhere
+# variables whose values are shown nowhere
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "QSPIN_JUDGE_KEY", "OPENAI_API_KEY")
 _LOGIN = re.compile(r"(?<=://)[^/?#\s]+@")  # user:password@ of an address
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 _HIDDEN = "***"

@@ -4,7 +4,8 @@
     with stops_held():           # what must not be torn: a request to stop takes effect after it
         optimizer.step()
 
-A request is raised as `SystemExit` with the code that a shell gives, wherever the main thread is.
+A request is raised as `SystemExit` with the code that a shell gives, wherever the main thread is. Where Ctrl-C is to
+end a piece of work alone, whoever catches it calls `go_on_after`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ _SHOW_CURSOR, _STDERR = "\x1b[?25h", 2
 
 
 class _State:
+    said = STOPPED  # the last line
     asked: int | None = None  # the signal that asked to stop
     raised = False
     held = 0  # blocks that must not be torn, one in another
 
 
-def heed_stops() -> None:
-    """Handle both signals from now on."""
-    _State.asked, _State.raised = None, False
+def heed_stops(said: str = STOPPED) -> None:
+    """Handle both signals from now on; `said` is the last line of a program that is stopped."""
+    _State.said, _State.asked, _State.raised = said, None, False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
 
@@ -58,10 +60,17 @@ def check_stop() -> None:
         raise SystemExit(128 + _State.asked)
 
 
+def go_on_after(stop: SystemExit) -> None:
+    """Ctrl-C has ended what it was meant to end, and the next one is the first again. Any other end is raised anew."""
+    if stop.code != 128 + signal.SIGINT:
+        raise stop
+    _State.asked, _State.raised = None, False
+
+
 def leave_stopped(code: int) -> NoReturn:
     """The last line, and the end of the process. Python would take seconds to take torch down, with nothing to keep."""
     with contextlib.suppress(OSError):  # Ctrl-C stops a `| tee` as well, and then nobody listens
-        sys.stderr.write(f"{STOPPED}\n")
+        sys.stderr.write(f"{_State.said}\n")
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(code)
@@ -76,7 +85,7 @@ def _stop(number: int) -> None:
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     if _State.asked is not None:
         cursor = _SHOW_CURSOR if os.isatty(_STDERR) else ""  # a live view may have hidden it
-        os.write(_STDERR, f"{cursor}{STOPPED}\n".encode())
+        os.write(_STDERR, f"{cursor}{_State.said}\n".encode())
         os._exit(128 + number)
     _State.asked = number
     _stop(number)

@@ -71,7 +71,7 @@ def _parse_vary(text: str) -> tuple[str, list[Any]]:
     return key.strip(), found
 
 
-def grid(source: str | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
+def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """Every combination, the last setting varying fastest, each checked before anything is computed.
 
     Raises:
@@ -108,7 +108,7 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
     """Pieces of another run that are the same in this one, unless they are here already."""
     if not source.record.is_file() or not _same_but_for_training(game, other, source):
         return
-    for piece in ("evaluation", "times"):
+    for piece in ("evaluation", "times", "memory"):
         _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
     if game.config.sft.epochs:  # a warm start is trained as everything is: it may be another opponent
         return
@@ -174,5 +174,6 @@ def write_results(out: Path, cells: Sequence[Cell]) -> None:
     panels = {
         cell.name: {who.name: panel(who.evaluation, "report", seed=cell.config.seed) for who in measured[cell.name]}
         for cell in cells
+        if measured[cell.name]
     }
     write_text(out / PLOT, plots.compared(panels, PLOTTED))

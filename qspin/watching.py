@@ -19,6 +19,7 @@ from qspin.meter import Meter, Work, measured, to_do, workload
 from qspin.players import chosen_iteration, players
 from qspin.prepare import Prepared
 from qspin.progress import Audience, Progress, TrackerName
+from qspin.record import prepare_run, template_date
 from qspin.run_dir import RunDir
 from qspin.status import StatusFile
 
@@ -69,18 +70,20 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
     tell(console, f"table: {run_dir.summary}")
 
 
-def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunConfig, RunDir], Prepared]) -> None:
-    """Play every run of a sweep, or go on with it; the table and the plot are written after each.
+def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
+    """Prepare and play every run of a sweep, or go on with it; the table and the plot are written after each.
 
     Raises:
         QspinError: at the end, if a run could not be played to its end.
     """
     console, failed = Console(), []
+    begun = (cell.run_dir(out) for cell in cells if cell.run_dir(out).record.is_file())
+    date = template_date(next(begun, cells[0].run_dir(out)))  # one for all, or prompts of some templates would differ
     for number, cell in enumerate(cells, start=1):
         run_dir = cell.run_dir(out)
         tell(console, f"{number} of {len(cells)}: {cell.name}")
         try:
-            prepared = prepare(cell.config, run_dir)
+            prepared = prepare_run(cell.config, run_dir, keep_rejects=True, date=date)
             work = workload(run_dir, cell.config, len(prepared.train), len(prepared.heldout))
             meter = _meter(work, cell.config.iterations)
             with _shown(console, meter) as shown:
@@ -90,7 +93,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path, prepare: Callable[[RunCo
         except QspinError as error:  # the others may well be played
             tell(console, f"error: {error}")
             failed.append(cell.name)
-        sweep.write_results(out, cells[:number])
+        sweep.write_results(out, cells)
     table = sweep.results(out, cells)
     console.print(view.results_table(table))
     console.print(view.notes_table(table.notes), style="dim")

@@ -156,15 +156,6 @@ def small_run(model: Path, data: Path, rows: int, aside: str = "") -> dict[str, 
     }
 
 
-class Silent:
-    """A progress that nobody watches."""
-
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
-    def advance(self, units: float, **figures: float) -> None: ...
-    def sampled(self, prompt: str, completion: str) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
 class Clock:
     """Time that passes when told to."""
 

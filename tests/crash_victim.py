@@ -27,7 +27,6 @@ import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.pipeline  # noqa: F401
 import torch
-from conftest import Silent
 
 from qspin import spin
 from qspin.config import load_config
@@ -35,7 +34,7 @@ from qspin.errors import QspinError
 from qspin.meter import Meter, measured, to_do, workload
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Audience
+from qspin.progress import Audience, Silent
 from qspin.run_dir import RunDir
 from qspin.status import StatusFile
 

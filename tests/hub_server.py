@@ -205,6 +205,15 @@ class _Handler(BaseHTTPRequestHandler):
             sha = repo.commits[-1] if repo.commits else "0" * 40
             self._answer(200, {"id": name, "sha": sha, "private": repo.private, "siblings": [], "tags": []})
 
+    def tree(self, _body: bytes, kind: str, name: str, **_: str) -> None:
+        repo = self._repo(kind, name)
+        if repo is not None:
+            files = [
+                {"type": "file", "path": path, "size": len(content), "oid": _git_hash(content)}
+                for path, content in repo.files.items()
+            ]
+            self._answer(200, files)
+
     def preupload(self, body: bytes, kind: str, name: str, **_: str) -> None:
         repo = self._repo(kind, name)
         if repo is None:
@@ -245,6 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif operation["key"] == "lfsFile" and (value["oid"] in self.hub.store or self.hub.xet_store is not None):
                 repo.files[value["path"]] = self.hub.store.get(value["oid"], b"")
                 repo.lfs[value["path"]] = value["oid"]
+            elif operation["key"] == "deletedFile":
+                repo.files.pop(value["path"])
             else:
                 self._answer(400, {"error": f"{value['path']} was not uploaded"})
                 return
@@ -275,6 +286,7 @@ _ROUTES = [
     ("GET", _REPO, _Handler.info),
     ("GET", _REPO + r"/revision/(?P<revision>[^/]+)", _Handler.info),
     ("GET", _REPO + r"/xet-write-token/(?P<revision>[^/]+)", _Handler.xet_token),
+    ("GET", _REPO + r"/tree/(?P<revision>[^/?]+).*", _Handler.tree),
     ("POST", _REPO + r"/preupload/(?P<revision>[^/]+)", _Handler.preupload),
     ("POST", _REPO + r"/commit/(?P<revision>[^/]+)", _Handler.commit),
     ("POST", r"/(?P<folder>datasets/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", _Handler.batch),

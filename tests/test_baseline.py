@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 
 from qspin import spin
 from qspin.baseline import baseline, workload
@@ -17,6 +17,7 @@ from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
 from qspin.players import best_rival, players, rivals
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.report import sentences, summary, tables
 from qspin.run_dir import IterationDir, RunDir
 

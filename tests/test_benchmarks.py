@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import costs
 import pytest
 import table
 from conftest import ROOT
@@ -101,3 +102,7 @@ def test_what_a_benchmark_takes_of_qspin_is_there(path: Path) -> None:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name), f"{node.module}.{alias.name}"
+
+
+def test_costs_are_those_of_the_planner() -> None:
+    assert costs.table() in (ROOT / "README.md").read_text(encoding="utf-8"), "python tools/costs.py makes it anew"

@@ -463,6 +463,20 @@ def test_bos_is_the_templates_alone() -> None:
     assert [at for at, id_ in enumerate((*example.prompt_ids, *example.real_ids)) if id_ == bos] == [0]
 
 
+def test_plain_text_has_bos_once_and_only_where_it_begins() -> None:
+    tokenizer, bos = copy.deepcopy(families()), token(families(), "<s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    renderer, why = build(tokenizer, template=GEMMA), tuple(families().encode("Why?"))
+    assert renderer.plain_ids("Why?", begun=True) == renderer.plain_ids("<s>Why?", begun=True) == (bos, *why)
+    assert renderer.plain_ids("Why?", begun=False) == why
+    assert (renderer.before_text, renderer.end_of_text) == (bos, token(tokenizer, "</s>"))
+    assert renderer.end_of_turn == token(tokenizer, "<end_of_turn>")
+    tokenizer.bos_token = None
+    assert renderer.before_text == renderer.end_of_text
+
+
 def test_a_template_that_drops_the_system_text_gets_it_with_the_question() -> None:
     renderer = build(families(), template=MISTRAL)
     assert "leaves out a system text" in renderer.notes[0]

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent
 
 from qspin import spin
+from qspin.benchmarks import Outcome, Score, SetUp, keep
 from qspin.config import load_config
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.files import write_json
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
-PASSING = {".lock", ".holder", "status.json", "seconds.json", "SUMMARY.md"}
+PASSING = {".lock", ".holder", "status.json", "seconds.json", "memory.json", "SUMMARY.md"}
 EACH_START = ["config.yaml", "rejects.jsonl", "SUMMARY.md", "verdict.json"]  # written anew, never read by a run
 FLIPS, CUTS = 200, 16
 LAST_STEP = 4  # that the run midway has finished in iteration 1
@@ -139,6 +140,19 @@ def test_every_file_cut_short_is_seen(finished: Path, midway: Path, tmp_path: Pa
             assert seen(copy, name), f"{name} cut to {part}/{CUTS}"
 
 
+def test_a_damaged_benchmark_is_taken_away_and_the_run_needs_none(finished: Path, tmp_path: Path) -> None:
+    out = RunDir(tmp_path / "run")
+    shutil.copytree(finished, out.path)
+    set_up = SetUp("gsm8k", shots=5)
+    keep(out.iteration(0), Outcome(set_up, [Score("gsm8k", "exact_match", 0.5, 0.1, 5, 2, [0, 1])], "0.4", 1.0))
+    file = set_up.file(out.iteration(0))
+    assert take_away_damaged(out) == []
+    file.write_bytes(file.read_bytes().replace(b"0.5", b"0.9"))
+    [note] = take_away_damaged(out)
+    assert note == ("iteration-0/benchmarks/gsm8k,5-shot.json was damaged and is taken away; qspin eval makes it again")
+    assert not file.exists()
+
+
 def test_every_flipped_bit_is_seen(finished: Path, midway: Path, tmp_path: Path) -> None:
     seed = datetime.date.today().toordinal()
     chance = random.Random(seed)
@@ -176,6 +190,7 @@ EARLIER = "training goes on from the snapshot before it, or from its beginning"
         (["base/evaluation.json"], AGAIN),
         (["iteration-0/evaluation.json"], AGAIN),
         (["iteration-0/seconds.json"], FIGURES),
+        (["iteration-0/memory.json"], FIGURES),
     ],
 )
 def test_what_can_be_made_again_is_and_the_run_ends_in_the_same_bytes(

@@ -97,6 +97,16 @@ def test_greedy_is_that_of_transformers(
     assert len({token for completion in expected for token in completion.ids}) > 5
 
 
+def test_an_answer_is_whole_when_its_tokens_say_so(prompts: list[tuple[int, ...]], tiny_model: LoadModel) -> None:
+    model, requests = tiny_model(moved=True), requests_of(prompts)
+    free = complete(model, requests)
+    enough = complete(model, requests, ends=lambda ids: len(ids) >= 3 and ids[-1] % 2 == 0)
+    for whole, cut in zip(free, enough, strict=True):
+        end = next((at for at in range(2, len(whole.ids)) if whole.ids[at] % 2 == 0), len(whole.ids) - 1)
+        assert cut == Completion(whole.ids[: end + 1], ended=whole.ended or whole.ids[end] % 2 == 0)
+    assert any(len(cut.ids) < len(whole.ids) for whole, cut in zip(free, enough, strict=True))
+
+
 def test_first_and_second_tokens_follow_the_softmax(tmp_path: Path) -> None:
     vocabulary, count, prompt = 16, 6000, (3, 1)
     folder = tmp_path / "tiny"

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silent
 
 from qspin import spin
 from qspin.adapters import load_adapter
@@ -25,6 +24,7 @@ from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.record import verify_base
 from qspin.records import Pair, Score
 from qspin.run_dir import RunDir

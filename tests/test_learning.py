@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Silent
+import torch
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -17,6 +17,7 @@ from qspin.files import read_jsonl, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.run_dir import RunDir
 
@@ -93,3 +94,19 @@ def test_where_nothing_is_left_to_learn_the_run_says_so(game: Game) -> None:
     generated(game, 0, [replace(pair, generated_ids=pair.real_ids) for pair in pairs_of(game, 0)])
     with pytest.raises(QspinError, match="iteration 0: the opponent gives every prompt its real completion"):
         learn(game, 0)
+
+
+def test_the_most_memory_that_was_held_is_kept_beside_the_seconds(game: Game) -> None:
+    folder, size = game.dir.iteration(0), 1 << 30
+    folder.path.mkdir(parents=True)
+    with game.counted(folder, "score"):
+        pass
+    with game.counted(folder, "train") as add:
+        block = torch.ones(size, dtype=torch.uint8)
+        add()
+        del block
+    assert folder.peaks()["train"] - folder.peaks()["score"] > 0.95 * size
+    kept = folder.peaks()
+    with pytest.raises(KeyboardInterrupt), game.counted(folder, "evaluate"):
+        raise KeyboardInterrupt
+    assert (folder.peaks(), set(folder.seconds())) == (kept, {"score", "train"}), "what failed counts for nothing"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
+from qspin.files import read_json, write_json
 from qspin.loaded import Loaded, Stream
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run
@@ -88,7 +92,35 @@ def test_sampling_is_by_seed(loaded: Loaded, conversations: list[list[Message]])
         return [reply.text for reply in loaded.reply(conversations, max_new_tokens=NEW, temperature=1, seed=seed)]
 
     assert said(3) == said(3) != said(4)
+    one, two = conversations[:2]
+    replies = loaded.reply([one, two, one], max_new_tokens=NEW, temperature=1)
+    assert replies[0] == replies[2] == loaded.reply([one], max_new_tokens=NEW, temperature=1)[0] != replies[1]
     assert loaded.reply([]) == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.1)])
+def test_settings_out_of_bounds(loaded: Loaded, name: str, value: float) -> None:
+    with pytest.raises(QspinError, match=f"{name}={value}"):
+        loaded.generate(["Hello"], **{name: value})
+
+
+@pytest.mark.parametrize("prompts", ["Hello", [{"role": "user", "content": "Hello"}]])
+def test_a_single_prompt_is_no_list_of_prompts(loaded: Loaded, prompts: Any) -> None:
+    with pytest.raises(QspinError, match="takes a list of prompts"):
+        loaded.generate(prompts)
+
+
+def test_another_base_or_template_is_refused(run_dir: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run_dir.path, copy.path)
+    record = read_json(copy.record)
+    write_json(copy.record, record | {"inputs": record["inputs"] | {"chat.template": "another"}})
+    with pytest.raises(QspinError, match=r"chat.template: its content is not what"):
+        Loaded.open(copy)
+    base = {key: value for key, value in record["base"].items() if key != "folder"} | {"hub": "owner/name"}
+    write_json(copy.record, record | {"base": base})
+    with pytest.raises(QspinError, match=r"was made with the hub's owner/name, and here .* is the folder"):
+        Loaded.open(copy)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent
 
 from qspin import spin
 from qspin.config import load_config
 from qspin.files import read_json
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 from qspin.status import look
 

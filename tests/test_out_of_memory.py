@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silent
 
 from qspin import answering, learning, measuring, spin, training, warm_start
 from qspin.adapters import load_adapter
@@ -20,6 +19,7 @@ from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 
 # phase → where its memory is taken

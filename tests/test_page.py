@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import datetime
 import hashlib
 import json
 import re
+import resource
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 from test_cli import call, refusal
 
 from qspin import plots, spin
 from qspin.config import load_config
-from qspin.errors import QspinError
 from qspin.page import SCRIPT, page
 from qspin.panel import Figure
 from qspin.prepare import Prepared, prepare
-from qspin.report import sentences, tables
+from qspin.progress import Silent
+from qspin.report import PHASES, sentences, tables
 from qspin.run_dir import RunDir
 
 EVIL = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&<b>"
@@ -67,11 +68,11 @@ def run(ready: Prepared, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def shown(run: RunDir, ready: Prepared) -> Elements:
-    return Elements(page(run, ready))
+    return Elements(page(run, ready.config, ready.heldout_prompts))
 
 
 def test_it_has_what_the_run_came_to(run: RunDir, ready: Prepared) -> None:
-    text = page(run, ready)
+    text = page(run, ready.config, ready.heldout_prompts)
     for table in tables(run, ready.config):
         assert f"<h2>{table.title}</h2>" in text
     for sentence in sentences(run, ready.config):
@@ -81,10 +82,29 @@ def test_it_has_what_the_run_came_to(run: RunDir, ready: Prepared) -> None:
         "Margin while training",
         "Lengths of held-out completions",
         "Where the time went",
+        "The most memory held while each phase worked",
     ):
         assert heading in text
     assert ready.fingerprint in text
-    assert page(run, ready) == text, "the same run, another page"
+    assert page(run, ready.config, ready.heldout_prompts) == text, "the same run, another page"
+
+
+def test_memory_by_phase_is_kept_and_shown(run: RunDir, ready: Prepared, tmp_path: Path) -> None:
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    training = next(table for table in tables(run, ready.config) if table.title == "Training")
+    assert training.columns[-1].heading == "GiB"
+    for folder, row in zip((run.base, run.iteration(0), run.iteration(1)), training.rows, strict=True):
+        peaks = folder.peaks()
+        assert set(peaks) == set(folder.seconds())
+        assert all(100 * 2**20 < held <= most for held in peaks.values())
+        told = [f"{peaks[phase] / 2**30:.1f}" if phase in peaks else "-" for phase in PHASES]
+        assert row[-1] == " / ".join(told)
+    shutil.copytree(run.path, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*/memory.json"):  # of a run from before they were kept
+        path.unlink()
+    text = page(RunDir(tmp_path / "old"), ready.config, None)
+    assert "Where the time went" in text
+    assert "The most memory held" not in text
 
 
 def test_it_asks_nothing_of_a_network(shown: Elements) -> None:
@@ -110,9 +130,28 @@ def test_what_comes_from_data_is_text(shown: Elements, ready: Prepared) -> None:
     assert f"script-src 'sha256-{digest}'" in str(policy)
 
 
-def test_other_rows_are_refused(run: RunDir, ready: Prepared) -> None:
-    with pytest.raises(QspinError, match="the rows are not those that"):
-        page(run, dataclasses.replace(ready, fingerprint="other"))
+@pytest.mark.parametrize("text", [None, "It was"])
+def test_a_run_whose_data_is_gone_or_another_is_shown_without_prompts(
+    text: str | None, run: RunDir, ready: Prepared, tmp_path: Path
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    config, old, new = tmp_path / "run" / "config.yaml", Path(str(ready.config.data.source)), tmp_path / "new.jsonl"
+    config.write_text(config.read_text().replace(str(old), str(new)))
+    if text is not None:
+        new.write_text(old.read_text().replace("It is", text))
+    answer = call("report", tmp_path / "run")
+    assert answer.code == 0
+    [note] = answer.err.splitlines()
+    reason = "no such file" if text is None else "the rows are not those that"
+    assert note.startswith(f"note: without prompts, which are read from the data: {new}: {reason}")
+    written = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Without the prompts" in written
+    assert "Without the prompts" not in page(run, ready.config, ready.heldout_prompts)
+    rows = json.loads(Elements(written).scripts[0])
+    assert [name for name, _ in rows[0]] == ["real", "the base", "iteration 0", "iteration 1"]
+    answer = call("compare", tmp_path / "run", "--rows", "2", columns=300)
+    assert (answer.code, "What is" in answer.out, answer.err) == (0, False, f"{note}\n")
+    assert re.search(r"^ +row 1 .*\n(.*\n)* +row 2 ", answer.out, re.MULTILINE)
 
 
 def test_the_command(run: RunDir, tmp_path: Path) -> None:
@@ -122,6 +161,10 @@ def test_the_command(run: RunDir, tmp_path: Path) -> None:
     assert (run.path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert call("report", run.path, "--out", tmp_path / "mine.html").code == 0
     assert (tmp_path / "mine.html").is_file()
+    assert refusal("report", run.path, "--out", tmp_path) == f"--out: {tmp_path} is a folder; name a file"
+    (tmp_path / "file").touch()
+    told = refusal("report", run.path, "--out", tmp_path / "file" / "x.html")
+    assert told == f"--out: {tmp_path / 'file' / 'x.html'} can't be written: File exists"
     assert refusal("report", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 
@@ -137,7 +180,8 @@ def test_completions_side_by_side(run: RunDir, tmp_path: Path) -> None:
     assert answer.out.count("What is ") == 2
     kept = call("compare", run.path, columns=300).out
     assert ("iteration 0" in kept) != ("iteration 1" in kept)
-    assert "'7' is not finished" in refusal("compare", run.path, "--iterations", "7")
+    for wrong in ("7", "0,,1"):
+        assert refusal("compare", run.path, "--iterations", wrong).startswith("--iterations: '")
     assert refusal("compare", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import CHATML, Silent
+from conftest import CHATML
 from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
 
@@ -27,6 +27,7 @@ from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, read_plain_json, sha256_of, write_json, write_jsonl, write_plain_json
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.push import Content, _explain, _licence, make_upload, send
 from qspin.recipe import recorded_config
 from qspin.record import template_date
@@ -225,7 +226,10 @@ def test_pairs_are_published_for_others_to_train_on(run: RunDir, hub: HubServer,
     assert (done.code, done.out.splitlines()[-1]) == (0, f"{hub.url}/datasets/me/pairs"), done.err
     repo = hub.repos["dataset", "me/pairs"]
     assert repo.private
+    repo.files |= {"data/iteration-7.parquet": b"of a longer run", "data/mine.parquet": b"kept"}
     assert push(run, "me/pairs", "--dataset", "--private").code == 0, "it is there, and private"
+    assert "data/iteration-7.parquet" not in repo.files
+    assert "data/mine.parquet" in repo.files
     tables = []
     for iteration in (0, 1):
         path = tmp_path / f"{iteration}.parquet"
@@ -477,12 +481,21 @@ def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServ
     assert done.code == 0, done.err
     assert (folder / "model.safetensors").stat().st_mtime_ns == written, "merged once"
     repo = hub.repos["model", "me/whole"]
+    repo.files["model-00002-of-00002.safetensors"] = b"of a larger model"
+    check = read_json(folder / "merge-check.json")
+    write_json(folder / "merge-check.json", check | {"adapter": "another run's"})
+    told = folder / "merge-check.json"
+    manifest = read_json(folder / "manifest.json")
+    manifest[told.name] = {"bytes": told.stat().st_size, "sha256": sha256_of(told)}
+    write_json(folder / "manifest.json", manifest)
+    assert push(run, "me/whole", "--what", "merged").code == 0
+    assert read_json(folder / "merge-check.json") == check, "merged anew"
+    assert "model-00002-of-00002.safetensors" not in repo.files
     assert {"README.md", "config.yaml", "template.jinja", "config.json", "tokenizer.json"} <= set(repo.files)
     assert not {"manifest.json", "merge-check.json"} & set(repo.files)
     assert not any(b"alert(1)" in content for content in repo.files.values()), "no held-out prompt"
     assert not any(str(run.path.parent).encode() in content for content in repo.files.values()), "no path"
     assert repo.lfs["model.safetensors"] == sha256_of(folder / "model.safetensors")
-    check = read_json(folder / "merge-check.json")
     card = repo.files["README.md"].decode()
     assert f"| NLL as published, nats a token | {check['nll_exported']:.4f} |" in card
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"

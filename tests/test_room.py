@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent
 
 from qspin import spin
 from qspin.config import load_config
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.room import SMALL, check_room, room
 from qspin.run_dir import RunDir
 

@@ -108,7 +108,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     assert refusal(tmp_path / "run") == f"--out: {tmp_path / 'run'} is a file; name a folder"
     assert (tmp_path / "run").read_text() == "mine"
-    assert refusal(tmp_path / "run" / "below").startswith(f"--out: {tmp_path / 'run' / 'below'} can't be made: ")
+    assert refusal(tmp_path / "run" / "below") == f"--out: {tmp_path / 'run'} is a file; name a folder"
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
@@ -213,3 +213,16 @@ def test_a_holder_elsewhere_is_known_by_its_lock(tmp_path: Path, holder: subproc
 def test_nobody_holds_a_folder_that_no_run_was_in(tmp_path: Path) -> None:
     assert RunDir(tmp_path).holder() is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_peaks_are_the_most_of_all_times_and_for_show(tmp_path: Path) -> None:
+    folder = IterationDir(tmp_path)
+    assert folder.peaks() == {}
+    for phase, held in (("train", 5), ("score", 2), ("train", 3), ("score", 4)):
+        folder.add_peak(phase, held)
+    assert folder.peaks() == {"train": 5, "score": 4}
+    folder.memory.write_text("{")
+    assert folder.peaks() == {}
+    folder.memory.unlink()
+    folder.memory.mkdir()
+    folder.add_peak("train", 7)  # it can't be written, and stops nothing

@@ -14,12 +14,13 @@ import psutil
 import pytest
 import torch
 import transformers
-from conftest import SHAPE, Silent
+from conftest import SHAPE
 
 from qspin import spin
 from qspin.config import load_config
 from qspin.memory import keep_freed_memory
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 
 ROWS, ITERATIONS = 2000, 3

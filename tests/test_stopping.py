@@ -128,6 +128,30 @@ say("never")
     assert told(body, signal.SIGTERM)[:2] == (143, [])
 
 
+def test_ctrl_c_may_end_a_piece_of_work_alone_and_sigterm_never() -> None:
+    body = """
+from qspin.stopping import go_on_after, leave_stopped
+heed_stops("bye")
+for word in ("now", "again"):
+    try:
+        say(word)
+        wait(20)
+    except SystemExit as stop:
+        go_on_after(stop)
+        check_stop()
+        say("on")
+try:
+    say("again")
+    wait(20)
+except SystemExit as stop:
+    try:
+        go_on_after(stop)
+    except SystemExit as same:
+        leave_stopped(same.code)
+"""
+    assert told(body, signal.SIGINT, signal.SIGINT, signal.SIGTERM) == (143, ["on", "on"], "bye\n")
+
+
 # --- a run ---
 
 

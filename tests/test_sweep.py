@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 from test_cli import call
 
 from qspin import spin
@@ -18,6 +18,7 @@ from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
 from qspin.game import under_way
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 from qspin.sweep import PLOT, TABLE, Cell, grid, parse_vary, play_cell, results, write_results
 

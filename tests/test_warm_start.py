@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silent
 
 from qspin import spin
 from qspin.adapters import load_adapter
@@ -22,6 +21,7 @@ from qspin.model import SlotModel
 from qspin.optimisation import Metrics, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.report import tables
 from qspin.run_dir import RunDir

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Silent, moved_adapter
+from conftest import moved_adapter
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
@@ -35,6 +35,7 @@ from qspin.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.model import SlotModel, unsloth_kernels
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.run_dir import RunDir
 from qspin.scoring import pair_logps, score_pairs

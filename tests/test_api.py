@@ -1,0 +1,129 @@
+"""The library: what the commands do, in Python."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import small_run
+
+import qspin
+from qspin import api
+from qspin.files import read_json
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> qspin.RunConfig:
+    folder = tmp_path_factory.mktemp("api")
+    settings = small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18)
+    return qspin.load_config(None, settings | {"iterations": 2})
+
+
+@pytest.fixture(scope="module")
+def results(config: qspin.RunConfig, tmp_path_factory: pytest.TempPathFactory) -> qspin.Results:
+    return qspin.run(config, tmp_path_factory.mktemp("api") / "run", progress=qspin.Silent())
+
+
+def test_a_run_and_what_came_of_it(results: qspin.Results, config: qspin.RunConfig) -> None:
+    assert results.config == config
+    assert list(results.figures) == ["base", "0", "1"]
+    nll = results.figures["1"]["nll"]
+    assert nll.low < nll.value < nll.high
+    assert results.kept in (0, 1)
+    assert results.adapter() == results.path / f"iteration-{results.kept}" / "adapter"
+    assert results.adapter("last") == results.path / "iteration-1" / "adapter"
+    assert results.markdown == (results.path / "SUMMARY.md").read_text()
+    assert results.sentences and all(sentence in results.markdown for sentence in results.sentences)
+
+
+def test_it_goes_on_where_it_stopped_and_shows_it(
+    results: qspin.Results, config: qspin.RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qspin.run(config, results.path)
+    shown = capsys.readouterr().out
+    assert "2-sample AUC" in shown and "iteration 1/2 · generate" not in shown
+
+
+def test_its_players_answer(results: qspin.Results) -> None:
+    players = qspin.load(results.path, "1")
+    conversation = [
+        {"role": "user", "content": "What is 1?"},
+        {"role": "assistant", "content": "It is 7, I say."},
+        {"role": "user", "content": "What is 2?"},
+    ]
+    replies = players.generate(["What is 2?", conversation], temperature=0, max_new_tokens=8)
+    assert replies[0] == players.generate(["What is 2?"], temperature=0, max_new_tokens=8)[0] != replies[1]
+    with pytest.raises(qspin.QspinError, match=r"a turn has a role \(system, user, assistant\).*'robot'"):
+        players.generate([[{"role": "robot", "content": "Beep."}]])
+
+
+def test_a_baseline_a_report_and_an_export(results: qspin.Results, tmp_path: Path) -> None:
+    api.baseline(results.path, [1e-3], progress=qspin.Silent())
+    assert "Supervised training, by rate" in results.markdown
+    assert "<h1>" in api.report(results.path, tmp_path / "report.html").read_text()
+    merged = api.export(results.path, to="merged-16bit", out=tmp_path / "merged", iteration=0)
+    transformers.AutoModelForCausalLM.from_pretrained(merged)
+    assert read_json(merged / "merge-check.json")["rows"] == 3  # a fifth of 18
+
+
+def test_a_plan() -> None:
+    known = qspin.load_config("qwen3-8b")
+    assert api.plan(known, vram=24).fits
+    assert not api.plan(known, vram=4).fits
+    with pytest.raises(qspin.QspinError, match="architecture is not set"):
+        api.plan(qspin.load_config(None, {"model.id": "someone/unknown"}), vram=24)
+
+
+def test_a_sweep(tiny_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=14) | {"iterations": 1}
+    found = api.sweep(None, {"train.beta": [0.1, 1.0]}, tmp_path / "sweep", overrides=settings)
+    assert list(found) == ["beta=0.1", "beta=1.0"]
+    assert found["beta=0.1"].figures["base"] == found["beta=1.0"].figures["base"]
+    assert "2 of 2: beta=1.0" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nobody_was_measured(results: qspin.Results, tmp_path: Path) -> None:
+    shutil.copy(results.path / "run.json", tmp_path)
+    shutil.copy(results.path / "config.yaml", tmp_path)
+    begun = qspin.results(tmp_path)
+    assert (begun.figures, begun.kept, begun.sentences) == ({}, None, [])
+    with pytest.raises(qspin.QspinError, match="nobody has been measured yet"):
+        _ = begun.markdown
+
+
+def test_a_report_needs_a_file_and_a_sweep_a_folder(results: qspin.Results, tmp_path: Path) -> None:
+    with pytest.raises(qspin.QspinError, match="is a folder; name a file"):
+        api.report(results.path, tmp_path)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(qspin.QspinError, match="file is a file; name a folder"):
+        api.sweep("quickstart", {"train.beta": [1, 2]}, file)
+
+
+def test_a_report_is_not_made_of_other_settings(results: qspin.Results, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(results.path, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    with pytest.raises(qspin.QspinError, match=r"changed since the run was made \(seed\)"):
+        api.report(run)
+
+
+def test_no_run(tmp_path: Path) -> None:
+    for function in (qspin.results, qspin.load, api.report):
+        with pytest.raises(qspin.QspinError, match="not the folder of a run"):
+            function(tmp_path)
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    code = "import sys, qspin; print([m for m in ('torch', 'pydantic', 'rich') if m in sys.modules], qspin.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ['QspinError'")
+    assert all(hasattr(qspin, name) for name in qspin.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        qspin.nothing  # noqa: B018
