@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Silent, small_run
+from conftest import small_run
 
 from qspin import spin, workers
 from qspin.adapters import load_adapter
@@ -28,6 +28,7 @@ from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
 from qspin.packing import plan_batches
 from qspin.prepare import Prepared, prepare
+from qspin.progress import Silent
 from qspin.run_dir import IterationDir, RunDir
 from qspin.stopping import STOPPED
 from qspin.workers import WorkerLost
