@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from qspin.dealing import complete_together
 from qspin.errors import QspinError
 from qspin.files import kept_json, write_json, write_jsonl
 from qspin.game import Game
@@ -22,7 +23,7 @@ SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads fast
 def answer(game: Game, iteration: int) -> None:
     """One completion of each training prompt, sampled from iteration t's opponent."""
     folder, rows = game.dir.iteration(iteration), len(game.prepared.train)
-    size = game.config.generation.shard_rows
+    size = min(game.config.generation.shard_rows, -(-rows // game.crew.count))
     plan: dict[str, Any] = kept_json(
         folder.generation_plan,
         lambda: {
@@ -41,11 +42,12 @@ def answer(game: Game, iteration: int) -> None:
         begin()
     failures = 0
     while missing:
-        index, shard = missing[0]
+        shards = missing[: game.crew.count]  # one for each process
         try:
             with refusals_told(), game.counted(folder, "generate"):
-                pairs = _pairs(game, iteration, shard, plan["width"])
-                write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
+                made = _pairs(game, iteration, [shard for _, shard in shards], plan["width"])
+                for (index, _), pairs in zip(shards, made, strict=True):
+                    write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         except OutOfMemory as error:
             failures += 1
             if failures == ATTEMPTS or plan["width"] == 1:
@@ -56,23 +58,33 @@ def answer(game: Game, iteration: int) -> None:
             plan["width"] //= 2
             write_json(folder.generation_plan, plan)
             game.progress.note(f"memory does not hold so many completions; on with {plan['width']} side by side")
-            begin()  # what was done of this shard is lost
+            begin()  # what was done of these shards is lost
             continue
-        missing.pop(0)
+        del missing[: len(shards)]
         failures = 0
 
 
-def _pairs(game: Game, iteration: int, rows: Sequence[int], width: int) -> list[Pair]:
-    """One completion of each of these training rows, by whoever is in the slot."""
-    prepared, settings = game.prepared, game.config.generation
-    examples = [prepared.train[row] for row in rows]
-    started, tokens, shown = time.monotonic(), 0, -math.inf
+def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], width: int) -> list[list[Pair]]:
+    """One completion of each of the training rows of some shards, by whoever is in the slot; the first is this
+    process's own."""
+    prepared, config = game.prepared, game.config.generation
+    rows = shards[0]
+    examples = [[prepared.train[row] for row in shard] for shard in shards]
+    settings: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "width": width,
+        "stop_ids": sorted(prepared.stop_ids),
+    }
+    share = sum(map(len, shards)) / len(rows)  # of this process's progress, what is done by all
+    started, tokens, shown = time.monotonic(), 0.0, -math.inf
 
     def on_step(new: int, done: float) -> None:
         nonlocal tokens
         check_stop()
-        tokens += new
-        game.progress.advance(done, **{"tokens/s": tokens / (time.monotonic() - started)})
+        tokens += new * share
+        game.progress.advance(done * share, **{"tokens/s": tokens / (time.monotonic() - started)})
 
     def on_done(index: int, completion: Completion) -> None:
         nonlocal shown
@@ -81,18 +93,19 @@ def _pairs(game: Game, iteration: int, rows: Sequence[int], width: int) -> list[
             text = prepared.renderer.completion_text(completion.ids)
             game.progress.sampled(prepared.train_prompts[rows[index]], text)
 
-    completions = generate(
-        game.model,
-        [Request(e.prompt_ids, noise_key(game.config.seed, iteration, e.record_id)) for e in examples],
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        width=width,
-        stop_ids=prepared.stop_ids,
-        on_step=on_step,
-        on_done=on_done,
+    completions = complete_together(
+        game.crew,
+        [
+            [Request(e.prompt_ids, noise_key(game.config.seed, iteration, e.record_id)) for e in part]
+            for part in examples
+        ],
+        settings,
+        lambda requests: generate(game.model, requests, **settings, on_step=on_step, on_done=on_done),
     )
     return [
-        Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
-        for e, completion in zip(examples, completions, strict=True)
+        [
+            Pair(e.record_id, iteration, e.prompt_ids, e.real_ids, completion.ids, completion.ended)
+            for e, completion in zip(part, made, strict=True)
+        ]
+        for part, made in zip(examples, completions, strict=True)
     ]

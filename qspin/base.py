@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ class Base:
     revision: str | None
     gguf: Path | None  # the file to dequantise
     origin: dict[str, str]  # for the run's record
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"gguf": None if self.gguf is None else str(self.gguf)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> Base:
+        return Base(**value | {"gguf": None if value["gguf"] is None else Path(value["gguf"])})
 
     def weights(self) -> str:
         """Folder or hub id with 16-bit safetensors."""

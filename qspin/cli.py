@@ -14,6 +14,7 @@ from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import redacted, show_traceback, visible
 from qspin.stopping import CODES, heed_stops, leave_stopped
+from qspin.workers import launch, rank
 
 if TYPE_CHECKING:
     from qspin.prepare import Prepared
@@ -293,8 +294,13 @@ def main() -> None:
     """The console script: errors that a user can mend become one line, without a traceback."""
     heed_stops()
     sys.excepthook = show_traceback
+    if rank() > 0:
+        from qspin.helping import help_out
+
+        help_out()
     try:
-        app()
+        with launch():
+            app()
     except QspinError as error:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:

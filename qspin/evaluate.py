@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import torch
+from itertools import chain
+from typing import Any
 
 from qspin.chat import Renderer
 from qspin.config import RunConfig
+from qspin.dealing import complete_together, work_together
 from qspin.evaluation import Evaluation, halves, two_samples
 from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
-from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
-from qspin.records import Example, Pair
+from qspin.packing import MicroBatch, common_prefix, lengths_of, plan_batches
+from qspin.records import Example, Pair, Score
 from qspin.sampling import noise_key
-from qspin.scoring import pair_logps
+from qspin.scoring import score_pairs
+from qspin.workers import ALONE, Crew
 
 TOKENS_AT_ONCE = 1024  # nothing is kept for a backward pass, so this is little memory
 SHARD = 64  # rows answered between two signs of life
@@ -36,6 +38,7 @@ def evaluate(
     width: int,
     on_rows: Callable[[float], None],
     tokens_at_once: int = TOKENS_AT_ONCE,
+    crew: Crew = ALONE,
 ) -> Evaluation:
     """Whoever is in the slot.
 
@@ -50,27 +53,36 @@ def evaluate(
     requests = [Request(row.prompt_ids, noise_key(config.seed, 0, f"held-out {row.record_id}")) for row in heldout]
 
     def answers(temperature: float) -> list[Completion]:
+        settings = {
+            "max_new_tokens": cap,
+            "temperature": temperature,
+            "top_p": 1.0,
+            "width": width,
+            "stop_ids": sorted(stop_ids),
+        }
+        size = min(SHARD, -(-len(requests) // crew.count))
+        groups = [requests[start : start + size] for start in range(0, len(requests), size)]
         found: list[Completion] = []
-        for start in range(0, len(requests), SHARD):
-            found += generate(
-                model,
-                requests[start : start + SHARD],
-                max_new_tokens=cap,
-                temperature=temperature,
-                top_p=1.0,
-                width=width,
-                stop_ids=stop_ids,
-                on_step=lambda _tokens, done: on_rows(done),
-            )
+        for start in range(0, len(groups), crew.count):
+            found += answer_side_by_side(groups[start : start + crew.count], settings)
         return found
+
+    def answer_side_by_side(groups: Sequence[Sequence[Request]], settings: dict[str, Any]) -> list[Completion]:
+        """A group each process."""
+        share = sum(map(len, groups)) / len(groups[0])  # of this process's progress, what is done by all
+
+        def own(requests: Sequence[Request]) -> list[Completion]:
+            return generate(model, requests, **settings, on_step=lambda _tokens, done: on_rows(done * share))
+
+        return [completion for group in complete_together(crew, groups, settings, own) for completion in group]
 
     sampled, greedy = answers(1.0), answers(0.0)
     own = [_pair(row, row.real_ids, answer.ids) for row, answer in zip(heldout, sampled, strict=True)]
-    real_logps, generated_logps = _logps(model, own, on_rows, tokens_at_once)
+    real_logps, generated_logps = _logps(model, own, on_rows, tokens_at_once, crew)
     policy_logps: list[float] = []
     if opponent is not None:
         theirs = [_pair(row, (), tuple(ids)) for row, ids in zip(heldout, opponent.generated_ids, strict=True)]
-        _, policy_logps = _logps(model, theirs, on_rows, tokens_at_once)
+        _, policy_logps = _logps(model, theirs, on_rows, tokens_at_once, crew)
 
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(row.prompt_ids for row in heldout))}
     prompts = [numbers[row.prompt_ids] for row in heldout]
@@ -111,19 +123,28 @@ def _pair(row: Example, real: tuple[int, ...], generated: tuple[int, ...]) -> Pa
 
 
 def _logps(
-    model: SlotModel, rows: Sequence[Pair], on_rows: Callable[[float], None], tokens_at_once: int
+    model: SlotModel, rows: Sequence[Pair], on_rows: Callable[[float], None], tokens_at_once: int, crew: Crew
 ) -> tuple[list[float], list[float]]:
     """Of the real and of the generated completions, in the order of the rows."""
     prefix = common_prefix([row.prompt_ids for row in rows])
     [micro_batches] = plan_batches(
-        [lengths_of(row, prefix) for row in rows], batch_size=len(rows), token_budget=tokens_at_once, seed=0
+        [lengths_of(row, prefix) for row in rows],
+        batch_size=len(rows),
+        token_budget=tokens_at_once,
+        seed=0,
+        workers=crew.count,
     )
-    found = [[0.0] * len(rows), [0.0] * len(rows)]
-    for micro_batch in micro_batches:
-        with torch.no_grad():
-            sides = pair_logps(model, pack_row([rows[index] for index in micro_batch], model.device, prefix))
-        for logps, side in zip(found, sides, strict=True):
-            for index, value in zip(micro_batch, side.tolist(), strict=True):
-                logps[index] = value
-        on_rows(len(micro_batch))
-    return found[0], found[1]
+
+    def own(dealt: Sequence[MicroBatch]) -> list[list[Score]]:
+        share = len(rows) / sum(map(len, dealt))
+        found = []
+        for scores in score_pairs(model, rows, dealt, prefix):
+            found.append(scores)
+            on_rows(len(scores) * share)
+        return found
+
+    told: Callable[[Any], list[Score]] = lambda part: [Score(**row) for row in part]  # noqa: E731
+    made = work_together(crew, "score", rows, micro_batches, {"prefix": prefix}, own, told)
+    scores = dict(zip(chain(*micro_batches), chain(*made), strict=True))
+    ordered = [scores[index] for index in range(len(rows))]
+    return [score.opponent_real_logps for score in ordered], [score.opponent_generated_logps for score in ordered]

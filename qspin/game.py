@@ -24,6 +24,7 @@ from qspin.progress import Progress
 from qspin.record import open_run, remembered, verify_base
 from qspin.room import check_room
 from qspin.run_dir import IterationDir, RunDir
+from qspin.workers import Crew, everyone
 
 LOOK_SECONDS = 0.05  # between two looks at how much memory a phase holds
 
@@ -56,6 +57,7 @@ class Game:
     dir: RunDir
     progress: Progress
     model: SlotModel
+    crew: Crew  # the processes that share the work
     start: Adapter  # whom the first training begins with: the base itself, or model.init_adapter
     width: int  # completions decoded side by side
     budget: int | None = None  # tokens trained on at once, once found
@@ -68,13 +70,14 @@ class Game:
             QspinError: the folder is of another run; the base or the optimiser can't be used; the disk has no room.
         """
         config = prepared.config
-        torch.set_num_threads(open_run(prepared, run_dir))
+        threads = open_run(prepared, run_dir)
+        torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = _backend(prepared, run_dir, device, progress)
-        model = SlotModel.load(
-            prepared.base, config.model, config.lora, seed=config.seed, device=device, backend=backend
-        )
-        verify_base(run_dir, model)
+        model, crew = _load(prepared, threads, device, backend)
+        if crew.count > 1:
+            progress.note(f"{crew.count} processes share the work")
+        verify_base(run_dir, model, crew)
         check_room(prepared, run_dir, sum(parameter.nbytes for parameter in model.parameters.values()))
         # an optimiser that this device lacks should be heard of now, not after hours of generating
         make_optimizer(config.train, list(model.parameters.values()), device)
@@ -82,7 +85,7 @@ class Game:
         init = config.model.init_adapter
         if init is not None:
             model.set_adapter(load_adapter(Path(init)))
-        return Game(prepared, run_dir, progress, model, model.adapter(), width)
+        return Game(prepared, run_dir, progress, model, crew, model.adapter(), width)
 
     @property
     def config(self) -> RunConfig:
@@ -110,6 +113,25 @@ class Game:
 
             yield add
             add()
+
+
+def _load(prepared: Prepared, threads: int, device: torch.device, backend: BackendName) -> tuple[SlotModel, Crew]:
+    """The model, here and in every helper."""
+    config, crew = prepared.config, everyone()
+    settings = {
+        "base": prepared.base.to_json(),
+        "config": config.model_dump(mode="json"),
+        "threads": threads,
+        "backend": backend,
+    }
+    model, _ = crew.share(
+        "load",
+        [settings] * (crew.count - 1),
+        lambda: SlotModel.load(
+            prepared.base, config.model, config.lora, seed=config.seed, device=device, backend=backend
+        ),
+    )
+    return model, Crew(crew.count, tuple(model.parameters.values()))
 
 
 def _backend(prepared: Prepared, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:

@@ -7,7 +7,7 @@ begin with is computed once. Prompts are taken longest first, so that rows of li
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +50,7 @@ def generate(
     temperature: float,
     top_p: float,
     width: int,
-    stop_ids: frozenset[int],
+    stop_ids: Container[int],
     on_step: Callable[[int, float], None],
     on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
     on_token: Callable[[int, int], None] = lambda _index, _token: None,

@@ -12,6 +12,7 @@ from dataclasses import replace
 from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
 from qspin.config import RunConfig
+from qspin.dealing import work_together
 from qspin.errors import QspinError
 from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_jsonl
 from qspin.game import Game
@@ -43,7 +44,9 @@ def learn(game: Game, iteration: int) -> None:
             game,
             folder,
             plan,
-            lambda on_step: train(game.model, task, config.train, snapshots=folder.snapshots, on_step=on_step),
+            lambda on_step: train(
+                game.model, task, config.train, snapshots=folder.snapshots, on_step=on_step, crew=game.crew
+            ),
             phase="train",
             iteration=iteration,
             order=step_order(len(plan), config.train.epochs, config.seed + iteration),
@@ -109,6 +112,7 @@ def _learn_real(
                 prefix=prefix,
                 snapshots=folder.snapshots,
                 on_step=on_step,
+                crew=game.crew,
             ),
             phase=phase,
             iteration=iteration,
@@ -181,7 +185,13 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
     lengths, config = [lengths_of(pair, prefix) for pair in pairs], game.config.train
 
     def plan(budget: int) -> Plan:
-        return plan_batches(lengths, batch_size=config.batch_size, token_budget=budget, seed=game.config.seed)
+        return plan_batches(
+            lengths,
+            batch_size=config.batch_size,
+            token_budget=budget,
+            seed=game.config.seed,
+            workers=game.crew.count,
+        )
 
     def make() -> dict[str, Plan]:
         asked = config.tokens_per_micro_batch
@@ -207,7 +217,15 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
             shard = [Score(**row) for row in read_jsonl(path)]
         else:
             with game.counted(folder, "score"):
-                parts = score_pairs(game.model, task.pairs, micro_batches, task.prefix)
+                parts = work_together(
+                    game.crew,
+                    "score",
+                    task.pairs,
+                    micro_batches,
+                    {"prefix": task.prefix},
+                    lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
+                    lambda told: [Score(**row) for row in told],
+                )
                 shard = [score for part in parts for score in part]
                 write_jsonl(path, [score.to_json() for score in shard])
         game.progress.advance(len(shard))
@@ -238,7 +256,7 @@ def _optimise(
         metrics = work(on_step)
     need = sum(parameter.nbytes for parameter in game.model.parameters.values())
     with stops_held():  # there may be no snapshot of the last steps
-        verify_base(game.dir, game.model)
+        verify_base(game.dir, game.model, game.crew)
         write_jsonl(folder.metrics, metrics)
         with commit_folder(folder.adapter, need=need) as temporary:
             game.model.save_adapter(temporary)

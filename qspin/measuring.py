@@ -69,6 +69,7 @@ def _evaluation(game: Game, iteration: int | None, opponent: Evaluation | None) 
                     width=max(1, game.width >> attempt),
                     tokens_at_once=TOKENS_AT_ONCE >> attempt,
                     on_rows=game.progress.advance,
+                    crew=game.crew,
                 )
         except OutOfMemory as error:
             refusal = error

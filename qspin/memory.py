@@ -57,14 +57,20 @@ def keep_freed_memory() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process may still take: on a GPU within its share, freed blocks that torch holds included."""
+    """What this process may still take: on a GPU within its share, freed blocks that torch holds included. The
+    processes of one launch share a machine's memory."""
     if device.type == "cpu":
         available: int = psutil.virtual_memory().available
-        return available
+        return available // processes_here()
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()))
     return min(free + held, share - torch.cuda.memory_allocated(device))
+
+
+def processes_here() -> int:
+    """How many processes one launch started on this machine (workers.py)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def used_and_total(device: torch.device) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Plan
 from qspin.stopping import check_stop, stops_held
+from qspin.workers import WorkerLost
 
 Metrics = dict[str, float]
 # effective batch, step, s → its metrics; leaves the gradient of s times its mean loss in the adapter
@@ -63,7 +64,8 @@ def optimise(
     Raises:
         QspinError: a gradient is not finite; nothing was learnt from it.
         OutOfMemory: a micro-batch did not fit; the steps before it are in a snapshot.
-        SystemExit, KeyboardInterrupt: the run is asked to stop; the steps that were finished are in a snapshot.
+        WorkerLost, SystemExit, KeyboardInterrupt: a helper is gone, or the run is asked to stop; the steps that were
+            finished are in a snapshot.
     """
     model.use_gradient_checkpointing(config.gradient_checkpointing)
     parameters = list(model.parameters.values())
@@ -98,7 +100,7 @@ def optimise(
             if time.monotonic() - saved_at >= 60 * config.snapshot_minutes and step + 1 < len(order):
                 _save(model, optimizer, snapshots, metrics)
                 saved_at = time.monotonic()
-    except (OutOfMemory, KeyboardInterrupt, SystemExit):
+    except (OutOfMemory, WorkerLost, KeyboardInterrupt, SystemExit):
         optimizer.zero_grad()
         if between_steps and len(metrics) > steps_kept(snapshots):
             _save(model, optimizer, snapshots, metrics)

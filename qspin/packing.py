@@ -35,14 +35,18 @@ class Row:
     pairs: int  # B
 
 
-def plan_batches(lengths: Sequence[Lengths], *, batch_size: int, token_budget: int, seed: int) -> Plan:
+def plan_batches(
+    lengths: Sequence[Lengths], *, batch_size: int, token_budget: int, seed: int, workers: int = 1
+) -> Plan:
     """Shuffle the pairs, cut the order into effective batches, and pack each under the token budget.
 
-    A pair longer than the budget gets a micro-batch of its own. The last effective batch may be smaller.
+    A pair longer than the budget gets a micro-batch of its own. The last effective batch may be smaller. Each effective
+    batch is cut into about as many micro-batches as there are workers, at least.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [_pack(batch, lengths, token_budget) for batch in batches]
+    shares = [-(-sum(lengths[i].total for i in batch) // workers) for batch in batches]
+    return [_pack(batch, lengths, min(token_budget, share)) for batch, share in zip(batches, shares, strict=True)]
 
 
 def _pack(batch: list[int], lengths: Sequence[Lengths], token_budget: int) -> list[MicroBatch]:

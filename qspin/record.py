@@ -20,6 +20,7 @@ from qspin.files import read_json, write_json, write_text
 from qspin.model import SlotModel, unsloth_missing
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.run_dir import RunDir
+from qspin.workers import ALONE, Crew
 
 ORIGINS = {"package": "the installed package", "folder": "the folder", "hub": "the hub's"}  # of a base: where from
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
@@ -119,14 +120,14 @@ def load_recorded(run_dir: RunDir, base: Base, config: RunConfig, device: torch.
     return SlotModel.load(base, config.model, config.lora, seed=config.seed, device=device, backend=backend)
 
 
-def verify_base(run_dir: RunDir, model: SlotModel) -> None:
-    """The base's weights are those that the run began with; the first call records them.
+def verify_base(run_dir: RunDir, model: SlotModel, crew: Crew = ALONE) -> None:
+    """The base's weights, in every process, are those that the run began with; the first call records them.
 
     Raises:
         QspinError: they are others.
     """
-    found = model.base_hash()
-    if remembered(run_dir, "base_hash", lambda: found) != found:
+    found, others = crew.share("base_hash", [None] * (crew.count - 1), model.base_hash)
+    if {remembered(run_dir, "base_hash", lambda: found), *others} != {found}:
         raise QspinError(
             f"model.id: the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with "
             "(another model, revision, device or version of bitsandbytes); choose another --out"

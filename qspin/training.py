@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qspin.config import TrainConfig, at_iteration
+from qspin.dealing import work_together
 from qspin.errors import QspinError
 from qspin.loss import SpinLoss, real_nll, spin_loss
 from qspin.model import SlotModel
@@ -17,6 +19,7 @@ from qspin.optimisation import Metrics, optimise, step_order
 from qspin.packing import MicroBatch, Plan, pack_row
 from qspin.records import Pair, Score
 from qspin.scoring import pair_logps
+from qspin.workers import ALONE, Crew
 
 # |log-prob − the opponent's| at step 0, nats. The same rows through the same kernels agree bit for bit on a CPU, and on
 # the H100 that was tried; on CUDA a library may choose another order of summation, and a wrong opponent is off by more.
@@ -36,7 +39,13 @@ class Task:
 
 
 def train(
-    model: SlotModel, task: Task, config: TrainConfig, *, snapshots: Path, on_step: Callable[[Metrics, int], None]
+    model: SlotModel,
+    task: Task,
+    config: TrainConfig,
+    *,
+    snapshots: Path,
+    on_step: Callable[[Metrics, int], None],
+    crew: Crew = ALONE,
 ) -> list[Metrics]:
     """Train the adapter in the slot, which must be the opponent's; as `optimise`.
 
@@ -47,7 +56,7 @@ def train(
     """
     return optimise(
         model,
-        lambda batch, step, scale: _gradients(model, task, batch, config, first=step == 0, scale=scale),
+        lambda batch, step, scale: _gradients(model, task, batch, config, crew, first=step == 0, scale=scale),
         task.plan,
         config,
         lr=at_iteration(config.lr, task.iteration),
@@ -59,29 +68,47 @@ def train(
 
 
 def _gradients(
-    model: SlotModel, task: Task, batch: Sequence[MicroBatch], config: TrainConfig, *, first: bool, scale: float
+    model: SlotModel,
+    task: Task,
+    batch: Sequence[MicroBatch],
+    config: TrainConfig,
+    crew: Crew,
+    *,
+    first: bool,
+    scale: float,
 ) -> Metrics:
     """The mean loss of an effective batch times `scale`, backward; its metrics are means over its pairs."""
     size = sum(len(micro_batch) for micro_batch in batch)
-    games, nlls = [], []
-    for micro_batch in batch:
-        pairs = [task.pairs[index] for index in micro_batch]
-        game, nll = _losses(model, task, pairs, config, first=first)
-        loss = game.losses + config.sft_weight * nll if config.sft_weight else game.losses
-        (loss.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
-        games.append(game)
-        nlls.append(nll.detach())
+    settings = {
+        "scores": [task.scores[task.pairs[index].key].to_json() for micro_batch in batch for index in micro_batch],
+        "iteration": task.iteration,
+        "prefix": task.prefix,
+        "config": config.model_dump(mode="json"),
+        "size": size,
+        "first": first,
+        "scale": scale,
+    }
+    results = work_together(
+        crew,
+        "train",
+        task.pairs,
+        batch,
+        settings,
+        lambda own: backward(model, task, own, config, size=size, first=first, scale=scale),
+        lambda told: PairFigures(*map(torch.tensor, told)),
+        gradients=True,
+    )
 
-    def mean(part: Callable[[SpinLoss], Tensor]) -> float:
-        return float(torch.cat([part(game).detach() for game in games]).mean())
+    def mean(part: Callable[[PairFigures], Tensor]) -> float:
+        return float(torch.cat([part(result) for result in results]).mean())
 
     figures = {
-        "loss": mean(lambda game: game.losses),
-        "margin": mean(lambda game: game.margins),
-        "accuracy": mean(lambda game: (game.margins > 0).float()),
-        "real_reward": mean(lambda game: game.real_rewards),
-        "generated_reward": mean(lambda game: game.generated_rewards),
-        "real_nll": float(torch.cat(nlls).mean()),
+        "loss": mean(lambda r: r.losses),
+        "margin": mean(lambda r: r.margins),
+        "accuracy": mean(lambda r: (r.margins > 0).float()),
+        "real_reward": mean(lambda r: r.real_rewards),
+        "generated_reward": mean(lambda r: r.generated_rewards),
+        "real_nll": mean(lambda r: r.real_nll),
     }
     drop = -figures["real_reward"] / at_iteration(config.beta, task.iteration)
     if config.loss == "correlation" and drop > config.max_real_logp_drop:
@@ -90,6 +117,38 @@ def _gradients(
             f"(train.max_real_logp_drop = {config.max_real_logp_drop:g}); lower train.lr or take train.loss=logistic"
         )
     return figures
+
+
+class PairFigures(NamedTuple):
+    """Of the pairs of a micro-batch, on the CPU, (B,) each: as in `SpinLoss`, and the real ones' NLL a token."""
+
+    losses: Tensor
+    margins: Tensor
+    real_rewards: Tensor
+    generated_rewards: Tensor
+    real_nll: Tensor
+
+
+def backward(
+    model: SlotModel,
+    task: Task,
+    micro_batches: Sequence[MicroBatch],
+    config: TrainConfig,
+    *,
+    size: int,
+    first: bool,
+    scale: float,
+) -> list[PairFigures]:
+    """Add the gradient of some micro-batches of an effective batch of `size` pairs to the slot's."""
+    found = []
+    for micro_batch in micro_batches:
+        pairs = [task.pairs[index] for index in micro_batch]
+        game, nll = _losses(model, task, pairs, config, first=first)
+        loss = game.losses + config.sft_weight * nll if config.sft_weight else game.losses
+        (loss.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
+        parts = (game.losses, game.margins, game.real_rewards, game.generated_rewards, nll)
+        found.append(PairFigures(*(part.detach().cpu() for part in parts)))
+    return found
 
 
 def _losses(

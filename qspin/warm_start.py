@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from qspin.config import TrainConfig
+from qspin.dealing import work_together
 from qspin.errors import QspinError
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise
 from qspin.packing import MicroBatch, Plan, pack_row
 from qspin.records import Pair
 from qspin.scoring import pair_logps
+from qspin.workers import ALONE, Crew
 
 
 def train_supervised(
@@ -31,6 +33,7 @@ def train_supervised(
     prefix: int,
     snapshots: Path,
     on_step: Callable[[Metrics, int], None],
+    crew: Crew = ALONE,
 ) -> list[Metrics]:
     """Train the adapter in the slot on real completions alone; as `optimise`.
 
@@ -44,7 +47,7 @@ def train_supervised(
     """
     return optimise(
         model,
-        lambda batch, _step, scale: _gradients(model, rows, batch, prefix, scale),
+        lambda batch, _step, scale: _gradients(model, rows, batch, prefix, scale, crew),
         plan,
         config,
         lr=lr,
@@ -56,12 +59,39 @@ def train_supervised(
 
 
 def _gradients(
-    model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatch], prefix: int, scale: float
+    model: SlotModel, rows: Sequence[Pair], batch: Sequence[MicroBatch], prefix: int, scale: float, crew: Crew
 ) -> Metrics:
     """−log p of an effective batch's completions, nats a token, times `scale`, backward."""
     tokens = sum(len(rows[index].real_ids) for micro_batch in batch for index in micro_batch)
+    sums = work_together(
+        crew,
+        "supervise",
+        rows,
+        batch,
+        {"prefix": prefix, "tokens": tokens, "scale": scale},
+        lambda own: backward_real(model, rows, own, prefix, tokens=tokens, scale=scale),
+        float,
+        gradients=True,
+    )
     loss = 0.0
-    for micro_batch in batch:
+    for logp in sums:
+        loss -= logp / tokens
+    return {"loss": loss}
+
+
+def backward_real(
+    model: SlotModel,
+    rows: Sequence[Pair],
+    micro_batches: Sequence[MicroBatch],
+    prefix: int,
+    *,
+    tokens: int,
+    scale: float,
+) -> list[float]:
+    """Add the gradient of some micro-batches of an effective batch of so many real tokens to the slot's; the summed
+    log-prob of each."""
+    sums = []
+    for micro_batch in micro_batches:
         members = [rows[index] for index in micro_batch]
         logps, _ = pair_logps(model, pack_row(members, model.device, prefix))  # (B,)
         if not bool(torch.isfinite(logps).all()):
@@ -71,5 +101,5 @@ def _gradients(
                 "baseline), or drop these rows"
             )
         (-logps.sum() / tokens * scale).backward()  # type: ignore[no-untyped-call]
-        loss -= float(logps.detach().sum()) / tokens
-    return {"loss": loss}
+        sums.append(float(logps.detach().sum()))
+    return sums
