@@ -136,8 +136,7 @@ class Renderer:
         Args:
             begun: with what the tokenizer puts before a text (BOS, or nothing), unless the text has it already.
         """
-        has_it = text.startswith(self._decode([self.before_text]))
-        return self._ids(text, add_special_tokens=begun and not has_it)
+        return self._ids(text, add_special_tokens=begun and not text.startswith(self._decode([self.before_text])))
 
     @property
     def before_text(self) -> int:

@@ -159,7 +159,8 @@ def mtbench(
     from qspin import report, view
     from qspin.judging import OWN, read_prompts
     from qspin.loaded import named
-    from qspin.mtbench import ANSWERS, Trial, read_bench
+    from qspin.mtbench import Trial
+    from qspin.mtbench_answers import ANSWERS, read_bench
     from qspin.mtbench_result import OURS, tables
 
     quiet_libraries()

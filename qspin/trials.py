@@ -24,7 +24,7 @@ from qspin.progress import Audience
 from qspin.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from qspin.harness import Tasks
+    from qspin.tasks import Tasks
 
 
 def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], include: Path | None) -> None:
@@ -54,7 +54,7 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
 def _tasks(set_ups: Sequence[SetUp], include: Path | None) -> Tasks:
     if importlib.util.find_spec("lm_eval") is None:
         raise QspinError("lm-eval, which has the tasks, is not installed: pip install 'lm-eval>=0.4.13,<0.4.14'")
-    from qspin.harness import Tasks
+    from qspin.tasks import Tasks
 
     return Tasks.find([set_up.task for set_up in set_ups], include)
 

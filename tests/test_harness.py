@@ -24,6 +24,7 @@ from test_cli import call, process, refusal
 from test_scoring import plain_twin
 
 from qspin import harness
+from qspin import tasks as tasks_module
 from qspin.benchmarks import Score, SetUp, all_kept, gain, kept
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -367,7 +368,7 @@ def test_summary_and_report_have_the_figures(run_dir: RunDir) -> None:
 
 
 def test_every_player_is_shown_the_same_examples(run_dir: RunDir, tasks: Path) -> None:
-    task = harness.Tasks.find([WORDS], tasks).load(WORDS, None)
+    task = tasks_module.Tasks.find([WORDS], tasks).load(WORDS, None)
     base = Loaded.open(run_dir, "base")
     prompts = []
     for _ in range(2):
@@ -390,7 +391,9 @@ def test_a_groups_figures_are_its_own_and_a_tags_are_its_tasks(loaded: Loaded, t
         group = {"group": name, "task": [CHOICES, "other"]}
         group["aggregate_metric_list"] = [{"metric": "acc", "weight_by_size": by_size}]
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(group))
-    found = harness.Tasks(harness.TaskManager(include_path=tmp_path, include_defaults=False), None, frozenset())
+    found = tasks_module.Tasks(
+        tasks_module.TaskManager(include_path=tmp_path, include_defaults=False), None, frozenset()
+    )
 
     def scores(name: str) -> list[Score]:
         task = found.load(name, 2)
@@ -474,11 +477,11 @@ def test_errors_take_a_line(run_dir: RunDir, tasks: Path, tmp_path: Path, monkey
 
 def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own tasks are found, the near ones of one that is not there, and their data without a hub is a line."""
-    monkeypatch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))  # it reads for seconds
-    found = harness.Tasks.find([task for suite in SUITES.values() for task in suite], None)
+    monkeypatch.setattr(tasks_module, "TaskManager", functools.cache(tasks_module.TaskManager))  # it reads for seconds
+    found = tasks_module.Tasks.find([task for suite in SUITES.values() for task in suite], None)
     assert found.definition("gsm8k") is None
     with pytest.raises(QspinError, match=r"no task is called 'arc_chalenge'; near it are .*arc_challenge"):
-        harness.Tasks.find(["arc_chalenge"], None)
+        tasks_module.Tasks.find(["arc_chalenge"], None)
     with pytest.raises(QspinError, match=r"gsm8k: its data can't be had \(.*Hugging Face Hub"):
         found.load("gsm8k", 5)
 

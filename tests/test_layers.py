@@ -38,8 +38,8 @@ LAYERS = [  # each may import what stands above it
     {"verdict"},
     {"report", "record", "plan_rows", "damage", "room"},
     {"game", "loaded", "helping"},
-    {"answering", "learning", "measuring", "talk", "harness", "mtbench"},
-    {"spin", "baseline", "view", "track", "card", "compare", "plan"},
+    {"answering", "learning", "measuring", "talk", "harness", "mtbench_answers"},
+    {"spin", "baseline", "view", "track", "card", "compare", "plan", "tasks", "mtbench"},
     {"finding", "export", "plan_view", "sweep", "page"},
     {"console", "doctor_device"},
     {"push", "watching", "doctor", "talk_view", "trials"},
@@ -54,7 +54,7 @@ HEAVY = {
     "bitsandbytes": {"lora", "kernels", "optimisation", "doctor_device", "merge"},
     "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
-    "lm_eval": {"harness"},
+    "lm_eval": {"harness", "tasks"},
 }
 
 

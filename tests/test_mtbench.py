@@ -25,7 +25,7 @@ from judge_server import KEY, MODEL, JudgeServer
 from test_cli import Answer, call, process
 
 from qspin import judge as judge_module
-from qspin import mtbench, mtbench_result
+from qspin import mtbench, mtbench_answers, mtbench_result
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json
@@ -152,9 +152,9 @@ def test_the_second_turn_is_asked_after_the_first_answer(
         return found
 
     monkeypatch.setattr(loaded, "reply", reply)
-    bench = mtbench.read_bench(answered.parent / "questions.jsonl", None)
-    answers = mtbench.Answers.read(tmp_path / "base.jsonl")
-    mtbench.answer(loaded, bench, answers, "base", StopsAt(-1))
+    bench = mtbench_answers.read_bench(answered.parent / "questions.jsonl", None)
+    answers = mtbench_answers.Answers.read(tmp_path / "base.jsonl")
+    mtbench_answers.answer(loaded, bench, answers, "base", StopsAt(-1))
     assert answers_of(answered, "base") == {question.id: answers.turns(question) for question in bench.questions}
     assert len(heard) == TURNS
     for question in bench.questions:
@@ -163,8 +163,12 @@ def test_the_second_turn_is_asked_after_the_first_answer(
         for turn, answer in enumerate(said):
             how = heard[tuple(told)]
             assert how["said"] == answer
-            assert how["temperature"] == mtbench.TEMPERATURES.get(question.category, 0.7)
-            assert how["max_new_tokens"] == answers.lines[str(question.id)]["qspin"][turn]["cap"] < mtbench.NEW_TOKENS
+            assert how["temperature"] == mtbench_answers.TEMPERATURES.get(question.category, 0.7)
+            assert (
+                how["max_new_tokens"]
+                == answers.lines[str(question.id)]["qspin"][turn]["cap"]
+                < mtbench_answers.NEW_TOKENS
+            )
             told += [Message("assistant", answer), Message("user", question.turns[-1])]
 
 
@@ -188,17 +192,17 @@ def test_players_answer_for_themselves(answered: Path) -> None:
 
 
 def test_batches_are_of_one_temperature_and_of_bounded_size() -> None:
-    categories = [*mtbench.TEMPERATURES, "anything"]
+    categories = [*mtbench_answers.TEMPERATURES, "anything"]
     questions = [
         Question(f"{name}-{n}", name, ("One?", "Two?")[: 1 + n % 2], ()) for n in range(14) for name in categories
     ]
-    found = mtbench.batches(questions, 0)
+    found = mtbench_answers.batches(questions, 0)
     assert sorted(question.id for batch in found for question in batch) == sorted(question.id for question in questions)
-    assert max(map(len, found)) == mtbench.ROWS == 20
-    temperatures = [{mtbench.TEMPERATURES.get(q.category, 0.7) for q in batch} for batch in found]
+    assert max(map(len, found)) == mtbench_answers.ROWS == 20
+    temperatures = [{mtbench_answers.TEMPERATURES.get(q.category, 0.7) for q in batch} for batch in found]
     assert all(len(part) == 1 for part in temperatures)
     assert set.union(*temperatures) == {0.7, 0.0, 0.1}
-    assert {question.id for batch in mtbench.batches(questions, 1) for question in batch} == {
+    assert {question.id for batch in mtbench_answers.batches(questions, 1) for question in batch} == {
         question.id for question in questions if len(question.turns) == 2
     }
 
@@ -225,17 +229,17 @@ class StopsAt:
 def test_answers_that_were_interrupted_go_on_as_if_they_had_not_been(
     step: int, answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench = mtbench.read_bench(answered.parent / "questions.jsonl", None)
+    bench = mtbench_answers.read_bench(answered.parent / "questions.jsonl", None)
     loaded, path = Loaded.open(RunDir(answered), "1"), tmp_path / "iteration-1.jsonl"
     with pytest.raises(Stop):
-        mtbench.answer(loaded, bench, mtbench.Answers.read(path), "iteration-1", StopsAt(step))
+        mtbench_answers.answer(loaded, bench, mtbench_answers.Answers.read(path), "iteration-1", StopsAt(step))
     before = path.read_text().count('"ended"')
     assert 0 < before < TURNS
     rows: list[int] = []
     real = loaded.reply
     monkeypatch.setattr(loaded, "reply", lambda asked, **how: rows.append(len(asked)) or real(asked, **how))
-    answers = mtbench.Answers.read(path)
-    mtbench.answer(loaded, bench, answers, "iteration-1", StopsAt(-1))
+    answers = mtbench_answers.Answers.read(path)
+    mtbench_answers.answer(loaded, bench, answers, "iteration-1", StopsAt(-1))
     assert sum(rows) == TURNS - before, "an answer was made twice"
     assert {line["question_id"]: line["choices"][0]["turns"] for line in answers.lines.values()} == answers_of(
         answered, "iteration-1"
@@ -260,7 +264,7 @@ def test_what_does_not_fit_the_context_is_said(played: Path, tmp_path: Path, ser
     lines = [json.loads(line) for line in (folder_of(run) / "model_answer" / "base.jsonl").open()]
     first, second, third = ([part["cap"] for part in line["qspin"]] for line in lines)
     assert first == [0, 0] and second[1] == 0 and second[0] > third[0]
-    assert all(cap % mtbench.STEP == 0 for cap in (*second, *third))
+    assert all(cap % mtbench_answers.STEP == 0 for cap in (*second, *third))
 
 
 # --- grades ---
@@ -703,7 +707,7 @@ def test_a_question_that_is_none(change: dict[str, Any], told: str, tmp_path: Pa
     good = {"question_id": 7, "category": "stem", "turns": ["Well?"]}
     path = written(tmp_path / "q.jsonl", [good | {"question_id": 1}, good | change])
     with pytest.raises(QspinError, match=re.escape(f"{path}: line 2: ")) as caught:
-        mtbench.read_bench(path, None)
+        mtbench_answers.read_bench(path, None)
     assert told in str(caught.value)
 
 
@@ -712,12 +716,12 @@ def test_files_that_hold_no_questions(tmp_path: Path) -> None:
     for content, told in (("", "has no questions"), ("{", "line 1 is broken JSON"), ("[1]\n", "not an object")):
         path.write_text(content)
         with pytest.raises(QspinError, match=told):
-            mtbench.read_bench(path, None)
+            mtbench_answers.read_bench(path, None)
     with pytest.raises(QspinError, match="no such file"):
-        mtbench.read_bench(tmp_path / "none.jsonl", None)
+        mtbench_answers.read_bench(tmp_path / "none.jsonl", None)
     written(path, QUESTIONS)
     with pytest.raises(QspinError, match=r"r.jsonl: line 1: is no answer in FastChat's format"):
-        mtbench.read_bench(path, written(tmp_path / "r.jsonl", [{"question_id": 1, "choices": []}]))
+        mtbench_answers.read_bench(path, written(tmp_path / "r.jsonl", [{"question_id": 1, "choices": []}]))
 
 
 def test_other_questions_have_a_folder_of_their_own(
@@ -770,25 +774,25 @@ def test_fastchats_questions_are_fetched_once_with_their_references(
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Files, directory=str(there)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("QSPIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(mtbench, "SOURCE", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setattr(mtbench_answers, "SOURCE", f"http://127.0.0.1:{server.server_address[1]}")
     with pytest.raises(QspinError, match="is not FastChat's file; give --questions a file"):
-        mtbench.read_bench(None, None)
+        mtbench_answers.read_bench(None, None)
     for name, path in (("QUESTIONS", file), ("REFERENCES", reference)):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        monkeypatch.setattr(mtbench, name, (str(path.relative_to(there)), sha256))
+        monkeypatch.setattr(mtbench_answers, name, (str(path.relative_to(there)), sha256))
     Files.asked.clear()
-    found = mtbench.read_bench(None, None)
+    found = mtbench_answers.read_bench(None, None)
     assert found.questions[1].references == ("35, says GPT-4.", "42.")
-    assert mtbench.read_bench(None, None) == found
+    assert mtbench_answers.read_bench(None, None) == found
     assert Files.asked == ["/question.jsonl", "/reference_answer/gpt-4.jsonl"], "and then taken from the cache"
-    assert found.folder == mtbench.read_bench(file, None).folder, "the same questions, wherever they come from"
+    assert found.folder == mtbench_answers.read_bench(file, None).folder, "the same questions, wherever they come from"
     server.shutdown()
     server.server_close()
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(
         QspinError, match=r"can't be fetched \(.*\); give --questions a file in the format of FastChat's"
     ):
-        mtbench.read_bench(None, None)
+        mtbench_answers.read_bench(None, None)
 
 
 def test_fastchats_prompts_are_used_as_they_are(again: Path, played: Path, server: JudgeServer, tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ MODULE, FUNCTION = 400, 60  # lines, docstrings, comments and blank lines includ
 
 # What is longer, and why it is better so.
 LONGER = {
+    "qspin/cli.py: run": "options with their help, a line each",
+    "qspin/cli_trials.py: mtbench": "the same",
+    "qspin/judge.py: ask_all": "threads, and what hears of them, are to be seen at once",
     "qspin/evaluate.py: evaluate": "a list of the fields of one evaluation, each beside what it is made of",
     "qspin/optimisation.py: optimise": "a third is its docstring; a step must be seen whole to see what a stop leaves",
 }
