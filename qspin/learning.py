@@ -71,7 +71,11 @@ def warm_start(game: Game) -> None:
 
 def learn_alike(game: Game, folder: IterationDir, index: int, *, lr: float, start: Adapter) -> None:
     """What iteration `index` did, supervised: as many steps on batches as large, of real completions alone."""
-    steps = len(read_jsonl(game.dir.iteration(index).metrics))
+    played = game.dir.iteration(index)
+    if played.metrics.is_file():
+        steps = len(read_jsonl(played.metrics))
+    else:  # they were damaged, and are for show
+        steps = len(read_json(played.training_plan)["batches"]) * game.config.train.epochs
     seed = game.config.seed + index
     _learn_real(
         game,
@@ -157,6 +161,7 @@ def _fit(
         start: who is put into the slot.
     """
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    _heed_lower_budget(game, folder, pairs, prefix)
     failures, reached = 0, steps_kept(folder.snapshots)
     while not folder.adapter.is_dir():
         game.model.set_adapter(start)
@@ -174,10 +179,28 @@ def _fit(
                     "smaller model"
                 ) from None
             game.budget = smaller(pairs, plan, prefix)
-            remove(folder.scores(0).parent)  # before the plan that they belong to
-            remove(folder.training_plan)
+            _forget_plan(folder)
             game.progress.note(f"memory does not hold so many tokens; on with {game.budget} at once")
     remove(folder.snapshots)
+
+
+def _heed_lower_budget(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> None:
+    """A budget that was set below what the kept plan computes at once holds from here on: a process that the system
+    killed for want of memory could not lower it itself."""
+    asked, config = game.config.train.tokens_per_micro_batch, game.config.train
+    if folder.adapter.is_dir() or not isinstance(asked, int) or not folder.training_plan.is_file():
+        return
+    kept: Plan = read_json(folder.training_plan)["batches"]
+    lengths = [lengths_of(pair, prefix) for pair in pairs]
+    wanted = plan_batches(lengths, batch_size=config.batch_size, token_budget=asked, seed=game.config.seed)
+    if sum(map(len, wanted)) > sum(map(len, kept)):
+        _forget_plan(folder)
+        game.progress.note(f"on with {asked} tokens at once (train.tokens_per_micro_batch)")
+
+
+def _forget_plan(folder: IterationDir) -> None:
+    remove(folder.scores(0).parent)  # before the plan that they belong to
+    remove(folder.training_plan)
 
 
 def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> Plan:

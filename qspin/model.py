@@ -12,6 +12,7 @@ master weights are fp32 whatever the compute type.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.util
 import io
@@ -87,6 +88,9 @@ class SlotModel:
         Raises:
             QspinError: the base can't be loaded, or its architecture computes logits in a way not known here.
         """
+        gc.collect()  # of an earlier base, whose layers refer to each other
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         dtype = compute_dtype(model, device)
         kernels = unsloth_kernels() if backend == "unsloth" else Kernels()
         try:

@@ -75,6 +75,19 @@ def test_it_goes_on_where_it_stopped(played: tuple[RunDir, list[bytes]], ready: 
     assert read_json(folder.evaluation) == read_json(played[0].supervised(0.02, 1).evaluation)
 
 
+def test_without_the_metrics_of_an_iteration_it_takes_as_many_steps(
+    played: tuple[RunDir, list[bytes]], ready: Prepared, tmp_path: Path
+) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(played[0].path, copy.path)
+    steps = len(read_jsonl(copy.iteration(0).metrics))
+    remove(copy.path / "supervised")
+    copy.iteration(0).metrics.write_text("damaged")
+    baseline(ready, copy.path, Silent(), RATES[:1])
+    assert not copy.iteration(0).metrics.is_file()
+    assert len(read_jsonl(copy.supervised(RATES[0], 0).metrics)) == steps
+
+
 def test_it_stands_in_the_table_of_the_run(played: tuple[RunDir, list[bytes]], ready: Prepared) -> None:
     run, config = played[0], ready.config
     rival = best_rival(run, config)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import Notes
 
+from qspin.answering import answer
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import read_jsonl, write_json, write_jsonl
+from qspin.files import read_json, read_jsonl, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
@@ -102,3 +103,40 @@ def test_the_most_memory_that_was_held_is_kept_beside_the_seconds(game: Game) ->
     with pytest.raises(KeyboardInterrupt), game.counted(folder, "evaluate"):
         raise KeyboardInterrupt
     assert (folder.peaks(), set(folder.seconds())) == (kept, {"score", "train"}), "what failed counts for nothing"
+
+
+def test_a_budget_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
+    """As after the system killed a process for want of memory."""
+    pairs = pairs_of(game, 0)
+    generated(game, 0, pairs)
+    folder = game.dir.iteration(0)
+
+    def kept(budget: int) -> int:
+        """Micro-batches of the plan that is worked by under a budget, which is not worked to its end."""
+        train = game.config.train.model_copy(update={"tokens_per_micro_batch": budget})
+        config = game.config.model_copy(update={"train": train})
+        again = replace(game, prepared=replace(game.prepared, config=config), budget=None)
+
+        def stop(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        again.progress = Notes()
+        again.progress.phase = stop  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            learn(again, 0)
+        return sum(map(len, read_json(folder.training_plan)["batches"]))
+
+    whole = kept(512)
+    assert kept(2048) == kept(512) == whole, "a larger one, or the same, changes nothing"
+    assert kept(32) > whole
+    assert kept(512) == kept(32), "and what was lowered stays"
+
+
+def test_a_width_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
+    plan = game.dir.iteration(0).generation_plan
+    write_json(plan, {"width": 64, "shards": [[0, 1], [2, 3]]})
+    answer(game, 0)
+    assert read_json(plan)["width"] == 2
+    write_json(plan, {"width": 1, "shards": [[0, 1], [2, 3]]})
+    answer(game, 0)
+    assert read_json(plan)["width"] == 1, "found too wide before"
