@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from qspin.errors import QspinError
 from qspin.footprint import MOST_TOKENS, SHARE, Batch
-from qspin.memory import OutOfMemory, free_bytes, peak, refusals_told
+from qspin.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row
 from qspin.records import Pair
@@ -37,6 +37,7 @@ def token_budget(
     """
     most = MOST_TOKENS[model.device.type]
     footprint = model.footprint
+    give_back_freed_memory()
     room = SHARE * free_bytes(model.device) - footprint.optimizer(optimizer)
 
     def predicted(members: Sequence[Pair]) -> int:
@@ -46,8 +47,7 @@ def token_budget(
 
     small = _longest(pairs, plan(most // FIRST_PROBE), prefix)
     try:
-        # on a CPU what was freed before is kept, and work that fits into it does not show as growth
-        off = max(1.0, _need(model, small, prefix) / predicted(small))
+        off = _need(model, small, prefix) / predicted(small)
     except OutOfMemory:
         raise _too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
 
@@ -111,6 +111,7 @@ def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> 
 
 def _need(model: SlotModel, pairs: Sequence[Pair], prefix: int) -> int:
     """Bytes that a forward and backward pass of a micro-batch takes at most."""
+    give_back_freed_memory()  # work that fits into it would not show
     with peak(model.device) as measured, refusals_told():
         real, generated = pair_logps(model, pack_row(pairs, model.device, prefix))
         (real - generated).sum().backward()  # type: ignore[no-untyped-call]

@@ -56,6 +56,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
+def give_back_freed_memory() -> None:
+    """Undo once what `keep_freed_memory` has kept, on glibc: freed blocks are the system's again, so that it knows what
+    is free and a peak shows. What is freed from here on is kept."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_bytes(device: torch.device) -> int:
     """What this process may still take: on a GPU within its share, freed blocks that torch holds included. The
     processes of one launch share a machine's memory."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +140,28 @@ def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
 
 
 # --- real memory
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is the allocator's business")
+def test_what_was_freed_before_does_not_hide_what_work_takes() -> None:
+    """In a process of its own, as the allocator's settings are for good."""
+    script = (
+        "import torch\n"
+        "from qspin.memory import give_back_freed_memory, keep_freed_memory, peak\n"
+        "keep_freed_memory()\n"
+        "def work():\n"
+        "    parts = [torch.ones(1 << 20) for _ in range(60)]\n"  # 4 MiB each
+        "    return len(parts)\n"
+        "work()\n"
+        "with peak(torch.device('cpu')) as hidden: work()\n"
+        "give_back_freed_memory()\n"
+        "with peak(torch.device('cpu')) as shown: work()\n"
+        "print(hidden.above >> 20, shown.above >> 20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    hidden, shown = map(int, done.stdout.split())
+    assert hidden < 120, "else there is nothing to mend"
+    assert shown > 200
 
 
 def test_peak_sees_what_a_block_takes_and_gives_back() -> None:
