@@ -31,11 +31,13 @@ def answer(game: Game, iteration: int) -> None:
             "shards": [list(range(start, min(start + size, rows))) for start in range(0, rows, size)],
         },
     )
+    missing = [shard for shard in enumerate(plan["shards"]) if not folder.generated(shard[0]).is_file()]
     asked = game.config.generation.width
-    if isinstance(asked, int) and asked < plan["width"]:  # a process that the system killed could not lower it itself
+    if (
+        missing and isinstance(asked, int) and asked < plan["width"]
+    ):  # a process that the system killed could not lower it itself
         plan["width"] = asked
         write_json(folder.generation_plan, plan)
-    missing = [shard for shard in enumerate(plan["shards"]) if not folder.generated(shard[0]).is_file()]
 
     def begin() -> None:
         done = rows - sum(len(shard) for _, shard in missing)

@@ -15,7 +15,7 @@ from conftest import Notes
 from qspin.answering import answer
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl, write_json, write_jsonl
+from qspin.files import read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
@@ -137,6 +137,7 @@ def test_a_width_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     write_json(plan, {"width": 64, "shards": [[0, 1], [2, 3]]})
     answer(game, 0)
     assert read_json(plan)["width"] == 2
+    remove(game.dir.iteration(0).generated(0).parent)
     write_json(plan, {"width": 1, "shards": [[0, 1], [2, 3]]})
     answer(game, 0)
     assert read_json(plan)["width"] == 1, "found too wide before"
