@@ -41,7 +41,7 @@ from qspin.records import Message
 from qspin.run_dir import RunDir
 
 KEYS = {
-    "to", "iteration", "base", "onto", "dtype", "rows", "nll_trained", "nll_exported", "nll_difference",
+    "to", "iteration", "adapter", "base", "onto", "dtype", "rows", "nll_trained", "nll_exported", "nll_difference",
     "top1_agreement", "completions",
 }  # fmt: skip
 
