@@ -58,6 +58,7 @@ def make_config(data: Path | None, *, rows: int, cap: int, batch_size: int) -> R
             "generation.max_new_tokens": cap,
             "train.batch_size": batch_size,
             "train.epochs": 2,
+            "train.sft_weight": 0.0,  # as TRL
             "train.warmup": 0.0,  # where there is one, TRL's first step has a rate of 0
             "train.snapshot_minutes": 60,
         },

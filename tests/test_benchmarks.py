@@ -70,11 +70,15 @@ def test_results_say_when_where_and_how(path: Path) -> None:
 
 def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    for name in ("beta", "loss"):
+    for name, count in (("beta", 10), ("loss", 10), ("rank", 10), ("temperature", 6), ("rows", 6), ("rate", 8)):
         written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
         rows = [line for line in written.splitlines() if line.startswith("|")]
-        assert len(rows) == 10
+        assert len(rows) == count
         assert "\n".join(rows) in page
+    for name in ("two-iterations", "two-turns"):
+        written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
+        for title in ("Held-out rows: likelihood, and the game", "Held-out rows: what it writes"):
+            assert written.partition(f"## {title}\n\n")[2].partition("\n\n")[0] in page
     summary = (ROOT / "docs" / "experiments" / "baseline.md").read_text(encoding="utf-8")
     rates = summary.partition("## Supervised training, by rate\n\n")[2].partition("\n\n")[0]
     assert len(rates.splitlines()) == 5
