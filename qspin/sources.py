@@ -229,7 +229,8 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    # KeyError: a time zone that nobody knows
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise QspinError(f"{path}: cannot be read after row {number} ({one_line(error)}); write it anew") from None
 
 
