@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 from collections.abc import Callable
@@ -17,10 +18,13 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.base import find_base
-from qspin.config import Architecture, LoraConfig, ModelConfig
+from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
 from qspin.model import SlotModel
+from qspin.prepare import prepare
 from qspin.progress import Silent
 from qspin.records import Message, Record
+from qspin.run_dir import RunDir
+from qspin.spin import run
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
 torch.set_num_threads(1)
@@ -167,6 +171,13 @@ def small_run(model: Path, data: Path, rows: int, aside: str = "") -> dict[str, 
         "train.lr": 0.02,
         "evaluation.stop": "never",
     }
+
+
+def played_small(model: Path, folder: Path) -> RunDir:
+    """Two iterations of a `small_run`, to its end."""
+    config = load_config(None, small_run(model, folder / "rows.jsonl", rows=18) | {"iterations": 2})
+    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
+    return RunDir(folder / "run")
 
 
 class Notes(Silent):

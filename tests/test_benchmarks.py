@@ -75,6 +75,16 @@ def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
         rows = [line for line in written.splitlines() if line.startswith("|")]
         assert len(rows) == count
         assert "\n".join(rows) in page
+    for seed in (0, 1, 2):
+        written = (ROOT / "docs" / "experiments" / f"sft-seed-{seed}.md").read_text(encoding="utf-8")
+        likelihood, changes = (
+            written.partition(f"## {title}\n\n")[2].partition("\n\n")[0].splitlines()
+            for title in ("Held-out rows: likelihood, and the game", "Changes against the base, on the same rows")
+        )
+        for player in ("0", "1"):
+            [nll] = [line.split(" | ")[2] for line in likelihood if line.startswith(f"| {player} |")]
+            [others] = [line.split(" | ")[1:3] for line in changes if line.startswith(f"| {player} |")]
+            assert f"| {seed} | iteration {player} | {nll} | {' | '.join(others)} |" in page
     for name in ("two-iterations", "two-turns"):
         written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
         for title in ("Held-out rows: likelihood, and the game", "Held-out rows: what it writes"):

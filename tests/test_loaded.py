@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_run
+from conftest import played_small
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -18,20 +18,15 @@ from qspin.evaluation import read_evaluation
 from qspin.files import read_json, write_json
 from qspin.loaded import Loaded, Stream
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
-from qspin.spin import run
 
 NEW = 10
 
 
 @pytest.fixture(scope="module")
 def run_dir(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = tmp_path_factory.mktemp("loaded")
-    config = load_config(None, small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18) | {"iterations": 2})
-    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
-    return RunDir(folder / "run")
+    return played_small(tiny_folder("llama"), tmp_path_factory.mktemp("loaded"))
 
 
 @pytest.fixture(scope="module")

@@ -20,23 +20,19 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import small_run
+from conftest import played_small
 from judge_server import KEY, MODEL, JudgeServer
 from test_cli import Answer, call, process
 
 from qspin import judge as judge_module
 from qspin import mtbench, mtbench_answers, mtbench_result
-from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json
 from qspin.judge import Judge
 from qspin.judging import OWN, Question, rating, read_prompts, request, winner
 from qspin.loaded import Loaded
-from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
-from qspin.spin import run
 
 SEVEN = "It will do. Rating: [[7]]"
 QUESTIONS: list[dict[str, Any]] = [
@@ -52,8 +48,7 @@ TURNS = 9
 @pytest.fixture(scope="module")
 def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mtbench")
-    config = load_config(None, small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18) | {"iterations": 2})
-    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
+    played_small(tiny_folder("llama"), folder)
     written(folder / "questions.jsonl", QUESTIONS)
     return folder
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import small_run
+from conftest import played_small
 from rich.console import Console
 from test_cli import COLOUR_VARIABLES, call
 
@@ -28,10 +28,8 @@ from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
 from qspin.loaded import Loaded
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
-from qspin.spin import run
 from qspin.talk import COMMANDS, Manner, Show, Talk
 
 GREEDY = Manner(temperature=0, top_p=1, max_new_tokens=10)
@@ -43,10 +41,7 @@ RICH = re.compile(r"\x1b\[([01]m|\?25[lh]|1A|2K)")  # what Rich itself writes he
 
 @pytest.fixture(scope="module")
 def run_dir(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = tmp_path_factory.mktemp("talk")
-    config = load_config(None, small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18) | {"iterations": 2})
-    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
-    return RunDir(folder / "run")
+    return played_small(tiny_folder("llama"), tmp_path_factory.mktemp("talk"))
 
 
 @pytest.fixture(scope="module")
