@@ -4,6 +4,9 @@
 PYTHON ?= python3
 READY := .venv/.ready
 
+# two processes of one thread each, a file's tests in one of them, as they share what they make
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+
 # what a library's release most easily breaks: arithmetic beside transformers and PEFT, tokens, files, the command line
 FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py cli.py config.py data.py evaluation.py \
 	fused.py generation.py gguf_file.py invariants.py lora.py loss.py merge.py model.py optimisation.py packing.py \
@@ -32,7 +35,7 @@ quickstart: $(READY)
 	.venv/bin/qspin run quickstart --out runs/quickstart
 
 test: lint
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 lint: $(READY)
 	.venv/bin/ruff check
@@ -51,7 +54,7 @@ floors:
 	@mkdir -p .floors
 	@$(PYTHON) tools/floors.py > .floors/constraints.txt
 	@VENV=.floors/venv CONSTRAINTS=.floors/constraints.txt bash tools/setup.sh "$(PYTHON)"
-	QSPIN_CACHE=.floors/cache .floors/venv/bin/python -m pytest -q $(FLOOR_TESTS)
+	QSPIN_CACHE=.floors/cache .floors/venv/bin/python -m pytest -q $(SIDE_BY_SIDE) $(FLOOR_TESTS)
 
 clean:
 	rm -rf .venv .floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

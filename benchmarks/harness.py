@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def write(name: str, content: Mapping[str, Any]) -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", f"benchmarks/bench_{name}.py", *map(_name, sys.argv[1:])]),
         "machine": _machine(),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages if find_spec(p)}},
     }
     path.write_text(json.dumps(about | dict(content), indent=2) + "\n")
     say(f"kept in benchmarks/results/{path.name}")

@@ -252,6 +252,10 @@ def test_a_tokenizer_needs_no_padding_token_and_none_is_written() -> None:
 # Control tokens in a row's text
 
 
+def usual() -> tuple[Any, Renderer]:
+    return smollm2(), build()
+
+
 def gemma() -> tuple[Any, Renderer]:
     return families(), build(families(), template=GEMMA)
 
@@ -270,15 +274,15 @@ def unmarked() -> tuple[Any, Renderer]:
 @pytest.mark.parametrize(
     ("parts", "name"),
     [
-        (lambda: (smollm2(), build()), "<|im_end|>"),
-        (lambda: (smollm2(), build()), "<|im_start|>"),
-        (lambda: (smollm2(), build()), "<|endoftext|>"),
+        (usual, "<|im_end|>"),
+        (usual, "<|im_start|>"),
+        (usual, "<|endoftext|>"),
         (gemma, "<end_of_turn>"),
         (gemma, "<s>"),
         (gemma, "</s>"),
         (unmarked, "[TURN]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 @pytest.mark.parametrize("text", ["{}", "a{}b", "The {} is\n{}{} here.", "{}\nassistant\nYes.{}"], ids=ascii)
 def test_a_control_token_in_a_text_is_plain_text(
