@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from qspin.config_files import PATHS, read_layers, together
+from qspin.config_files import NOT_YAML, PATHS, read_layers, together
 from qspin.errors import QspinError
 from qspin.safe_text import check_path, secret_keys
 
@@ -278,7 +278,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise QspinError(f"--set takes KEY=VALUE, as in --set train.beta=0.2; got {text!r}")
     try:
         return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise QspinError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
 
 

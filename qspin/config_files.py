@@ -18,6 +18,8 @@ import yaml
 
 from qspin.errors import QspinError
 
+# PyYAML lets Python's own out, as for the date 2024-13-45 or a thousand brackets
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 SUFFIXES = {".yaml", ".yml"}  # by which a configuration file is told from a preset's name
 PATHS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
 
@@ -117,7 +119,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
         tree = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise QspinError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):

@@ -70,6 +70,11 @@ def write_plain_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def copy_file(path: Path, copy: Path) -> None:
+    """A file's content under another name; its folder is made if need be."""
+    _write(copy, path.read_bytes())
+
+
 def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
     """What `write_json` wrote.
 

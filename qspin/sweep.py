@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,15 +23,17 @@ import yaml
 
 from qspin import plots
 from qspin.config import RunConfig, changed_results, dump_config, load_config
+from qspin.config_files import NOT_YAML
 from qspin.errors import QspinError
 from qspin.evaluation import panel
-from qspin.files import read_json, write_text
+from qspin.files import copy_file, read_json, write_text
 from qspin.game import Game, under_way
 from qspin.players import kept, players
 from qspin.prepare import Prepared
 from qspin.progress import Progress
 from qspin.report import GAME, PLAYER, WRITING, Column, Results, markdown
 from qspin.run_dir import RunDir
+from qspin.safe_text import check_path
 from qspin.spin import play
 
 TABLE, PLOT = "SWEEP.md", "sweep.svg"
@@ -64,7 +65,7 @@ def _parse_vary(text: str) -> tuple[str, list[Any]]:
     wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
     try:
         found = yaml.safe_load(f"[{values}]") if separator and key else []
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise QspinError(wanted) from None
     if not found or len({str(value) for value in found}) < len(found):
         raise QspinError(wanted if not found else f"--vary {key}: a value is named twice")
@@ -84,6 +85,7 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     for values in itertools.product(*varied.values()):
         settings = dict(zip(varied, values, strict=True))
         name = "_".join(f"{short[key]}={_in_a_name(value)}" for key, value in settings.items())
+        check_path(name, "--vary")
         cells.append(Cell(name, settings, load_config(source, {**overrides, **settings})))
     if len({cell.name for cell in cells}) < len(cells):
         raise QspinError("--vary: two combinations would have one folder's name; give values that differ in letters")
@@ -143,8 +145,7 @@ def _copy_under_a_plan(plan: Path, our_plan: Path, shard: Path, our_shard: Path)
 
 def _copy(path: Path, copy: Path) -> None:
     if path.is_file() and not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, copy)
+        copy_file(path, copy)
 
 
 # --- results

@@ -76,7 +76,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
     Raises:
         QspinError: at the end, if a run could not be played to its end.
     """
-    console, failed = Console(), []
+    console, failed, played = Console(), [], []
     begun = (cell.run_dir(out) for cell in cells if cell.run_dir(out).record.is_file())
     date = template_date(next(begun, cells[0].run_dir(out)))  # one for all, or prompts of some templates would differ
     for number, cell in enumerate(cells, start=1):
@@ -90,14 +90,17 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
                 progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
                 _notes(prepared, progress)
                 sweep.play_cell(cell, prepared, out, cells, progress)
+            played.append(cell)
         except QspinError as error:  # the others may well be played
             tell(console, f"error: {error}")
             failed.append(cell.name)
-        sweep.write_results(out, cells)
-    table = sweep.results(out, cells)
-    console.print(view.results_table(table))
-    console.print(view.notes_table(table.notes), style="dim")
-    tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
+        if played:  # what stands in the folder of one that failed may be damaged, or another run
+            sweep.write_results(out, played)
+    if played:
+        table = sweep.results(out, played)
+        console.print(view.results_table(table))
+        console.print(view.notes_table(table.notes), style="dim")
+        tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
     if failed:
         raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")
 

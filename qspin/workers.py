@@ -44,7 +44,7 @@ def rank() -> int:
 
 def _launched() -> int:
     """How many processes the launcher started."""
-    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 @contextlib.contextmanager

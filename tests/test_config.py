@@ -160,6 +160,8 @@ def test_paths_of_the_command_line_are_meant_from_where_it_is_typed(write: Calla
     ("text", "said"),
     [
         ("train: [1\n", "not valid YAML: "),
+        ("train:\n  beta: 2024-13-45\n", "not valid YAML: month must be in 1..12"),
+        ("[" * 5000, "not valid YAML: maximum recursion depth"),
         ("- 1\n", "a configuration is a mapping of settings, not a list"),
         ("quickstart\n", "a configuration is a mapping of settings, not a str"),
     ],
@@ -280,7 +282,7 @@ def test_an_override_without_key_or_value(text: str) -> None:
     assert str(caught.value) == f"--set takes KEY=VALUE, as in --set train.beta=0.2; got {text!r}"
 
 
-@pytest.mark.parametrize("value", ["[1", "{a", "!!python/object:os.system x", "@x"])
+@pytest.mark.parametrize("value", ["[1", "{a", "!!python/object:os.system x", "@x", "2024-13-45", "!!int x"])
 def test_an_override_that_is_no_yaml(value: str) -> None:
     with pytest.raises(QspinError) as caught:
         parse_override(f"train.beta={value}")

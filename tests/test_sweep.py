@@ -53,7 +53,7 @@ def test_what_is_asked_for() -> None:
     assert parse_vary(["train.beta=0.01,0.1", "seed=1"]) == {"train.beta": [0.01, 0.1], "seed": [1]}
     assert parse_vary(["train.loss=logistic, hinge"]) == {"train.loss": ["logistic", "hinge"]}
     assert parse_vary(["train.beta=[0.1,5],0.1"]) == {"train.beta": [[0.1, 5], 0.1]}
-    for wrong in ("train.beta", "train.beta=", "=1", "train.beta=[1"):
+    for wrong in ("train.beta", "train.beta=", "=1", "train.beta=[1", "train.beta=2024-13-45"):
         with pytest.raises(QspinError, match="--vary takes KEY=VALUE,VALUE"):
             parse_vary([wrong])
     with pytest.raises(QspinError, match="a value is named twice"):
@@ -74,6 +74,8 @@ def test_a_grid_is_every_combination_checked_beforehand() -> None:
         grid("smollm2-135m", {}, {"train.beta": [0.1], "train.loss": ["logistic", "hing"]})
     with pytest.raises(QspinError, match="would have one folder"):
         grid("smollm2-135m", {}, {"data.source": ["a b.jsonl", "a-b.jsonl"]})
+    with pytest.raises(QspinError, match=r"--vary: .* is too long for a file's name"):
+        grid("smollm2-135m", {}, {"data.source": ["a" * 300]})
     with pytest.raises(QspinError, match="two combinations are the same"):
         grid("smollm2-135m", {}, {"train.lr": ["1e-4", 0.0001]})
 
@@ -157,7 +159,27 @@ def test_a_run_that_fails_does_not_end_a_sweep(settings: dict[str, Any], tmp_pat
     assert answered.code == 1
     assert "1 of 2 runs did not come to their end: targets=nothing_of_this_name" in answered.err
     assert (tmp_path / "out" / "targets=q_proj" / "iteration-0" / "adapter" / WEIGHTS).is_file()
-    assert (tmp_path / "out" / TABLE).is_file()
+    table = (tmp_path / "out" / TABLE).read_text(encoding="utf-8")
+    assert "['q_proj']" in table
+    assert "nothing_of_this_name" not in table
+
+
+def test_a_table_holds_what_this_sweep_played(settings: dict[str, Any], tmp_path: Path) -> None:
+    """One that is damaged is mended when its turn comes; a folder that another sweep filled is refused."""
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    command = ["sweep", "--out", tmp_path / "out", *options]
+    assert call(*command, "--vary", "train.beta=0.1,1").code == 0
+    evaluation = tmp_path / "out" / "beta=1" / "base" / "evaluation.json"
+    evaluation.write_bytes(evaluation.read_bytes()[:100])
+    answered = call(*command, "--vary", "train.beta=0.1,1")
+    assert (answered.code, answered.out.count("taken away")) == (0, 1)
+    table = (tmp_path / "out" / TABLE).read_text(encoding="utf-8")
+    assert table.count("| base |") == 2
+    refused = call(*command, "--vary", "train.beta=0.1,1", "--set", "train.lr=0.5")
+    assert (refused.code, refused.out.count("error: ")) == (1, 2)
+    assert "2 of 2 runs did not come to their end" in refused.err
+    assert "| base |" not in refused.out
+    assert (tmp_path / "out" / TABLE).read_text(encoding="utf-8") == table
 
 
 def test_what_was_half_copied_is_made_again(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:

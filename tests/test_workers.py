@@ -331,6 +331,12 @@ def test_each_process_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
         workers.connect()
 
 
+def test_a_rank_without_a_world_is_a_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert workers.rank() == 0
+
+
 # --- who is dealt what
 
 
