@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness import say, write
+from harness import made_by, say
 
 from qspin.adapters import load_adapter
 from qspin.evaluate import SHARD, evaluate
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="of iterations, or of rounds of supervised training")
     parser.add_argument("--data", required=True, help="held-out rows")
     parser.add_argument("--rows", type=int, default=640, help="at most so many (default 640)")
-    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
+    parser.add_argument("--out", type=Path, help="a file for the results")
     options = parser.parse_args()
     runs = {run_of(folder).path: run_of(folder) for folder in options.folders}
     prepared = unseen(runs.values(), options.data, options.rows)
@@ -92,8 +93,8 @@ def main() -> None:
         content["players"][name] = {"figures": {key: figures[key] for key in FIGURES}, "changes": changes}
         say(f"{name}: " + ", ".join(f"{key} {figures[key].told(spec)}" for key, spec in FIGURES.items()))
         say("  change: " + ", ".join(f"{key} {figure.told('+.3f')}" for key, figure in changes.items()))
-        if options.write:
-            write("heldout", content)
+        if options.out:
+            options.out.write_text(json.dumps(made_by("heldout") | content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
