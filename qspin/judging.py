@@ -31,6 +31,11 @@ class Question:
     turns: tuple[str, ...]
     references: tuple[str, ...]  # by turn; "" where there is none
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The references that a judge sees."""
+        return tuple(self.references[turn - 1] for turn in range(1, len(self.turns) + 1) if self.guided(turn))
+
     def guided(self, turn: int) -> bool:
         """Whether a reference is wanted to judge a turn (from 1), and there."""
         return self.category in GUIDED and len(self.references) >= turn and all(self.references[:turn])

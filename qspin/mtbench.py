@@ -9,7 +9,7 @@ In the run's folder, with formats of FastChat's where it has one:
 mt-bench/questions-HASH/            one question file
     question.jsonl
     model_answer/iteration-1.jsonl  a line a question, written anew after each batch of answers
-    JUDGE-HASH/                     one judge with its prompts
+    JUDGE-HASH/                     one judge with its prompts and the reference answers that it sees
         grades/1/81-turn-2.json     a judgement: what was asked, what was said, the verdict
         pairs/base-1/81-turn-2-a.json, …-b.json     with the answers in this order, and in the other one
         result.json                 see mtbench_result.py
@@ -117,7 +117,9 @@ class Trial:
     def judged(self) -> Path:
         assert self.judge is not None
         words = {name: (prompt.system, prompt.template) for name, prompt in self.prompts.items()}
-        return self.folder / f"{_slug(self.judge.model)}-{short_hash([self.judge.model, words])}"
+        shown = {str(question.id): question.shown for question in self.bench.questions if question.shown}
+        seen = [self.judge.model, words, shown] if shown else [self.judge.model, words]
+        return self.folder / f"{_slug(self.judge.model)}-{short_hash(seen)}"
 
     @property
     def result(self) -> Path:

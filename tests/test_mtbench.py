@@ -306,15 +306,50 @@ def test_what_a_judge_is_shown(again: Path, played: Path, server: JudgeServer) -
 
 
 def test_references_of_a_file_take_the_place(again: Path, played: Path, server: JudgeServer, tmp_path: Path) -> None:
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
-    assert trial(*arguments).code == 0
     row = {"question_id": 5, "choices": [{"index": 0, "turns": ["It is 7, surely.", "Since I say so."]}]}
     file = written(tmp_path / "gpt-4.jsonl", [row, {**row, "question_id": 999}])
-    server.asked.clear()
+    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
     assert trial(*arguments, "--references", file).code == 0
-    assert len(server.asked) == 2, "others are asked the same as before"
-    assert all("It is 7, surely." in body["messages"][-1]["content"] for body in server.asked)
+    assert sum("It is 7, surely." in prompt for prompt in server.prompts()) == 2
+    assert sum("It is 35." in prompt for prompt in server.prompts()) == 2, "where it has none, the question file's"
     assert result_of(again)["grades"]["base"]["answers"]["unguided"] == 0
+
+
+def test_what_was_judged_with_other_references_is_in_no_table_with_these(
+    again: Path, played: Path, server: JudgeServer, tmp_path: Path
+) -> None:
+    bare = [{key: value for key, value in question.items() if key != "reference"} for question in QUESTIONS]
+    without = written(tmp_path / "questions.jsonl", bare)
+    others = [{"question_id": 2, "choices": [{"index": 0, "turns": ["It is 15.", "It is 18."]}]}]
+    server.judge = lambda prompt: "[[C]] [[2]]" if "REFERENCE" in prompt else "[[C]] [[9]]"
+    assert trial(again, server, played / "questions.jsonl", "--iteration", "base").code == 0
+    first = result_of(again)
+    assert trial(again, server, without, "--iteration", "1").code == 0
+    assert trial(again, server, without, "--iteration", "base,1", "--pairwise").code == 0
+    third = written(tmp_path / "gpt-4.jsonl", others)
+    assert trial(again, server, without, "--iteration", "0", "--references", third).code == 0
+    assert len(list((again / "mt-bench").glob("questions-*"))) == 1, "players are asked the same"
+    found = mtbench_result.results(again)
+    assert first in found
+    held = {tuple(result["grades"]): tuple(result["pairs"]) for result in found}
+    assert held == {("base",): (), ("1",): ("base vs 1",), ("0",): ()}
+
+
+def test_only_references_that_are_shown_make_another_judge(tmp_path: Path) -> None:
+    judge = Judge("http://127.0.0.1:9/v1", MODEL, timeout=1)
+
+    def folder(references: dict[int, list[str]]) -> str:
+        rows = [question | {"reference": references.get(question["question_id"])} for question in QUESTIONS]
+        bench = mtbench_answers.read_bench(written(tmp_path / "q.jsonl", rows), None)
+        return mtbench.Trial(RunDir(tmp_path), bench, judge, OWN, "", 1, StopsAt(-1)).judged.name
+
+    words = {name: (prompt.system, prompt.template) for name, prompt in OWN.items()}
+    none = f"scripted-judge-1-{mtbench_answers.short_hash([MODEL, words])}"
+    assert folder({}) == none
+    assert folder({1: ["Three.", "Four."]}) == none, "writing is graded without"
+    assert folder({2: ["", "It is 42."]}) == none, "a second turn's alone is shown nowhere"
+    told: list[dict[int, list[str]]] = [{2: ["It is 35."]}, {2: ["36."]}, {2: ["It is 35.", "42."]}, {5: ["It is 35."]}]
+    assert len({none, *map(folder, told)}) == 5
 
 
 def test_the_same_command_asks_nothing_again(again: Path, played: Path, server: JudgeServer) -> None:
