@@ -93,12 +93,15 @@ class Judge:
             ) from None
 
     def check(self, note: Callable[[str], None]) -> None:
-        """Ask it for a word, before work that would be for nothing if it refused.
+        """Ask it for a word, before work that would be for nothing if it refused; once it has answered, no more.
+
+        What it refuses from then on may be one prompt, as one that is too long.
 
         Raises:
             QspinError: it refuses, or can't be reached.
         """
-        self.ask([Message("user", "Say: ready")], note=note)
+        if not self._answered:
+            self.ask([Message("user", "Say: ready")], note=note)
 
     def ask(
         self,

@@ -156,7 +156,7 @@ class Trial:
         return self._conclude("pairs", {f"{first} vs {second}": games})
 
     def answers(self, players: Sequence[str]) -> dict[str, Answers]:
-        """Every player's, made where they are missing. The judge is asked for a word before any is."""
+        """Every player's, made where they are missing. The judge is asked for a word before any is, not hours after."""
         found = {player: Answers.read(self.folder / ANSWERS / f"{_model_name(player)}.jsonl") for player in players}
         questions = self.bench.questions
         wanting = [player for player in players if found[player].missing(questions)]
@@ -227,6 +227,8 @@ class Trial:
             done += 1
             self.progress.step(told, done, len(asked))
 
+        if missing:
+            judge.check(self.progress.note)
         ask_all(
             judge,
             {path: item.messages for path, item in missing.items()},

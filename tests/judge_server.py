@@ -34,7 +34,7 @@ class Failure:
 class JudgeServer:
     """Serves from threads of this process for as long as the `with` block runs."""
 
-    def __init__(self, judge: Callable[[str], str | None]) -> None:
+    def __init__(self, judge: Callable[[str], Failure | str | None]) -> None:
         self.judge = judge  # of the text of the user's message
         self.asked: list[dict[str, Any]] = []
         self.failed = 0

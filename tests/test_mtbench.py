@@ -21,7 +21,7 @@ from typing import Any
 import filelock
 import pytest
 from conftest import played_small
-from judge_server import KEY, MODEL, JudgeServer
+from judge_server import KEY, MODEL, Failure, JudgeServer
 from test_cli import Answer, call, process
 
 from qspin import judge as judge_module
@@ -176,7 +176,7 @@ def test_without_a_judge_players_only_answer(played: Path, tmp_path: Path, serve
     assert f"answers: {folder_of(run) / 'model_answer'}; give --judge-url and --judge-model" in answer.out
     assert sum(map(len, answers_of(run, "base").values())) == TURNS
     assert trial(run, server, played / "questions.jsonl", "--iteration", "base").code == 0
-    assert len(server.asked) == TURNS, "no word beforehand: there was nothing left to answer"
+    assert len(server.prompts()) == TURNS
     assert "go together" in one_line(call(*asked, "--judge-url", server.url))
     assert "go together" in one_line(call(*asked, "--judge-model", MODEL))
     assert "--pairwise is for a judge" in one_line(call(*asked, "--pairwise"))
@@ -250,6 +250,7 @@ def test_what_does_not_fit_the_context_is_said(played: Path, tmp_path: Path, ser
     ]
     answer = trial(run, server, written(tmp_path / "long.jsonl", rows), "--iteration", "base")
     assert answer.code == 0, answer.err
+    assert len(server.asked) == len(server.prompts()) + 1, "one word beforehand, for answers and judgements"
     assert re.search(r"no room for 1024 new tokens in 3 of 6 turns, which were given \d+ to \d+", answer.out)
     assert "3 of 6 turns are too long for the context, or can't be rendered; their answers are empty" in answer.out
     said = answers_of(run, "base")
@@ -272,7 +273,7 @@ def test_each_turn_is_graded_and_counted(again: Path, played: Path, server: Judg
     server.judge = judge
     answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,1")
     assert answer.code == 0, answer.err
-    assert len(server.asked) == 2 * TURNS
+    assert len(server.prompts()) == 2 * TURNS
     assert all(body["temperature"] == 0 and body["max_tokens"] == 2048 for body in server.asked)
     assert 1 < server.busiest <= 4
     result = result_of(again)
@@ -355,10 +356,10 @@ def test_only_references_that_are_shown_make_another_judge(tmp_path: Path) -> No
 def test_the_same_command_asks_nothing_again(again: Path, played: Path, server: JudgeServer) -> None:
     first = trial(again, server, played / "questions.jsonl", "--iteration", "base")
     second = trial(again, server, played / "questions.jsonl", "--iteration", "base")
-    assert len(server.asked) == TURNS
+    assert len(server.prompts()) == TURNS
     assert first.out.partition("MT-Bench:")[2] == second.out.partition("MT-Bench:")[2]
     assert trial(again, server, played / "questions.jsonl", "--iteration", "1").code == 0
-    assert len(server.asked) == 2 * TURNS
+    assert len(server.prompts()) == 2 * TURNS
     assert list(result_of(again)["grades"]) == ["base", "1"], "what was found before stays"
 
 
@@ -399,7 +400,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, playe
     server.judge = judge
     answer = trial(again, server, played / "questions.jsonl", "--iteration", "base")
     assert answer.code == 0
-    assert sorted(times.values()) == [1] * 6 + [2] * 3
+    assert sorted(Counter(server.prompts()).values()) == [1] * 6 + [2] * 3
     shown = kept(again)
     assert shown["base/1-turn-1"]["verdict"] == 7
     assert shown["base/1-turn-2"]["verdict"] is None and shown["base/1-turn-2"]["judgment"] == "Hm."
@@ -420,13 +421,15 @@ def test_a_judge_that_goes_by_places_finds_ties_alone(again: Path, played: Path,
     server.judge = lambda _: "[[A]]"
     answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,1", "--pairwise")
     assert answer.code == 0, answer.err
-    assert len(server.asked) == 2 * TURNS
+    assert len(server.prompts()) == 2 * TURNS
     told = result_of(again)["figures"]["pairs"]["base vs 1"]["all"]
     assert told == {"wins": 0, "ties": TURNS, "losses": 0, "unparsed": 0, "value": 0.5, "low": 0.5, "high": 0.5}
     assert re.search(rf"all +0 +{TURNS} +0 +50% \[50, 50\] +{TURNS} +0", answer.out)
     assert result_of(again)["grades"] == {}
     trial(again, server, played / "questions.jsonl", "--iteration", "1,base", "--pairwise")
-    assert len(server.asked) == 2 * TURNS and len(result_of(again)["pairs"]) == 1, "the order of naming says nothing"
+    assert len(server.prompts()) == 2 * TURNS and len(result_of(again)["pairs"]) == 1, (
+        "the order of naming says nothing"
+    )
 
 
 def test_the_two_orders_show_the_answers_swapped(again: Path, played: Path, server: JudgeServer) -> None:
@@ -620,7 +623,7 @@ def test_which_key_is_sent(server: JudgeServer, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_judge_that_dies_loses_nothing(again: Path, played: Path, server: JudgeServer) -> None:
     def judge(_: str) -> str:
-        if len(server.asked) > 4:
+        if len(server.prompts()) > 4:
             for _ in range(40):
                 server.fail(503)
         return SEVEN
@@ -630,12 +633,12 @@ def test_a_judge_that_dies_loses_nothing(again: Path, played: Path, server: Judg
     answer = trial(*arguments)
     assert "HTTP 503: out of order, and did so 6 times in a row; what was judged is kept" in one_line(answer)
     assert "HTTP 503: out of order; asked again after a pause" in answer.out
-    before = len(server.asked)
+    before = len(server.prompts())
     assert before == len(kept(again)) < TURNS
     server._failures.clear()
     server.judge = lambda _: SEVEN
     assert trial(*arguments).code == 0
-    assert len(server.asked) == TURNS and len(set(server.prompts())) == TURNS
+    assert len(server.prompts()) == TURNS and len(set(server.prompts())) == TURNS
 
 
 def test_a_prompt_that_is_refused_alone_is_counted_and_asked_again(
@@ -644,7 +647,7 @@ def test_a_prompt_that_is_refused_alone_is_counted_and_asked_again(
     arguments = (again, server, played / "questions.jsonl", "--iteration", "base", "--at-once", "1")
 
     def judge(_: str) -> str:
-        if len(server.asked) == 2:
+        if len(server.prompts()) == 2:
             server.fail(400, b'{"error": {"message": "the context is 4096 tokens"}}')
         return SEVEN
 
@@ -656,7 +659,27 @@ def test_a_prompt_that_is_refused_alone_is_counted_and_asked_again(
     assert result_of(again)["figures"]["grades"]["base"]["all"]["both"]["unparsed"] == 1
     server.judge = lambda _: SEVEN
     assert trial(*arguments).code == 0
-    assert len(server.asked) == TURNS
+    assert len(server.prompts()) == TURNS
+    assert result_of(again)["figures"]["grades"]["base"]["all"]["both"]["unparsed"] == 0
+
+
+def test_refused_prompts_are_sent_again_by_a_command_that_has_nothing_else_to_send(
+    again: Path, played: Path, server: JudgeServer
+) -> None:
+    refusal = Failure(400, b'{"error": {"message": "the context is 4096 tokens"}}')
+    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+    server.judge = lambda prompt: refusal if "What is 3?" in prompt else SEVEN
+    for sent in (TURNS, TURNS + 2):
+        answer = trial(*arguments)
+        assert answer.code == 0, answer.err
+        assert "would not take 2 prompts" in answer.out and "HTTP 400: the context is 4096 tokens" in answer.out
+        assert len(server.prompts()) == sent
+        assert result_of(again)["figures"]["grades"]["base"]["all"]["both"]["unparsed"] == 2
+    server.fail(400, b'{"error": {"message": "temperature is not supported"}}')
+    assert "refuses (HTTP 400: temperature is not supported)" in one_line(trial(*arguments)), "a judge that takes none"
+    server.judge = lambda _: SEVEN
+    assert trial(*arguments).code == 0
+    assert len(kept(again)) == TURNS
     assert result_of(again)["figures"]["grades"]["base"]["all"]["both"]["unparsed"] == 0
 
 
@@ -675,18 +698,18 @@ def test_ctrl_c_keeps_what_was_judged_and_goes_on(again: Path, played: Path, ser
         patch.setenv("QSPIN_JUDGE_KEY", KEY)
         command = process(*arguments)
     deadline = time.monotonic() + 120
-    while len(server.asked) < 3:
+    while len(server.prompts()) < 3:
         assert command.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     command.send_signal(signal.SIGINT)
     out, err = command.communicate(timeout=60)
     assert (command.returncode, err) == (130, "stopped; the same command goes on from the last finished piece\n")
-    before = len(server.asked)
+    before = len(server.prompts())
     assert 3 <= before < TURNS
     assert len(kept(again)) == before, "what was under way is kept too"
     server.seconds = 0
     assert call(*arguments, QSPIN_JUDGE_KEY=KEY).code == 0
-    assert len(server.asked) == TURNS and max(Counter(server.prompts()).values()) == 1
+    assert len(server.prompts()) == TURNS and max(Counter(server.prompts()).values()) == 1
     assert KEY not in out + err
 
 
@@ -776,7 +799,7 @@ def test_damaged_pieces_are_named(again: Path, played: Path, server: JudgeServer
     assert f"{piece}: damaged or unreadable" in one_line(trial(*arguments))
     piece.unlink()
     assert trial(*arguments).code == 0
-    assert len(server.asked) == TURNS + 1
+    assert len(server.prompts()) == TURNS + 1
     answers = folder_of(again) / "model_answer" / "base.jsonl"
     answers.write_text(answers.read_text().replace('"turns"', '"twists"', 1))
     assert f"{answers}: damaged, or not of qspin's making; delete it" in one_line(trial(*arguments))
@@ -836,16 +859,18 @@ def test_fastchats_prompts_are_used_as_they_are(again: Path, played: Path, serve
     file = written(tmp_path / "judge_prompts.jsonl", [*rows, {"name": "another"}])
     arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
     assert trial(*arguments).code == 0
+    server.asked.clear()
     answer = trial(*arguments, "--judge-prompts", file)
     assert answer.code == 0, answer.err
     assert "with judge_prompts.jsonl" in answer.out
     assert len(list(folder_of(again).glob("scripted-*/result.json"))) == 2, "other words are another judge"
-    systems = Counter(body["messages"][0]["content"] for body in server.asked[TURNS:])
+    judged = [body["messages"] for body in server.asked[1:]]  # without the word beforehand
+    systems = Counter(messages[0]["content"] for messages in judged)
     assert systems == {
         "system of single-v1": 3, "system of single-math-v1": 2, "system of single-v1-multi-turn": 3,
         "system of single-math-v1-multi-turn": 1,
     }  # fmt: skip
-    assert all(re.match(r"single\S+ asks\n", body["messages"][1]["content"]) for body in server.asked[TURNS:])
+    assert all(re.match(r"single\S+ asks\n", messages[1]["content"]) for messages in judged)
     for change, told in (
         ({"prompt_template": "{answer} {secret}"}, r"line 1: single-v1 has {'secret'}; it may have answer, question"),
         ({"prompt_template": "{answer.__class__}"}, "single-v1 has {'answer.__class__'}"),
