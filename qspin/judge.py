@@ -55,7 +55,7 @@ class Judgement(Generic[Verdict]):
 class _Again(Exception):
     """A failure that may pass; `wait` is what the server asks for, in seconds."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
 
@@ -121,7 +121,7 @@ class Judge:
             try:
                 return self._asked_once(messages)
             except _Again as error:
-                pause = wait if error.wait is None else error.wait
+                pause = max(wait, error.wait)
                 if attempt == TRIES or pause > MOST_WAIT:
                     more = f"asks to wait {pause:.0f} s" if pause > MOST_WAIT else f"did so {attempt} times in a row"
                     raise QspinError(f"the judge at {self.where} {error}, and {more}; {GOES_ON}") from None
@@ -340,18 +340,18 @@ def _said(text: str) -> str:
     return one_line(redacted(text))
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, of a header that has them or a date (RFC 9110, 10.2.3)."""
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds, of a header that has them or a date (RFC 9110, 10.2.3); of a date that is past, below 0."""
     said = response.headers.get("retry-after", "").strip()
     if said.isdecimal():
         return float(said)
     try:
         then = email.utils.parsedate_to_datetime(said)
-    except ValueError:
-        return None
+    except (ValueError, OverflowError):  # the latter of a zone of time that is years away
+        return 0.0
     if then.tzinfo is None:
         then = then.replace(tzinfo=datetime.UTC)
-    return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())
+    return (then - datetime.datetime.now(datetime.UTC)).total_seconds()
 
 
 def _unknown_host(error: BaseException | None) -> bool:

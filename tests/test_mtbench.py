@@ -536,10 +536,22 @@ def test_a_judge_that_hangs(server: JudgeServer, monkeypatch: pytest.MonkeyPatch
         asked(server, monkeypatch, timeout=0.1)
 
 
-def test_pauses_double(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        "0",
+        "Wed, 21 Oct 2015 07:28:00 GMT",
+        "Wed, 21 Oct 2015 07:28:00 +99999999999999999999",
+        "soon",
+    ],
+)
+def test_pauses_double_whatever_the_server_says(
+    said: str | None, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(judge_module, "FIRST_WAIT", 0.1)
     for _ in range(3):
-        server.fail(500)
+        server.fail(500, **({} if said is None else {"Retry-After": said}))
     started = time.monotonic()
     asked(server, monkeypatch)
     assert time.monotonic() - started >= 0.1 + 0.2 + 0.4
