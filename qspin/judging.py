@@ -14,6 +14,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from qspin.errors import QspinError
 from qspin.records import Message
@@ -110,8 +111,10 @@ def read_prompts(path: Path) -> Prompts:
         name, system, template = (row.get(key) for key in ("name", "system_prompt", "prompt_template"))
         if not isinstance(name, str) or name not in OWN:
             continue
-        if not isinstance(system, str) or not isinstance(template, str):
-            raise QspinError(f"{where}: {name} needs a system_prompt and a prompt_template, both texts")
+        if not is_text(system) or not is_text(template):
+            raise QspinError(
+                f"{where}: {name} needs a system_prompt and a prompt_template, both texts, without lone surrogates"
+            )
         verdict = "[[A]]" if name.startswith("pair") else "[[rating]]"
         if row.get("output_format") != verdict:
             raise QspinError(f"{where}: output_format of {name} is {short(row.get('output_format'))}, not {verdict!r}")
@@ -124,13 +127,23 @@ def read_prompts(path: Path) -> Prompts:
     return found
 
 
+def is_text(value: object) -> TypeGuard[str]:
+    """Not with lone surrogates: JSON can spell them, and no file can hold them."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
 def _number(turn: int, second: bool) -> str:
     return f"_{turn}" if second else ""
 
 
 def _fields(template: str, where: str) -> set[str]:
+    """Each with its conversion and format, which no known one has: they can fail, or fill the memory."""
     try:
-        return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        return {
+            name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            for _, name, spec, conversion in string.Formatter().parse(template)
+            if name is not None
+        }
     except ValueError as error:
         raise QspinError(f"{where}: prompt_template can't be filled in ({error}); a brace is written twice") from None
 

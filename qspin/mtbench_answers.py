@@ -26,7 +26,7 @@ from qspin.errors import QspinError, one_line
 from qspin.files import (
     write_text,
 )
-from qspin.judging import Question
+from qspin.judging import Question, is_text
 from qspin.loaded import Loaded, Reply
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.records import Message
@@ -133,7 +133,7 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
         raise QspinError(
             f"{where}: question_id is {short(name)}; it is a number, or a short word of letters and digits"
         )
-    if not isinstance(category, str) or not category.strip():
+    if not is_text(category) or not category.strip():
         raise QspinError(f"{where}: category is {short(category)}; it is a word, as {', '.join(TEMPERATURES)}")
     if not _texts(turns) or len(turns) not in {1, 2} or not all(turn.strip() for turn in turns):
         raise QspinError(f"{where}: turns are {short(turns)}; they are a list of one or two texts")
@@ -154,10 +154,7 @@ def _references(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _texts(value: Any) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) and not _SURROGATE.search(text) for text in value)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")  # in no text, but JSON can spell one
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 # --- answers ---
