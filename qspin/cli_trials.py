@@ -137,7 +137,7 @@ def mtbench(
         Path | None,
         typer.Option(help="a file like FastChat's judge_prompts.jsonl, in place of our words", callback=a_name),
     ] = None,
-    judge_timeout: Annotated[float, typer.Option(min=1, help="seconds for one judgement")] = 300,
+    judge_timeout: Annotated[int, typer.Option(min=1, max=86_400, help="seconds for one judgement")] = 300,
     at_once: Annotated[int, typer.Option(min=1, max=64, help="judgements asked for side by side")] = 4,
 ) -> None:
     """Have players answer MT-Bench's questions of two turns, and a judge grade or compare the answers."""

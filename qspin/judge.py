@@ -78,19 +78,13 @@ class Judge:
             timeout: seconds for one answer.
 
         Raises:
-            QspinError: the address or the key can't be one.
+            QspinError: the address or the key can't be one, or as `http_client`.
         """
         self.model, self.where, self._timeout = model, _place(url), timeout
         self._address = _endpoint(url)
         self._answered = False
         limits = httpx.Timeout(timeout, connect=min(timeout, CONNECT))
-        headers = _authorization()
-        try:
-            self._client = httpx.Client(timeout=limits, headers=headers)
-        except (ValueError, ImportError) as error:
-            raise QspinError(
-                f"the proxy that the environment names can't be used ({_said(str(error))}); mend it, or set NO_PROXY"
-            ) from None
+        self._client = http_client(limits, _authorization())
 
     def check(self, note: Callable[[str], None]) -> None:
         """Ask it for a word, before work that would be for nothing if it refused; once it has answered, no more.
@@ -150,6 +144,7 @@ class Judge:
             raise _Again(f"can't be reached ({_said(str(error) or type(error).__name__)})") from None
         except httpx.HTTPError as error:
             raise _Again(f"answers what can't be read ({_said(str(error))})") from None
+        response.encoding = "utf-8"  # whatever a server calls it: Python has codecs that are none of text
         self._check_status(response)
         text = _content(response)
         self._answered = True
@@ -277,6 +272,24 @@ def _judged(
 # --- addresses and keys ---
 
 
+def http_client(timeout: httpx.Timeout | float, headers: Mapping[str, str] | None = None) -> httpx.Client:
+    """
+    Raises:
+        QspinError: what the environment names for it can't be used.
+    """
+    try:
+        return httpx.Client(timeout=timeout, headers=headers)
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        raise QspinError(
+            f"the proxy that the environment names can't be used ({_said(str(error))}); mend it, or set NO_PROXY"
+        ) from None
+    except OSError as error:
+        raise QspinError(
+            f"the certificates that the environment names can't be read ({_said(str(error))}); mend SSL_CERT_FILE, or "
+            "unset it"
+        ) from None
+
+
 def _parsed(url: str) -> httpx.URL:
     try:
         found = httpx.URL(url)
@@ -318,7 +331,7 @@ def _content(response: httpx.Response) -> str:
     """What the model said; nothing, if it said nothing."""
     try:
         said = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise _Again(f"answers with no chat completion ({_error_text(response)})") from None
     # a lone surrogate, which JSON can spell, could not be written to a file
     return said.encode(errors="replace").decode() if isinstance(said, str) else ""
@@ -328,7 +341,7 @@ def _error_text(response: httpx.Response) -> str:
     """What a server says of an error, wherever servers put it."""
     try:
         value = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return _said(response.text)
     for key in ("error", "message", "detail"):
         if isinstance(value, dict) and key in value:

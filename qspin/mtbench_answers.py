@@ -26,6 +26,7 @@ from qspin.errors import QspinError, one_line
 from qspin.files import (
     write_text,
 )
+from qspin.judge import http_client
 from qspin.judging import Question, is_text
 from qspin.loaded import Loaded, Reply
 from qspin.memory import OutOfMemory, refusals_told
@@ -110,8 +111,9 @@ def _fetched(name: str, sha256: str) -> Path:
         return path
     advice = "give --questions a file in the format of FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl"
     try:
-        content = httpx.get(address, timeout=30).raise_for_status().content
-    except (httpx.HTTPError, ValueError, ImportError) as error:  # the last two of a proxy that can't be used
+        with http_client(timeout=30) as client:
+            content = client.get(address).raise_for_status().content
+    except httpx.HTTPError as error:
         raise QspinError(f"{address} can't be fetched ({one_line(error)}); {advice}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise QspinError(f"{address}: what comes from there is not FastChat's file; {advice}")

@@ -515,7 +515,11 @@ def test_failures_that_pass_are_tried_again(status: int, server: JudgeServer, mo
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"<html>busy</html>", b"[]", b'{"error": {"message": "busy"}}', b'{"choices": []}']
+    "body",
+    [
+        *(b"", b"<html>busy</html>", b"[]", b'{"error": {"message": "busy"}}', b'{"choices": []}'),
+        pytest.param(b"[" * 200_000, id="deep"),
+    ],
 )
 def test_answers_that_are_none_are_tried_again(
     body: bytes, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
@@ -602,13 +606,44 @@ def test_addresses_that_are_none(url: str, told: str, again: Path, played: Path,
     assert "secret" not in answer.err
 
 
-def test_a_proxy_that_cannot_be_used(again: Path, played: Path, server: JudgeServer) -> None:
+@pytest.mark.parametrize("proxy", ["sock://me:secret@127.0.0.1:9", "http://me:secret@127.0.0.1:nine"])
+def test_a_proxy_that_cannot_be_used(proxy: str, again: Path, played: Path, server: JudgeServer) -> None:
     options_ = options(server, played / "questions.jsonl")
-    answer = call(
-        "mtbench", again, *options_, QSPIN_JUDGE_KEY=KEY, ALL_PROXY="sock://me:secret@127.0.0.1:9", NO_PROXY=""
-    )
+    answer = call("mtbench", again, *options_, QSPIN_JUDGE_KEY=KEY, ALL_PROXY=proxy, NO_PROXY="")
     assert "the proxy that the environment names can't be used" in one_line(answer)
     assert "secret" not in answer.err
+
+
+@pytest.mark.parametrize("name", ["hex", "rot13", "undefined", "utf-16"])
+def test_an_answer_in_an_encoding_that_is_none(name: str, server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.fail(401, b"who are you?", **{"Content-Type": f"text/plain; charset={name}"})
+    with pytest.raises(QspinError, match=r"does not accept the key \(HTTP 401: who are you"):
+        asked(server, monkeypatch)
+
+
+def test_certificates_that_cannot_be_read(
+    again: Path, played: Path, server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options_ = options(server, played / "questions.jsonl")
+    for file in (tmp_path / "none.pem", played / "questions.jsonl"):
+        answer = call("mtbench", again, *options_, QSPIN_JUDGE_KEY=KEY, SSL_CERT_FILE=str(file))
+        assert "the certificates that the environment names can't be read (" in one_line(answer)
+        assert "mend SSL_CERT_FILE, or unset it" in answer.err
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    monkeypatch.setenv("QSPIN_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(QspinError, match="certificates that the environment names can't be read"):
+        mtbench_answers.read_bench(None, None)
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e12", "86401", "0"])
+def test_a_timeout_that_is_none(seconds: str, again: Path, played: Path, server: JudgeServer) -> None:
+    answer = trial(again, server, played / "questions.jsonl", "--judge-timeout", seconds)
+    assert (answer.code, answer.out, server.asked) == (2, "", [])
+    assert "Invalid value for '--judge-timeout'" in answer.err
+
+
+def test_the_longest_timeout(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(server, monkeypatch, timeout=86_400) == SEVEN
 
 
 def test_an_address_may_end_in_the_endpoint(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
