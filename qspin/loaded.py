@@ -110,7 +110,7 @@ class Loaded:
         cap = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         heat = settings.temperature if temperature is None else temperature
         nucleus = settings.top_p if top_p is None else top_p
-        if cap < 1 or heat < 0 or not 0 < nucleus <= 1:
+        if cap < 1 or not heat >= 0 or not 0 < nucleus <= 1:  # NaN is neither
             raise QspinError(
                 f"max_new_tokens={cap}, temperature={heat:g}, top_p={nucleus:g}: at least 1, at least 0, and above 0 "
                 "up to 1 are possible"

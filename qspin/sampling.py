@@ -18,6 +18,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 BLOCK = 256  # tokens summed at once
+COLDEST = 1e-30  # temperature below which only the likeliest token has any weight, and fp32 would overflow
 
 
 def noise_key(seed: int, iteration: int, example: str) -> int:
@@ -42,7 +43,7 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
     """
     import torch
 
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(-1)
     weights = logits / temperature if temperature != 1 else logits
     weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (B, V), up to a factor a row

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -115,9 +115,23 @@ class Talk:
         """
         if text.startswith("/"):
             return self._obey(text)
-        self._number, self._question = self._number + 1, text.strip()
-        self._answer()
+        with self._as_before_if_refused():
+            self._number, self._question = self._number + 1, text.strip()
+            self._answer()
         return True
+
+    @contextmanager
+    def _as_before_if_refused(self) -> Iterator[None]:
+        """A question that one player can't answer was asked of none, and is not the last."""
+        before = self._number, self._question, self._seed
+        pasts = [seat.turns for seat in self.seats]
+        try:
+            yield
+        except QspinError:
+            self._number, self._question, self._seed = before
+            for seat, turns in zip(self.seats, pasts, strict=True):
+                seat.turns = turns
+            raise
 
     def _answer(self) -> None:
         """Everybody answers the question, in turn."""
@@ -200,7 +214,8 @@ class Talk:
             raise QspinError("/retry: nothing has been asked yet")
         if self.manner.temperature == 0:
             self._screen.note("at temperature 0 every try takes the likeliest tokens")
-        self._answer()
+        with self._as_before_if_refused():
+            self._answer()
 
     def _set_system(self, argument: str) -> None:
         self.system = argument

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -93,7 +94,10 @@ def test_sampling_is_by_seed(loaded: Loaded, conversations: list[list[Message]])
     assert loaded.reply([]) == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("top_p", 1.1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.1)],
+)
 def test_settings_out_of_bounds(loaded: Loaded, name: str, value: float) -> None:
     with pytest.raises(QspinError, match=f"{name}={value}"):
         loaded.generate(["Hello"], **{name: value})

@@ -216,5 +216,8 @@ def test_temperature_comes_before_the_nucleus() -> None:
 def test_greedy_takes_the_likeliest_whatever_the_number() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 300, generator=generator)
-    tokens = sample(logits, numbers(64), temperature=0, top_p=0.5)
-    assert tokens.tolist() == [max(range(300), key=row.__getitem__) for row in logits.tolist()]
+    likeliest = [max(range(300), key=row.__getitem__) for row in logits.tolist()]
+    assert sample(logits, numbers(64), temperature=0, top_p=0.5).tolist() == likeliest
+    for temperature in (2e-30, 1e-37, 1e-40, 1e-320):  # fp32 has no quotient for the last three
+        for top_p in (1.0, 0.5):
+            assert sample(logits, numbers(64), temperature=temperature, top_p=top_p).tolist() == likeliest

@@ -30,7 +30,7 @@ from qspin.loaded import Loaded
 from qspin.prepare import prepare
 from qspin.records import Message
 from qspin.run_dir import RunDir
-from qspin.talk import COMMANDS, Manner, Show, Talk
+from qspin.talk import COMMANDS, Manner, Show, Talk, Turn
 
 GREEDY = Manner(temperature=0, top_p=1, max_new_tokens=10)
 WILD = Manner(temperature=2.0, top_p=1, max_new_tokens=40)
@@ -162,8 +162,21 @@ def test_a_full_context_is_told_and_the_conversation_is_kept(loaded: Loaded) -> 
         talk.hear("many words " * 300)
     assert "\n" not in str(caught.value)
     assert talk.seats[0].turns == kept
+    talk.hear("/retry")  # of the last question that was answered
+    assert [turn.question for turn in talk.seats[0].turns] == ["What is 1?"]
     talk.hear("What is 2?")
     assert len(talk.seats[0].turns) == 2
+
+
+def test_what_one_of_two_can_not_answer_neither_has_been_asked(loaded: Loaded) -> None:
+    talk = Talk(loaded, ["0", "1"], WILD, Recorder())
+    talk.hear("What is 1?")
+    talk.seats[1].turns = [Turn(0, "many words " * 300, "so many"), *talk.seats[1].turns]
+    before = [list(seat.turns) for seat in talk.seats]
+    for asked in ("And 2?", "/retry"):
+        with pytest.raises(QspinError, match="more than the model's 512"):
+            talk.hear(asked)
+        assert [seat.turns for seat in talk.seats] == before, asked
 
 
 # --- commands ---
