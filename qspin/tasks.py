@@ -14,6 +14,7 @@ import math
 import os
 import random
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,11 @@ _OF_DEFINITION = (
     AssertionError,
     yaml.YAMLError,
     jinja2.TemplateError,
+    ImportError,
+    RuntimeError,
 )
+# what code of a task's own may raise beside these
+_OF_CODE = (*_OF_DEFINITION, ArithmeticError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +97,16 @@ class Tasks:
         """
         try:
             found = self.manager.load([name])
+            for part in found["tasks"].values():
+                _set_shots(part, shots)
         except _OF_DATA as error:
             raise QspinError(
                 f"{name}: its data can't be had ({one_line(error)}); they come from the Hugging Face Hub when first "
                 "used, so connect this machine, or name a task on files of yours with --include"
             ) from None
         except _OF_DEFINITION as error:
-            raise QspinError(f"{name}: the task can't be set up: {one_line(error)}") from None
+            raise _not_set_up(name, error) from None
         for part in found["tasks"].values():
-            _set_shots(part, shots)
             if getattr(part, "MULTIMODAL", False):
                 raise QspinError(f"{part.task_name}: asks about images or sound; the models here read text")
             if getattr(part, "UNSAFE_CODE", False):
@@ -152,10 +158,34 @@ class Task:
                 apply_chat_template=set_up.chat,
                 fewshot_as_multiturn=set_up.chat,
             )
-        except jinja2.TemplateError as error:
-            raise QspinError(f"{self.name}: a document does not fit the task's templates: {one_line(error)}") from None
+        except _OF_CODE as error:
+            if isinstance(error, torch.OutOfMemoryError) or _in_player(error):
+                raise
+            raise QspinError(
+                f"{self.name}: a document does not fit the task's templates or code: {one_line(repr(error))}"
+            ) from None
         scores = _scores(self.name, results)
         return Outcome(set_up, scores, lm_eval.__version__, time.monotonic() - started)
+
+
+def _not_set_up(name: str, error: Exception) -> QspinError:
+    """One line for a task that raised this while it was loaded."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return QspinError(f"{name}: needs the Python package {package}, which is not installed: pip install {package}")
+    if "scripts are no longer supported" in str(error):
+        return QspinError(
+            f"{name}: its data come with a loader script, and programs of strangers are not run; name a task whose "
+            f"data are stored as files ({one_line(error)})"
+        )
+    return QspinError(f"{name}: the task can't be set up: {one_line(error)}")
+
+
+def _in_player(error: Exception) -> bool:
+    """Whether it was raised by what answers, and not by the task."""
+    return any(
+        frame.f_globals.get("__name__") == Player.__module__ for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 def _set_shots(part: Any, shots: int | None) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qspin import report, view
-from qspin.benchmarks import SetUp, keep, kept
+from qspin.benchmarks import SetUp, check_place, keep, kept
 from qspin.config import load_config
 from qspin.console import tell
 from qspin.errors import QspinError
@@ -24,14 +25,15 @@ from qspin.progress import Audience
 from qspin.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from qspin.tasks import Tasks
+    from qspin.tasks import Task, Tasks
 
 
 def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], include: Path | None) -> None:
     """Put each task to each player, unless that has been done; then show all.
 
     Raises:
-        QspinError: lm-eval is not installed, or a task can't be had.
+        QspinError: lm-eval is not installed, a task can't be had or put to a player, or this user can't write where
+            figures are kept.
     """
     console = Console()
     tasks = None
@@ -40,9 +42,14 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
         set_ups = [replace(set_up, definition=tasks.definition(set_up.task)) for set_up in set_ups]
     missing = {set_up: [name for name in who if kept(run_dir.player(name), set_up) is None] for set_up in set_ups}
     missing = {set_up: names for set_up, names in missing.items() if names}
-    failed = _compute(console, run_dir, missing, tasks or _tasks(set_ups, None)) if missing else []
+    failed: list[str] = []
+    if missing:
+        tasks = tasks or _tasks(set_ups, None)
+        for folder in (run_dir.path, *(run_dir.player(name).benchmarks for name in who)):
+            check_place(folder)
+        failed = _compute(console, run_dir, missing, tasks)
     config = load_config(run_dir.config)
-    if players(run_dir, config):
+    if missing and players(run_dir, config):
         write_text(run_dir.summary, report.summary(run_dir, config))
     table = report.benchmarks(run_dir, who, set_ups)
     console.print(view.results_table(table))
@@ -60,30 +67,43 @@ def _tasks(set_ups: Sequence[SetUp], include: Path | None) -> Tasks:
 
 
 def _compute(console: Console, run_dir: RunDir, missing: dict[SetUp, list[str]], tasks: Tasks) -> list[str]:
-    """The names of tasks that can't be had; the others are none the worse for it."""
+    """The names of tasks that can't be had, or put to a player; the others are none the worse for it."""
     loaded, failed = None, []
-    for number, (set_up, names) in enumerate(missing.items(), start=1):
-        tell(console, f"{number} of {len(missing)}: {set_up.task}")
+
+    @contextmanager
+    def attempt(task: str) -> Iterator[None]:
         try:
-            task = tasks.load(set_up.task, set_up.shots)
+            yield
         except QspinError as error:
             if len(missing) == 1:
                 raise
             tell(console, f"error: {error}")
-            failed.append(set_up.task)
+            failed.append(task)
+
+    for number, (set_up, names) in enumerate(missing.items(), start=1):
+        tell(console, f"{number} of {len(missing)}: {set_up.task}")
+        task = None
+        with attempt(set_up.task):
+            task = tasks.load(set_up.task, set_up.shots)
+        if task is None:
             continue
-        loaded = loaded or Loaded.open(run_dir, names[0])
-        device = loaded.model.device
-        documents = task.documents(set_up.limit)
-        work = [Work(run_dir.player(name), set_up.task, _iteration(name), documents) for name in names]
-        meter = Meter(work, {}, loaded.config.iterations, lambda device=device: used_and_total(device))  # type: ignore[misc]
-        with view.for_people(console, meter) as shown:
-            progress = Audience(meter, shown)
-            for name in names:
-                loaded.seat(name)
-                progress.phase(set_up.task, iteration=_iteration(name), total=documents, done=0, unit="documents")
-                keep(run_dir.player(name), task.put_to(loaded, set_up, progress.advance))
+        loaded = loaded or Loaded.open(run_dir, names[0])  # without which no task can be put to anyone
+        with attempt(set_up.task):
+            _put(console, loaded, task, set_up, names)
     return failed
+
+
+def _put(console: Console, loaded: Loaded, task: Task, set_up: SetUp, names: Sequence[str]) -> None:
+    """One task to each player in turn; raises as `Task.put_to`."""
+    run_dir, documents = loaded.run_dir, task.documents(set_up.limit)
+    work = [Work(run_dir.player(name), set_up.task, _iteration(name), documents) for name in names]
+    meter = Meter(work, {}, loaded.config.iterations, lambda: used_and_total(loaded.model.device))
+    with view.for_people(console, meter) as shown:
+        progress = Audience(meter, shown)
+        for name in names:
+            loaded.seat(name)
+            progress.phase(set_up.task, iteration=_iteration(name), total=documents, done=0, unit="documents")
+            keep(run_dir.player(name), task.put_to(loaded, set_up, progress.advance))
 
 
 def _iteration(name: str) -> int | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import HOUSE_STYLE, moved_adapter, small_run
 from lm_eval.api.instance import Instance
@@ -473,6 +474,115 @@ def test_errors_take_a_line(run_dir: RunDir, tasks: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert refusal("eval", here, "--tasks", "gsm8k").endswith("is not installed: pip install 'lm-eval>=0.4.13,<0.4.14'")
+
+
+DEFINED = """task: {name}
+dataset_path: {data}
+{rows}output_type: multiple_choice
+test_split: test
+doc_to_text: {text}
+doc_to_choice: [x, y]
+doc_to_target: 0
+{more}"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path) -> Path:
+    """A folder with tasks that need code of theirs, which does not work."""
+    (tmp_path / "rows.jsonl").write_text('{"q": "Why?"}\n{"q": "How?"}\n')
+    (tmp_path / "loader.py").write_text("import datasets\n\n\nclass Rows(datasets.GeneratorBasedBuilder):\n    pass\n")
+    (tmp_path / "early.py").write_text("import nosuchpackage.part\n\n\ndef text(doc):\n    return doc['q']\n")
+    (tmp_path / "late.py").write_text("def text(doc):\n    import nosuchpackage\n")
+    (tmp_path / "told.py").write_text("raise ModuleNotFoundError('that is had with pip install some[extra]')\n")
+    (tmp_path / "results.py").write_text(
+        "import torch\n\n\ndef lookup(doc, results):\n    return {'acc': doc['answer']}\n\n\n"
+        "def share(doc, results):\n    return {'acc': 1 / 0}\n\n\n"
+        "def product(doc, results):\n    return {'acc': torch.ones(2) @ torch.ones(3)}\n\n\n"
+        "def memory(doc, results):\n    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+    )
+    rows = f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+    task = {"data": "json", "rows": rows, "text": "'{{q}}'", "more": ""}
+    for name, difference in {
+        "scripted": {"data": str(tmp_path / "loader.py"), "rows": ""},
+        "early": {"text": "!function early.text"},
+        "late": {"text": "!function late.text"},
+        "told": {"text": "!function told.text"},
+        **{name: {"more": f"process_results: !function results.{name}\n"} for name in RESULTS},
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(DEFINED.format(name=name, **task | difference))
+    return tmp_path
+
+
+RESULTS = {
+    "lookup": "KeyError('answer')",
+    "share": "ZeroDivisionError('division by zero')",
+    "product": "RuntimeError('inconsistent tensor size",
+    "memory": "",
+}
+
+
+def test_a_task_whose_package_or_data_are_not_to_be_had_here(own_code: Path) -> None:
+    missing = "needs the Python package nosuchpackage, which is not installed: pip install nosuchpackage"
+    for name, said in {
+        "early": f"early: {missing}",
+        "late": f"late: {missing}",
+        "told": "told: the task can't be set up: that is had with pip install some[extra]",
+        "scripted": "scripted: its data come with a loader script, and programs of strangers are not run; name a task",
+    }.items():
+        found = tasks_module.Tasks.find([name], own_code)
+        with pytest.raises(QspinError) as caught:
+            found.load(name, None)
+        assert str(caught.value).startswith(said)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_tasks_own_code_that_fails_is_told_and_other_failures_are_not_its(
+    loaded: Loaded, own_code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def put(name: str) -> None:
+        tasks_module.Tasks.find([name], own_code).load(name, None).put_to(loaded, SetUp(name), lambda _count: None)
+
+    for name, said in RESULTS.items():
+        with pytest.raises(QspinError if said else torch.OutOfMemoryError) as caught:
+            put(name)
+        if said:
+            fit = "a document does not fit the task's templates or code"
+            assert str(caught.value).startswith(f"{name}: {fit}: {said}")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("of the reader")
+
+    monkeypatch.setattr(harness, "read", broken)
+    with pytest.raises(ValueError, match="of the reader"):
+        put("lookup")
+
+
+def test_a_task_that_can_not_be_put_leaves_the_others_alone(run_dir: RunDir, tasks: Path, tmp_path: Path) -> None:
+    shutil.copy(tasks / f"{CHOICES}.yaml", tmp_path)
+    definition = yaml.safe_load((tasks / f"{WORDS}.yaml").read_text())
+    long = {**definition, "task": "long", "generation_kwargs": {"max_gen_toks": 5000}}
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(long))
+    options = "--include", tmp_path, "--iteration", "base", "--limit", "3"
+    answer = call("eval", run_dir.path, "--tasks", f"long,{CHOICES}", *options)
+    assert "error: the task asks for 5000 new tokens; the model's context is 512" in answer.out
+    assert f"{CHOICES}  0-shot, first 3" in answer.out
+    assert answer.code == 1
+    assert answer.err.splitlines()[-1] == "error: 1 of 2 tasks could not be put to the players: long"
+    assert told("eval", run_dir.path, "--tasks", "long", *options) == (
+        "error: the task asks for 5000 new tokens; the model's context is 512"
+    )
+
+
+def test_a_run_that_can_not_be_written_to_is_told_before_anything_is_computed(
+    run_dir: RunDir, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run_dir.path, copy.path)
+    shutil.rmtree(copy.base.benchmarks, ignore_errors=True)
+    copy.base.benchmarks.write_text("in the way: what holds for root as well")
+    monkeypatch.setattr(Loaded, "open", lambda *_: pytest.fail("the base was loaded"))
+    [line] = [told("eval", copy.path, "--tasks", CHOICES, "--include", tasks)]
+    assert line.startswith(f"error: {copy.base.benchmarks} can't be written to: ")
 
 
 def test_names_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
