@@ -163,12 +163,16 @@ def results(path: Path | str) -> Results:
     return Results(path)
 
 
-def load(path: Path | str, player: str | None = None) -> Loaded:
+def load(path: Path | str, player: str | None = None, *, say: Callable[[str], None] = lambda _text: None) -> Loaded:
     """A run's base in memory, with a player in its slot: base, sft, last, best or an iteration's number; None is the
-    iteration that is kept. `.generate(prompts)` answers, `.seat(player)` changes who does."""
+    iteration that is kept. `.generate(prompts)` answers, `.seat(player)` changes who does.
+
+    Args:
+        say: hears of it if the base is not bit by bit that of the run, as another device may make it.
+    """
     from qspin.loaded import Loaded
 
-    return Loaded.open(RunDir(Path(path)), player)
+    return Loaded.open(RunDir(Path(path)), player, say)
 
 
 def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True) -> Plan:

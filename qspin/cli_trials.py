@@ -58,7 +58,8 @@ def chat(
     quiet_libraries()
     view = View()
     view.note(f"loading {folder}")
-    talk = Talk(Loaded.open(run_dir, players[0]), players, manner, view, system=system, seed=seed)
+    loaded = Loaded.open(run_dir, players[0], lambda text: view.note(f"note: {text}"))
+    talk = Talk(loaded, players, manner, view, system=system, seed=seed)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused in a line, as in data
     if sys.stdin.isatty():

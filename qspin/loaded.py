@@ -21,13 +21,14 @@ from qspin.budget import rows_at_once
 from qspin.chat import Renderer
 from qspin.config import RunConfig
 from qspin.errors import QspinError
+from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.generation import Request, generate
 from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.model import SlotModel
 from qspin.players import chosen_iteration
 from qspin.prepare import Speech
 from qspin.recipe import recorded_config
-from qspin.record import load_recorded, recorded_speech
+from qspin.record import check_base, check_input, load_recorded, recorded_speech
 from qspin.records import Message, Role
 from qspin.run_dir import RunDir
 from qspin.sampling import noise_key
@@ -54,11 +55,14 @@ class Loaded:
         self.player = "base"
 
     @staticmethod
-    def open(run_dir: RunDir, wanted: str | None = None) -> Loaded:
+    def open(run_dir: RunDir, wanted: str | None = None, say: Callable[[str], None] = lambda _text: None) -> Loaded:
         """Load the base of a run, and put a player into the slot: see `seat`.
 
+        Args:
+            say: hears of it if the base is not bit by bit that of the run, as another device may make it.
+
         Raises:
-            QspinError: this is no run, there is no such player, or the base can't be had.
+            QspinError: this is no run, there is no such player, or the base can't be had as it was.
         """
         run_dir.check_run()
         player = named(run_dir, wanted)
@@ -66,7 +70,9 @@ class Loaded:
         keep_freed_memory()
         speech = recorded_speech(run_dir, config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = Loaded(run_dir, config, speech, load_recorded(run_dir, speech.base, config, device))
+        model = load_recorded(run_dir, speech.base, config, device)
+        check_base(run_dir, model, say)
+        loaded = Loaded(run_dir, config, speech, model)
         loaded.seat(player)
         return loaded
 
@@ -78,7 +84,8 @@ class Loaded:
                 run keeps.
 
         Raises:
-            QspinError: there is no such player, or its adapter can't be read.
+            QspinError: there is no such player, or its adapter can't be read, or is not the one that the run began
+                with.
         """
         player = named(self.run_dir, wanted)
         self.model.set_adapter(self._adapter(player))
@@ -175,7 +182,11 @@ class Loaded:
     def _adapter(self, player: str) -> Adapter:
         init = self.config.model.init_adapter
         if player == "base":  # whom the run began with
-            return self._fresh if init is None else load_adapter(Path(init))
+            if init is None:
+                return self._fresh
+            adapter = load_adapter(Path(init))
+            check_input(self.run_dir, "model.init_adapter", sha256_of(Path(init) / ADAPTER_WEIGHTS))
+            return adapter
         folder = self.run_dir.warm_start if player == "sft" else self.run_dir.iteration(int(player))
         return load_adapter(folder.adapter)
 

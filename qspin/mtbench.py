@@ -165,7 +165,7 @@ class Trial:
                 self.judge.check(self.progress.note)
             write_text(self.folder / "question.jsonl", question_file(questions))
             self.progress.note("loading the model")
-            loaded = Loaded.open(self.run_dir, wanting[0])
+            loaded = Loaded.open(self.run_dir, wanting[0], self.progress.note)
             for player in wanting:
                 loaded.seat(player)
                 answer(loaded, self.bench, found[player], _model_name(player), self.progress)

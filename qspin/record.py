@@ -78,9 +78,14 @@ def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
             f"model.id: {run_dir.path} was made with {ORIGINS[was]} {record['base'][was]}, and here {config.model.id} "
             f"is {ORIGINS[found]}; bring the old one back"
         )
-    if speech.renderer.template_hash != record["inputs"]["chat.template"]:
-        raise QspinError(f"chat.template: its content is not what {run_dir.path} began with; bring it back")
+    check_input(run_dir, "chat.template", speech.renderer.template_hash)
     return speech
+
+
+def check_input(run_dir: RunDir, name: str, found: str) -> None:
+    """Raises a QspinError: a file that a setting names is another than when the run began, by its hash."""
+    if _read(run_dir)["inputs"][name] != found:
+        raise QspinError(f"{name}: its content is not what {run_dir.path} began with; bring it back")
 
 
 def open_run(prepared: Prepared, run_dir: RunDir) -> int:
@@ -132,6 +137,34 @@ def verify_base(run_dir: RunDir, model: SlotModel, crew: Crew = ALONE) -> None:
             f"model.id: the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with "
             "(another model, revision, device or version of bitsandbytes); choose another --out"
         )
+    remembered(run_dir, "quantised_by", lambda: _quantised_by(model))
+
+
+def check_base(run_dir: RunDir, model: SlotModel, say: Callable[[str], None]) -> None:
+    """The base's weights are those that the run was made with. Where they were quantised by something else, which may
+    round otherwise, others are let by, and `say` hears of it.
+
+    Raises:
+        QspinError: they are others, and nothing but the base can have changed.
+    """
+    record = _read(run_dir)
+    if "base_hash" not in record or model.base_hash() == record["base_hash"]:  # without: it never came to its base
+        return
+    told = f"the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with"
+    if record.get("quantised_by") == _quantised_by(model):
+        raise QspinError(f"model.id: {told}: the base's files have changed; bring the old ones back")
+    say(
+        f"{told} (another device, version of torch or of bitsandbytes, or other files of the base); what is said and "
+        "measured here is of the weights made here"
+    )
+
+
+def _quantised_by(model: SlotModel) -> str:
+    """All but a base's files that its bytes in memory depend on: how sums round, and the type of what is not NF4."""
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "bitsandbytes"))
+    return f"{device}, {model.dtype}, {versions}"
 
 
 def check_rows(run_dir: RunDir, prepared: Prepared) -> None:

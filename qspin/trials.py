@@ -87,7 +87,7 @@ def _compute(console: Console, run_dir: RunDir, missing: dict[SetUp, list[str]],
             task = tasks.load(set_up.task, set_up.shots)
         if task is None:
             continue
-        loaded = loaded or Loaded.open(run_dir, names[0])  # without which no task can be put to anyone
+        loaded = loaded or Loaded.open(run_dir, names[0], lambda text: tell(console, f"note: {text}", "yellow"))
         with attempt(set_up.task):
             _put(console, loaded, task, set_up, names)
     return failed

@@ -573,6 +573,18 @@ def test_a_task_that_can_not_be_put_leaves_the_others_alone(run_dir: RunDir, tas
     )
 
 
+def test_a_base_that_came_out_otherwise_here_is_told_of(run_dir: RunDir, tasks: Path, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run_dir.path, copy.path)
+    write_json(copy.record, read_json(copy.record) | {"base_hash": "0" * 64, "quantised_by": "another card"})
+    options = "--tasks", CHOICES, "--include", tasks, "--iteration", "base", "--limit", "4"
+    answer = call("eval", copy.path, *options)
+    assert answer.code == 0
+    assert f"are not those that {copy.path} began with (another device" in answer.out
+    write_json(copy.record, read_json(run_dir.record) | {"base_hash": "0" * 64})
+    assert "the base's files have changed" in told("eval", copy.path, *options, "--chat-template")
+
+
 def test_a_run_that_can_not_be_written_to_is_told_before_anything_is_computed(
     run_dir: RunDir, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import played_small
+import torch
+from conftest import played_small, small_run
+from safetensors.torch import load_file, save_file
 
 from qspin.config import load_config
 from qspin.errors import QspinError
@@ -19,8 +21,10 @@ from qspin.evaluation import read_evaluation
 from qspin.files import read_json, write_json
 from qspin.loaded import Loaded, Stream
 from qspin.prepare import prepare
+from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
+from qspin.spin import run
 
 NEW = 10
 
@@ -120,6 +124,54 @@ def test_another_base_or_template_is_refused(run_dir: RunDir, tmp_path: Path) ->
     write_json(copy.record, record | {"base": base})
     with pytest.raises(QspinError, match=r"was made with the hub's owner/name, and here .* is the folder"):
         Loaded.open(copy)
+
+
+@pytest.fixture
+def own_base(tiny_folder: Callable[[str], Path], tmp_path: Path) -> RunDir:
+    """A run whose base is the folder beside it, and who began with the adapter beside that."""
+    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    settings = small_run(tmp_path / "model", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "first", Silent())
+    shutil.copytree(RunDir(tmp_path / "first").iteration(0).adapter, tmp_path / "adapter")
+    settings["model.init_adapter"] = str(tmp_path / "adapter")
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "run", Silent())
+    return RunDir(tmp_path / "run")
+
+
+def test_a_base_whose_weights_have_changed_is_refused(own_base: RunDir, tmp_path: Path) -> None:
+    heard: list[str] = []
+    Loaded.open(own_base, "0", heard.append)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] *= 2
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(QspinError, match=r"^model.id: the 4-bit weights of model are not those .* bring the old ones"):
+        Loaded.open(own_base, "0", heard.append)
+    assert heard == []
+
+
+def test_a_base_that_something_else_quantised_is_told_of(own_base: RunDir) -> None:
+    heard: list[str] = []
+    record = read_json(own_base.record)
+    assert torch.__version__.partition("+")[0] in record["quantised_by"]
+    elsewhere = record | {"base_hash": "0" * 64, "quantised_by": "another card"}
+    for found in (elsewhere, {key: value for key, value in elsewhere.items() if key != "quantised_by"}):
+        write_json(own_base.record, found)
+        Loaded.open(own_base, "0", heard.append)
+    assert len(heard) == 2
+    assert all(f"model are not those that {own_base.path} began with (another device" in text for text in heard)
+    write_json(own_base.record, record | {"quantised_by": "another card"})
+    Loaded.open(own_base, "0", heard.append)  # it came to the same bytes
+    assert len(heard) == 2
+
+
+def test_the_adapter_that_a_run_began_with_must_be_the_same(own_base: RunDir, tmp_path: Path) -> None:
+    loaded, weights = Loaded.open(own_base, "base"), tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = {name: tensor * 2 for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    loaded.seat("0")
+    with pytest.raises(QspinError, match=r"^model.init_adapter: its content is not what .* began with; bring it back$"):
+        loaded.seat("base")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from qspin import talk_view
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
+from qspin.files import read_json, write_json
 from qspin.loaded import Loaded
 from qspin.prepare import prepare
 from qspin.records import Message
@@ -304,6 +306,16 @@ def test_each_line_of_a_pipe_is_a_message(run_dir: RunDir, loaded: Loaded) -> No
     assert done.stdout == talk_view.visible(wanted)
     assert (done.returncode, "> " in done.stderr) == (0, False)
     assert "cut at 60 tokens" in done.stderr
+
+
+def test_a_base_that_came_out_otherwise_here_is_told_of(run_dir: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run_dir.path, copy.path)
+    write_json(copy.record, read_json(copy.record) | {"base_hash": "0" * 64, "quantised_by": "another card"})
+    done = piped(copy, "What is 1?\n")
+    assert done.returncode == 0
+    assert f"are not those that {copy.path} began with (another device" in done.stderr
+    assert "began with" not in piped(run_dir, "What is 1?\n").stderr
 
 
 @pytest.mark.parametrize(
