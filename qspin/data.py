@@ -269,7 +269,11 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
     """What most rows of a sample fit; of equal ones, what most have the columns of; then the first of `FORMATS`."""
     if columns or format == "columns":
         if format not in {"auto", "columns"} or not {"prompt", "completion"} <= columns.keys():
-            raise QspinError("data.columns names a prompt and a completion column, with data.format auto or columns")
+            missing = [f"data.columns.{key} is not set" for key in ("prompt", "completion") if key not in columns]
+            raise QspinError(
+                f"{' and '.join(missing) or f'data.format is {format}'}: data.columns names a prompt and a completion "
+                "column, with data.format auto or columns"
+            )
         candidates = [pair("columns", columns["prompt"], columns["completion"], columns.get("system"))]
     else:
         candidates = [shape for shape in FORMATS if format in {"auto", shape.name}]
@@ -282,7 +286,13 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
     best = min(candidates, key=misfits)  # of equal ones, the first
     objects = [row for _, row in sample if isinstance(row, dict)]
     if objects and misfits(best)[1] == len(objects):
-        found = ", ".join(short(key) for key in islice(dict.fromkeys(chain.from_iterable(objects)), 20))
+        names = list(islice(dict.fromkeys(chain.from_iterable(objects)), 20))
+        if len(names) == 1 and re.search("[;\t]", names[0]):
+            raise QspinError(
+                f"{source}: its only column is {short(names[0])}, so its fields seem to be divided by semicolons or "
+                "tabs; save it with commas"
+            )
+        found = ", ".join(map(short, names))
         wanted = "a known format" if len(candidates) > 1 else f"format {best.name}"
         needed = "; ".join(f"{shape.name} ({', '.join(shape.keys)})" for shape in candidates)
         raise QspinError(

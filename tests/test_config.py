@@ -371,7 +371,13 @@ def test_a_key_like_no_other_has_no_neighbour() -> None:
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), [], [0.1, 0], "much"])
 @pytest.mark.parametrize("key", ["train.beta", "train.lr"])
 def test_rates_are_positive_numbers_or_lists_of_them(key: str, value: Any) -> None:
-    assert f"\n  {key} = " in refusal(None, {key: value})
+    assert f"\n  {key}{'[1]' if value == [0.1, 0] else ''} = " in refusal(None, {key: value})
+
+
+def test_of_a_list_the_member_that_does_not_fit_is_named() -> None:
+    assert "train.beta[1] = -1: Input should be greater than 0" in refusal(None, {"train.beta": [0.1, -1]})
+    assert "train.lr[0] = 'abc': Input should be a valid number" in refusal(None, {"train.lr": ["abc", 1e-4]})
+    assert "train.lr = []: List should have at least 1 item" in refusal(None, {"train.lr": []})
 
 
 def test_columns_need_both_sides() -> None:

@@ -251,6 +251,20 @@ def test_no_format_fits(tmp_path: Path) -> None:
         load(path, format="alpaca")
     with pytest.raises(QspinError, match=r"columns of format columns\. Columns found: .* \(ask, told\)"):
         load(path, columns={"prompt": "ask", "completion": "told"})
+    for options, missing in (({"columns": {"prompt": "ask"}}, "completion"), ({"format": "columns"}, "prompt is not")):
+        with pytest.raises(QspinError, match=rf"^data\.columns\.{missing}.* set: data\.columns names a prompt and a"):
+            load(path, **options)
+
+
+def test_semicolons_in_place_of_commas(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\nHi;Hello.\nBye;Goodbye.\n")
+    with pytest.raises(QspinError) as caught:
+        load(path)
+    assert str(caught.value) == (
+        f"{path}: its only column is 'prompt;completion', so its fields seem to be divided by semicolons or tabs; save "
+        "it with commas"
+    )
 
 
 # --- bad rows ---
