@@ -13,6 +13,8 @@ import pytest
 import table
 from conftest import ROOT
 
+from qspin.panel import Figure
+
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 
@@ -81,11 +83,12 @@ def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
             written.partition(f"## {title}\n\n")[2].partition("\n\n")[0].splitlines()
             for title in ("Held-out rows: likelihood, and the game", "Changes against the base, on the same rows")
         )
-        for player in ("0", "1"):
+        rounds = {f"s{number}": f"supervised, as long as iteration {number}" for number in (0, 1) if seed}
+        for player, name in ({"0": "iteration 0", "1": "iteration 1"} | rounds).items():
             [nll] = [line.split(" | ")[2] for line in likelihood if line.startswith(f"| {player} |")]
             [others] = [line.split(" | ")[1:3] for line in changes if line.startswith(f"| {player} |")]
-            assert f"| {seed} | iteration {player} | {nll} | {' | '.join(others)} |" in page
-    for name in ("two-iterations", "two-turns"):
+            assert f"| {seed} | {name} | {nll} | {' | '.join(others)} |" in page
+    for name in ("two-iterations", "two-turns", "rows-1024", "damaged"):
         written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
         for title in ("Held-out rows: likelihood, and the game", "Held-out rows: what it writes"):
             assert written.partition(f"## {title}\n\n")[2].partition("\n\n")[0] in page
@@ -93,6 +96,26 @@ def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
     rates = summary.partition("## Supervised training, by rate\n\n")[2].partition("\n\n")[0]
     assert len(rates.splitlines()) == 5
     assert rates in page
+
+
+def test_the_table_of_more_held_out_rows_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "docs" / "experiments" / "heldout.json").read_text(encoding="utf-8"))
+    assert result["rows"] == 640
+    base = {name: Figure(*values) for name, values in result["players"].pop("base")["figures"].items()}
+    nll, auc, f1 = (base[name].told(".3f") for name in ("nll", "two_sample_auc", "f1"))
+    assert f"NLL {nll}, two-sample AUC {auc}, F1 {f1}," in " ".join(page.split())
+    assert {name.split("/")[1] for name in result["players"]} == {"seed=0", "seed=1", "seed=2"}
+    for name, player in result["players"].items():
+        change = {key: Figure(*values) for key, values in player["changes"].items()}
+        if "iteration" in name:  # what the page says of all of them
+            assert change["nll"].high < 0
+            assert change["two_sample_auc"].high < 0
+            assert change["f1"].low > 0
+        changes = " | ".join(change[key].told("+.3f") for key in ("nll", "two_sample_auc", "f1"))
+        who = "iteration 1" if "iteration" in name else "supervised, as long"
+        tokens = Figure(*player["figures"]["tokens"]).told(".0f")
+        assert f"| {name.split('seed=')[1][0]} | {who} | {changes} | {tokens} |" in page
 
 
 def test_there_are_results() -> None:
