@@ -13,11 +13,12 @@ FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py cli.p
 	page.py presets.py push.py sampling.py scoring.py track.py training.py view.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint docs constraints floors clean
+.PHONY: help setup quickstart test coverage lint docs constraints floors clean
 
 help:
 	@echo "make quickstart   set up, then play SPIN with a small model on this machine: runs/quickstart"
 	@echo "make test         set up, lint, and run the tests"
+	@echo "make coverage     the tests again, and which lines of qspin/ none of them reaches"
 	@echo "make lint         set up, then ruff and mypy"
 	@echo "make docs         set up, then write the generated pages and the site: build/site/index.html"
 	@echo "make setup        only build .venv; PYTHON=python3.12 chooses the interpreter"
@@ -36,6 +37,12 @@ quickstart: $(READY)
 
 test: lint
 	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
+
+coverage: $(READY)
+	.venv/bin/coverage erase
+	.venv/bin/coverage run -m pytest -q $(SIDE_BY_SIDE)
+	.venv/bin/coverage combine -q
+	.venv/bin/coverage report --skip-covered --show-missing
 
 lint: $(READY)
 	.venv/bin/ruff check
@@ -57,4 +64,4 @@ floors:
 	QSPIN_CACHE=.floors/cache .floors/venv/bin/python -m pytest -q $(SIDE_BY_SIDE) $(FLOOR_TESTS)
 
 clean:
-	rm -rf .venv .floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .floors build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
