@@ -19,7 +19,7 @@ from typing import Any
 
 from harness import made_by, say
 
-from qspin.adapters import load_adapter
+from qspin.adapters import load_own
 from qspin.evaluate import SHARD, evaluate
 from qspin.evaluation import Evaluation, change, panel, real_panel, two_samples
 from qspin.loaded import Loaded
@@ -85,7 +85,7 @@ def main() -> None:
     content["players"] = {}
     for folder in (None, *options.folders):
         if folder is not None:
-            loaded.model.set_adapter(load_adapter(folder / "adapter"))
+            loaded.model.set_adapter(load_own(folder / "adapter"))
         player = measure(loaded, prepared) if folder else base
         figures = panel(player, "report", seed=SEED)
         changes = {key: change(base, player, key, "report", seed=SEED) for key in FIGURES} if folder else {}

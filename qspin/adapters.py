@@ -2,6 +2,7 @@
 
 check_config(folder, base_name, lora)       # the settings are those of the slot
 adapter = load_adapter(folder)
+adapter = load_own(run_dir.iteration(0).adapter)    # which must be as the run wrote it
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from qspin.config import LoraConfig
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_folder, read_plain_json
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
@@ -48,6 +49,16 @@ def load_adapter(folder: Path) -> Adapter:
     if wrong:
         raise QspinError(f"{path}: {len(wrong)} weights hold NaN or infinity, the first {wrong[0]}; train it anew")
     return adapter
+
+
+def load_own(folder: Path) -> Adapter:
+    """As `load_adapter`, of a folder that a run has written.
+
+    Raises:
+        QspinError: it is not as it was written.
+    """
+    check_folder(folder)
+    return load_adapter(folder)
 
 
 def check_config(folder: Path, base: str, lora: LoraConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from qspin.adapters import load_adapter
+from qspin.adapters import load_own
 from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.game import Game, under_way
@@ -47,7 +47,7 @@ def _train(game: Game, rate: float, rounds: int) -> None:
         if not folder.adapter.is_dir():
             learn_alike(game, folder, index, lr=rate, start=start)
         measure(game, folder, index, opponent=opponent)
-        start, opponent = load_adapter(folder.adapter), folder
+        start, opponent = load_own(folder.adapter), folder
 
 
 def workload(run_dir: RunDir, config: RunConfig, rates: Sequence[float], train_rows: int, heldout: int) -> list[Work]:

@@ -12,6 +12,7 @@ import functools
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from qspin.adapters import load_adapter
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_WEIGHTS, read_json, sha256_of
+from qspin.files import ADAPTER_WEIGHTS, check_folder, read_json, sha256_of
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
 from qspin.packing import pack_row
@@ -94,8 +95,14 @@ class Trained:
 
     def __init__(self, run_dir: RunDir, index: int) -> None:
         self.run_dir, self.index = run_dir, index
-        self.adapter = run_dir.iteration(index).adapter
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @functools.cached_property
+    def adapter(self) -> Path:
+        """The iteration's own. Raises a QspinError: it is not as it was written."""
+        folder = self.run_dir.iteration(self.index).adapter
+        check_folder(folder)
+        return folder
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:

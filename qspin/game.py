@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qspin.adapters import Adapter, load_adapter
+from qspin.adapters import Adapter, load_adapter, load_own
 from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
 from qspin.damage import take_away_damaged
@@ -94,8 +94,8 @@ class Game:
     def opponent(self, iteration: int) -> Adapter:
         """Whom iteration t plays against: what iteration t − 1 ended with."""
         if iteration > 0:
-            return load_adapter(self.dir.iteration(iteration - 1).adapter)
-        return load_adapter(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
+            return load_own(self.dir.iteration(iteration - 1).adapter)
+        return load_own(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
 
     @contextlib.contextmanager
     def counted(self, folder: IterationDir, phase: str) -> Iterator[Callable[[], None]]:

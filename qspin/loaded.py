@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 
-from qspin.adapters import Adapter, load_adapter
+from qspin.adapters import Adapter, load_adapter, load_own
 from qspin.budget import rows_at_once
 from qspin.chat import Renderer
 from qspin.config import RunConfig
@@ -84,8 +84,7 @@ class Loaded:
                 run keeps.
 
         Raises:
-            QspinError: there is no such player, or its adapter can't be read, or is not the one that the run began
-                with.
+            QspinError: there is no such player, or its adapter is damaged, or is not the one that the run began with.
         """
         player = named(self.run_dir, wanted)
         self.model.set_adapter(self._adapter(player))
@@ -188,7 +187,7 @@ class Loaded:
             check_input(self.run_dir, "model.init_adapter", sha256_of(Path(init) / ADAPTER_WEIGHTS))
             return adapter
         folder = self.run_dir.warm_start if player == "sft" else self.run_dir.iteration(int(player))
-        return load_adapter(folder.adapter)
+        return load_own(folder.adapter)
 
 
 class Stream:

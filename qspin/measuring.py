@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qspin.adapters import load_adapter
+from qspin.adapters import load_own
 from qspin.errors import QspinError
 from qspin.evaluate import TOKENS_AT_ONCE, evaluate, units
 from qspin.evaluation import Evaluation, read_evaluation, values
@@ -24,7 +24,7 @@ def measure(game: Game, folder: IterationDir, iteration: int | None, *, opponent
     remove(folder.snapshots)  # a crash may have left them after the adapter that they led to
     if not folder.evaluation.is_file():
         against = None if opponent is None else read_evaluation(opponent.evaluation)
-        game.model.set_adapter(load_adapter(folder.adapter) if folder.adapter.is_dir() else game.start)
+        game.model.set_adapter(load_own(folder.adapter) if folder.adapter.is_dir() else game.start)
         with game.counted(folder, "evaluate"):
             result = _evaluation(game, iteration, against)
             style = game.config.evaluation.style

@@ -17,8 +17,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from qspin.adapters import load_adapter
 from qspin.base import find_base
 from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
+from qspin.files import ADAPTER_WEIGHTS
 from qspin.model import SlotModel
 from qspin.prepare import prepare
 from qspin.progress import Silent
@@ -178,6 +180,16 @@ def played_small(model: Path, folder: Path) -> RunDir:
     config = load_config(None, small_run(model, folder / "rows.jsonl", rows=18) | {"iterations": 2})
     run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
     return RunDir(folder / "run")
+
+
+def flip_byte(adapter: Path) -> str:
+    """Alter a weight of an adapter, which stays a readable file; what is said of it."""
+    weights = adapter / ADAPTER_WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-4] ^= 1  # the lowest byte of an fp32
+    weights.write_bytes(data)
+    assert load_adapter(adapter)
+    return f"{weights}: missing or altered since it was written; delete {adapter} and run again"
 
 
 class Notes(Silent):

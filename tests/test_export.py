@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import flip_byte
 from test_cli import call
 from test_gguf_file import texts
 
@@ -30,7 +31,7 @@ from qspin.compare import CHECK, Trained, drifted
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
-from qspin.export import export
+from qspin.export import DTYPES, export
 from qspin.files import check_folder, read_json, read_plain_json, write_json
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
@@ -281,6 +282,18 @@ def test_what_a_gguf_cannot_hold_is_told_before_any_weights_are_loaded(
     ):
         made(run, tmp_path / "out", "gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", DTYPES)
+def test_a_damaged_adapter_is_not_exported(
+    to: str, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    told = flip_byte(copy.iteration(0).adapter)
+    monkeypatch.delattr(SlotModel, "load")
+    answer = call("export", copy.path, "--to", to, "--iteration", "0", "--out", tmp_path / "out")
+    assert (answer.code, answer.out, answer.err) == (1, "", f"error: {told}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

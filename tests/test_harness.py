@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import HOUSE_STYLE, moved_adapter, small_run
+from conftest import HOUSE_STYLE, flip_byte, moved_adapter, small_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from test_cli import call, process, refusal
@@ -583,6 +583,15 @@ def test_a_base_that_came_out_otherwise_here_is_told_of(run_dir: RunDir, tasks: 
     assert f"are not those that {copy.path} began with (another device" in answer.out
     write_json(copy.record, read_json(run_dir.record) | {"base_hash": "0" * 64})
     assert "the base's files have changed" in told("eval", copy.path, *options, "--chat-template")
+
+
+def test_a_damaged_adapter_is_not_measured(run_dir: RunDir, tasks: Path, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "run")
+    shutil.copytree(run_dir.path, copy.path, ignore=shutil.ignore_patterns("benchmarks"))
+    said = flip_byte(copy.iteration(0).adapter)
+    options = "--tasks", CHOICES, "--include", tasks, "--iteration", "0", "--limit", "4"
+    assert told("eval", copy.path, *options) == f"error: {said}"
+    assert not list(copy.iteration(0).benchmarks.iterdir())
 
 
 def test_a_run_that_can_not_be_written_to_is_told_before_anything_is_computed(

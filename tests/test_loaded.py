@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import played_small, small_run
+from conftest import flip_byte, played_small, small_run
 from safetensors.torch import load_file, save_file
+from test_cli import call
 
+import qspin
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.evaluation import read_evaluation
@@ -172,6 +174,23 @@ def test_the_adapter_that_a_run_began_with_must_be_the_same(own_base: RunDir, tm
     loaded.seat("0")
     with pytest.raises(QspinError, match=r"^model.init_adapter: its content is not what .* began with; bring it back$"):
         loaded.seat("base")
+
+
+def test_a_damaged_adapter_is_not_played(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1, "sft.epochs": 1}
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "run", Silent())
+    run_dir = RunDir(tmp_path / "run")
+    loaded = qspin.load(run_dir.path)
+    for player in ("sft", "0"):
+        loaded.seat(player)
+        told = flip_byte(run_dir.player(player).adapter)
+        for play in (loaded.seat, lambda player: qspin.load(run_dir.path, player)):
+            with pytest.raises(QspinError) as caught:
+                play(player)
+            assert str(caught.value) == told
+        answer = call("chat", run_dir.path, "--iteration", player)
+        assert (answer.code, answer.out, answer.err.splitlines()[-1]) == (1, "", f"error: {told}")
+    loaded.seat("base")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import played_small
+from conftest import flip_byte, played_small
 from judge_server import KEY, MODEL, Failure, JudgeServer
 from test_cli import Answer, call, process
 
@@ -165,6 +165,14 @@ def test_the_second_turn_is_asked_after_the_first_answer(
                 < mtbench_answers.NEW_TOKENS
             )
             told += [Message("assistant", answer), Message("user", question.turns[-1])]
+
+
+def test_a_damaged_adapter_does_not_answer(played: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench"))))
+    told = flip_byte(run.iteration(0).adapter)
+    answer = call("mtbench", run.path, "--questions", played / "questions.jsonl", "--iteration", "base,0")
+    assert (answer.code, answer.err.splitlines()[-1]) == (1, f"error: {told}")
+    assert not (folder_of(run.path) / "model_answer" / "iteration-0.jsonl").exists()
 
 
 def test_without_a_judge_players_only_answer(played: Path, tmp_path: Path, server: JudgeServer) -> None:
