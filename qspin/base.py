@@ -7,8 +7,10 @@ folder = base.weights()                 # the first time, a GGUF is dequantised 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -162,6 +164,12 @@ def quiet_libraries() -> None:
     redact_logs(("huggingface_hub", "transformers"))
 
 
+def read_gguf(path: Path, **options: Any) -> Any:
+    """A model as transformers reads it from a GGUF file, without the bar that it draws past its own switch."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
+
+
 def cache_dir() -> Path:
     """$QSPIN_CACHE, else qspin's folder in the user's cache."""
     if "QSPIN_CACHE" in os.environ:
@@ -195,9 +203,7 @@ def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:
     """
 
     def make(folder: Path) -> None:
-        source = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-        )
+        source = read_gguf(gguf, dtype=torch.bfloat16)
         plain = transformers.AutoConfig.from_pretrained(_description(gguf, origin))
         fresh = transformers.AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16)
         fresh.load_state_dict(source.state_dict())

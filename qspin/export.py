@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from qspin.base import load_model_config, load_tokenizer, stop_tokens
+from qspin.base import load_model_config, load_tokenizer, read_gguf, stop_tokens
 from qspin.compare import CHECK, Trained, compared, read_exported
 from qspin.errors import QspinError
 from qspin.files import (
@@ -316,9 +316,7 @@ def _load_gguf(path: Path, architecture: Any, size: int) -> Any:
     """In fp32, as llama.cpp computes on a CPU, if memory holds these bytes (twice while loading), else in bfloat16."""
     dtype = torch.float32 if 2 * size < free_bytes(torch.device("cpu")) else torch.bfloat16
     # the configuration that transformers reads from a GGUF lacks Llama's biases and Llama 3's rope
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=architecture, dtype=dtype
-    )
+    return read_gguf(path, config=architecture, dtype=dtype)
 
 
 def _ids(tokens: int | list[int] | None) -> tuple[int, ...]:
