@@ -43,7 +43,7 @@ from qspin.run_dir import RunDir
 
 KEYS = {
     "to", "iteration", "adapter", "base", "onto", "dtype", "rows", "nll_trained", "nll_exported", "nll_difference",
-    "top1_agreement", "completions",
+    "top1_agreement", "completions", "trained_in",
 }  # fmt: skip
 
 
@@ -112,6 +112,7 @@ def test_the_dequantised_merge_is_the_trained_model(run: RunDir, tmp_path: Path)
     ]
     assert len(check["completions"]) == 3
     assert all(row["trained"] == row["exported"] for row in check["completions"])
+    assert check["trained_in"] == "float32"
     assert not drifted(check)
 
 
@@ -168,8 +169,9 @@ def test_a_gguf_file_is_compared_as_well(dtype: str | None, run: RunDir, tmp_pat
     assert abs(check["nll_difference"]) < {"f32": 1e-4, None: 1e-3, "bf16": 0.01, "q8_0": 0.05}[dtype]
 
 
-def test_a_folder_for_ollama_has_its_modelfile(run: RunDir, tmp_path: Path) -> None:
+def test_a_folder_for_ollama_has_its_modelfile(run: RunDir, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made(run, tmp_path / "out", "ollama", dtype="q8_0")
+    assert "%|" not in capfd.readouterr().err, "a bar of a library"
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert text.startswith('FROM ./tiny-qwen2-q8_0.gguf\nTEMPLATE """{{')
     assert text.endswith('PARAMETER stop "<|im_end|>"\n')
@@ -343,6 +345,30 @@ def test_a_big_drift_is_a_loud_warning(run: RunDir, tmp_path: Path, monkeypatch:
     answer = call("export", run.path, "--to", "merged-16bit", "--out", tmp_path / "out")
     assert answer.code == 0
     assert answer.err.startswith("WARNING: the exported model is another than the trained one")
+
+
+def test_the_runs_own_rounding_is_told_and_is_no_drift(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tiny_folder("qwen2"), tmp_path, "model.dtype=bfloat16")
+    monkeypatch.setattr(compare, "MOST_NLL", -1.0)
+    told = "; these are the trained weights, and the run's bfloat16 rounding is what differs"
+    exact = [("merged-16bit", "dequantised", "float32"), ("gguf", "dequantised", "f32")]
+    others = [("merged-16bit", "original", "float32"), ("gguf", "dequantised", "bf16")]
+    for number, (to, onto, dtype) in enumerate([*exact, *others]):
+        answer = call("export", run, "--to", to, "--onto", onto, "--out", tmp_path / str(number), "--dtype", dtype)
+        assert answer.code == 0
+        own = number < len(exact)
+        assert (answer.err == "") is own
+        assert answer.out.splitlines()[-2].endswith("of the places" + (told if own else ""))
+        assert read_json(tmp_path / str(number) / CHECK)["trained_in"] == "bfloat16"
+
+
+def test_a_run_in_fp32_rounds_nothing_away() -> None:
+    check = {"nll_difference": 0.1, "top1_agreement": 0.9, "onto": "dequantised", "dtype": "float32"}
+    assert not drifted(check | {"trained_in": "bfloat16"})
+    assert drifted(check | {"trained_in": "float32"})
+    assert drifted(check)  # as an earlier version wrote it
 
 
 @pytest.mark.parametrize(
