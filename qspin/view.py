@@ -275,7 +275,9 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
 
 
 def title(status: Status) -> str:
-    where = "base" if status.iteration is None else f"iteration {status.iteration + 1}/{status.iterations}"
+    """Which iteration by its number, which is from 0 as everywhere, and how many that makes."""
+    number = status.iteration
+    where = "base" if number is None else f"iteration {number} ({number + 1} of {status.iterations})"
     return f"{where} · {status.phase}"
 
 

@@ -46,7 +46,7 @@ def test_it_goes_on_where_it_stopped_and_shows_it(
 ) -> None:
     qspin.run(config, results.path)
     shown = capsys.readouterr().out
-    assert "2-sample AUC" in shown and "iteration 1/2 · generate" not in shown
+    assert "2-sample AUC" in shown and "iteration 0 (1 of 2) · generate" not in shown
 
 
 def test_its_players_answer(results: qspin.Results) -> None:

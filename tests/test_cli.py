@@ -588,18 +588,20 @@ def test_progress_without_a_terminal_is_plain_lines(played: Played) -> None:
     assert ANSI not in played.answer.out
     finished = {
         (match[1], match[2]): match[3]
-        for match in re.finditer(r"^(base|iteration \d/2) · (\w+): (\S+) .*0 s left", played.answer.out, re.MULTILINE)
+        for match in re.finditer(
+            r"^(base|iteration \d \(\d of 2\)) · (\w+): (\S+) .*0 s left", played.answer.out, re.MULTILINE
+        )
     }
     assert finished == {
         ("base", "evaluate"): "12/12",
-        ("iteration 1/2", "generate"): "20/20",
-        ("iteration 1/2", "score"): "20/20",
-        ("iteration 1/2", "train"): "40/40",
-        ("iteration 1/2", "evaluate"): "16/16",
-        ("iteration 2/2", "generate"): "20/20",
-        ("iteration 2/2", "score"): "40/40",
-        ("iteration 2/2", "train"): "80/80",
-        ("iteration 2/2", "evaluate"): "16/16",
+        ("iteration 0 (1 of 2)", "generate"): "20/20",
+        ("iteration 0 (1 of 2)", "score"): "20/20",
+        ("iteration 0 (1 of 2)", "train"): "40/40",
+        ("iteration 0 (1 of 2)", "evaluate"): "16/16",
+        ("iteration 1 (2 of 2)", "generate"): "20/20",
+        ("iteration 1 (2 of 2)", "score"): "40/40",
+        ("iteration 1 (2 of 2)", "train"): "80/80",
+        ("iteration 1 (2 of 2)", "evaluate"): "16/16",
     }
 
 
@@ -611,7 +613,7 @@ def test_status_of_a_finished_run(played: Played) -> None:
         f"{played.out}: finished, 2 iterations",
         f"adapter: {kept_adapter(run)}",
         f"table: {run.summary}",
-        "iteration 2/2 · evaluate  " + "━" * 156 + "  16/16 rows  100%",
+        "iteration 1 (2 of 2) · evaluate  " + "━" * 149 + "  16/16 rows  100%",
     ]
     figures = values(read_evaluation(run.iteration(1).evaluation), seed=0, style=None)
     assert f"NLL {figures['nll']:.3f}" in answer.out
@@ -853,7 +855,7 @@ def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) ->
     assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
     assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"iteration-2"}
     assert [row[0] for row in summary_tables(out)[0][2:]] == ["base", "0", "1", "2"]
-    assert set(re.findall(r"^(\S+ ?\S*) · ", answer.out, re.MULTILINE)) == {"iteration 3/3"}
+    assert set(re.findall(r"^(\S+ .*) · ", answer.out, re.MULTILINE)) == {"iteration 2 (3 of 3)"}
     # its policy starts as its opponent, and the pairs of iteration 1 are trained on again
     assert read_jsonl(RunDir(out).iteration(2).metrics)[0]["margin"] == 0
     assert "score: 40/40" in answer.out

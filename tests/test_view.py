@@ -130,7 +130,7 @@ def test_the_page_shows_what_a_terminal_shows(width: int, block: int, meter: Met
 def test_the_panel_has_all_that_one_wants_to_know(meter: Meter, clock: Clock) -> None:
     play(meter, clock)
     lines = [line.plain for line in panel(now(meter), 120)]
-    assert lines[0].startswith("iteration 2/3 · train  ━")
+    assert lines[0].startswith("iteration 1 (2 of 3) · train  ━")
     assert lines[0].endswith("─  3600/6000 pairs  60%")
     text = "\n".join(lines)
     # 1.25 s a pair; the run goes on with an evaluation and a third iteration like the second
@@ -156,7 +156,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int, met
     if width >= 40:
         assert not any("…" in line for line in figures), "parts go to a line of their own"
         assert "run 4 h 01 min left" in "\n".join(figures)
-    assert ("━" in lines[0]) == (width > 40), "a bar only where there is room for one"
+    assert ("━" in lines[0]) == (width > 60), "a bar only where there is room for one"
 
 
 def test_a_narrower_terminal_takes_more_lines_and_loses_nothing(meter: Meter, clock: Clock) -> None:
@@ -240,7 +240,7 @@ def test_a_live_terminal_is_left_clean(meter: Meter, clock: Clock) -> None:
     assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l"), "the cursor is shown again"
     lines = screen(out)
     assert lines[1].startswith("base · evaluate  300 rows in 2 min 45 s  1.82 rows/s  NLL 3.822  ended 10%")
-    assert lines[-2] == "iteration 2/3 · train  3600/6000 pairs in 75 min  0.8 pairs/s  loss 0.483"
+    assert lines[-2] == "iteration 1 (2 of 3) · train  3600/6000 pairs in 75 min  0.8 pairs/s  loss 0.483"
     assert lines[-1] == "  margin +0.840  real reward +0.300  generated reward -0.540  accuracy 77%"
     assert not [line for line in lines if "left" in line or "completion" in line.split()]
 
@@ -272,11 +272,11 @@ def test_phases_leave_a_line_each(meter: Meter, clock: Clock) -> None:
     assert meter.ended is not None
     [line] = ended_lines(meter.ended, 200)
     assert line.plain == (
-        "iteration 2/3 · train  3600/6000 pairs in 75 min  0.8 pairs/s  loss 0.483  margin +0.840  "
+        "iteration 1 (2 of 3) · train  3600/6000 pairs in 75 min  0.8 pairs/s  loss 0.483  margin +0.840  "
         "real reward +0.300  generated reward -0.540  accuracy 77%"
     )
     first, *more = ended_lines(meter.ended, 60)
-    assert first.plain == "iteration 2/3 · train  3600/6000 pairs in 75 min"
+    assert first.plain == "iteration 1 (2 of 3) · train  3600/6000 pairs in 75 min"
     assert all(line.plain.startswith("  ") for line in more)
 
 
@@ -294,7 +294,7 @@ def log(meter: Meter, clock: Clock, events: Callable[[Progress], None]) -> list[
 
 def log_part(lines: list[str]) -> list[str]:
     """The lines of one short phase."""
-    return [line for line in lines if line.startswith("iteration 1/3 · evaluate")]
+    return [line for line in lines if line.startswith("iteration 0 (1 of 3) · evaluate")]
 
 
 def test_the_page_shows_what_a_log_shows(meter: Meter, clock: Clock) -> None:
@@ -314,13 +314,13 @@ def test_short_phases_have_two_lines(meter: Meter, clock: Clock) -> None:
 
     lines = log(meter, clock, events)
     assert [line.split("  ")[0] for line in lines] == [
-        "iteration 1/3 · score: 0/20 pairs",
-        "iteration 1/3 · score: 20/20 pairs",
-        "iteration 2/3 · score: 0/20 pairs",
-        "iteration 2/3 · score: 20/20 pairs",
+        "iteration 0 (1 of 3) · score: 0/20 pairs",
+        "iteration 0 (1 of 3) · score: 20/20 pairs",
+        "iteration 1 (2 of 3) · score: 0/20 pairs",
+        "iteration 1 (2 of 3) · score: 20/20 pairs",
     ]
     assert lines[1] == (
-        "iteration 1/3 · score: 20/20 pairs  1 pairs/s  0 s left  run ? left  memory 5.2 of 15.5 GiB"
+        "iteration 0 (1 of 3) · score: 20/20 pairs  1 pairs/s  0 s left  run ? left  memory 5.2 of 15.5 GiB"
     ), "on one line, however wide a terminal might be"
     assert lines[-1].endswith("  NLL 2.000"), "what the phase found is told with its end"
 
@@ -480,6 +480,6 @@ def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:
 def test_a_line_of_a_log_has_the_figures(meter: Meter, clock: Clock) -> None:
     play(meter, clock)
     assert plain_line(replace(now(meter), rate=None, phase_seconds_left=None, run_seconds_left=None)) == (
-        "iteration 2/3 · train: 3600/6000 pairs  ? left  run ? left  memory 5.2 of 15.5 GiB  loss 0.483  "
+        "iteration 1 (2 of 3) · train: 3600/6000 pairs  ? left  run ? left  memory 5.2 of 15.5 GiB  loss 0.483  "
         "margin +0.840  real reward +0.300  generated reward -0.540  accuracy 77%"
     )
