@@ -57,5 +57,5 @@ def workload(run_dir: RunDir, config: RunConfig, rates: Sequence[float], train_r
         for index in range(finished(run_dir)):
             folder = run_dir.supervised(rate, index)
             rows = train_rows * config.train.epochs * (min(index, config.train.mix_previous) + 1)
-            work += [Work(folder, "supervised", index, rows), Work(folder, "evaluate", index, 4 * heldout)]
+            work += [Work(folder, "train", index, rows), Work(folder, "evaluate", index, 4 * heldout)]
     return work

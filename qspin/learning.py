@@ -83,7 +83,7 @@ def learn_alike(game: Game, folder: IterationDir, index: int, *, lr: float, star
         lr=lr,
         order=lambda plan: step_order(len(plan), -(-steps // len(plan)), seed)[:steps],
         start=start,
-        phase="supervised",
+        phase="train",
         iteration=index,
     )
 

@@ -71,7 +71,7 @@ def measured(work: Sequence[Work]) -> dict[str, float]:
         seconds = item.folder.seconds()
         # unless the folder is evaluated, which comes last, the last phase in it may be half done
         finished = list(seconds) if item.folder.evaluation.is_file() else list(seconds)[:-1]
-        name = "train" if item.phase in {"warm start", "supervised"} else item.phase
+        name = "train" if item.phase == "warm start" else item.phase
         if name in finished:
             paces[item.phase] = seconds[name] / item.units
     return paces
@@ -96,6 +96,7 @@ class Status:
     figures: dict[str, float]  # the last that the phase told
     prompt: str | None = None  # of the completion sampled last
     completion: str | None = None
+    baseline: bool = False  # of the supervised rounds beside the iterations
 
     @property
     def complete(self) -> bool:
@@ -107,6 +108,7 @@ class Meter:
 
     Args:
         paces: seconds a unit by phase, from earlier processes.
+        iterations: how many there are in all, or rounds of the baseline.
         memory: bytes used and in total, asked for with each status.
     """
 
@@ -117,12 +119,15 @@ class Meter:
         iterations: int,
         memory: Callable[[], tuple[int, int]],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        baseline: bool = False,
     ) -> None:
         self.ended: Status | None = None  # the phase before this one, as it was left
         self._work = list(work)
         self._paces = dict(paces)
         self._iterations = iterations
         self._memory = memory
+        self._baseline = baseline
         self._clock = clock
         self._lock = threading.Lock()
         self._place = -1  # in the work, of the phase under way
@@ -180,6 +185,7 @@ class Meter:
                 figures=phase.figures,
                 prompt=self._sample[0],
                 completion=self._sample[1],
+                baseline=self._baseline,
             )
 
     def _find(self, name: str, iteration: int | None) -> int:

@@ -20,6 +20,9 @@ iteration-K/
     benchmarks/*.json       what it came to in public tasks; base/ and warm-start/ have them too
     seconds.json            wall-clock time by phase
     memory.json             the most bytes held while a phase worked
+supervised/
+    status.json             where the baseline stands, while it works
+    lr-R/round-K/           the baseline's round beside an iteration: as an iteration, without pairs
 """
 
 from __future__ import annotations
@@ -163,6 +166,10 @@ class RunDir:
     @property
     def warm_start(self) -> IterationDir:
         return IterationDir(self.path / "warm-start")
+
+    @property
+    def baseline_status(self) -> Path:
+        return self.path / "supervised" / "status.json"
 
     def supervised(self, lr: float, index: int) -> IterationDir:
         """The baseline's round that stands beside an iteration."""

@@ -2,7 +2,8 @@
 
     {"process": "process 4711 on laptop", "written": 1790000000.0, "status": {"phase": "train", ...}}
 
-`written` is in seconds since 1970, the keys of `status` are those of `meter.Status`. Free of torch.
+`written` is in seconds since 1970, the keys of `status` are those of `meter.Status`. The baseline has its own file.
+Free of torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import yaml
 
@@ -66,10 +67,11 @@ class Standing:
     status: Status | None  # as last written, its times left up to date; None before the first phase
     age: float | None  # seconds since it was written
     kept: int | None = None  # the iteration that is exported unless another is named; of a finished run
+    baseline: tuple[Status, float] | None = None  # where it was left and seconds since, if that is after `status`
 
 
 def look(run_dir: RunDir) -> Standing:
-    """How a run is doing.
+    """How a run is doing, or its baseline where that is what a process works on.
 
     Raises:
         QspinError: the folder is not there, or is not one of a run; a file in it is damaged.
@@ -86,28 +88,39 @@ def look(run_dir: RunDir) -> Standing:
     done = 0
     while run_dir.iteration(done).done:
         done += 1
-    status, by, age = _read(run_dir.status)
+    own, baseline = _read(run_dir.status), _read(run_dir.baseline_status)
     if process is not None:
-        if by != process:  # the file is of a process before this one, which has not begun a phase
+        written = [told for told in (own, baseline) if told is not None and told.process == process]
+        if not written:  # the files are of a process before this one, which has not begun a phase
             return Standing("starting", process, done, None, None)
-        assert status is not None and age is not None
-        return Standing("running", process, done, aged(status, age), age)
+        last = min(written, key=lambda told: told.age)  # one process may play a run and then its baseline
+        return Standing("running", process, done, aged(last.status, last.age), last.age)
+    status, age = (None, None) if own is None else (own.status, own.age)
+    later = None if baseline is None or (age is not None and age < baseline.age) else (baseline.status, baseline.age)
     concluded = read_json(run_dir.verdict) if done and run_dir.verdict.is_file() else None
     ended = concluded is not None and concluded["stop"] is not None and concluded["iterations"] == done
     if done and (ended or done >= _iterations(run_dir.config)):
-        return Standing("finished", None, done, status, age, done - 1 if concluded is None else concluded["kept"])
-    return Standing("stopped", None, done, status, age)
+        kept = done - 1 if concluded is None else concluded["kept"]
+        return Standing("finished", None, done, status, age, kept, later)
+    return Standing("stopped", None, done, status, age, None, later)
 
 
-def _read(path: Path) -> tuple[Status | None, str | None, float | None]:
-    """The status, the process that wrote it, and how many seconds ago."""
+class _Told(NamedTuple):
+    status: Status
+    process: str  # that wrote it
+    age: float  # seconds since
+
+
+def _read(path: Path) -> _Told | None:
     if not path.is_file():
-        return None, None, None
+        return None
     value = read_json(path)
     try:
-        return Status(**value["status"]), value["process"], max(0.0, time.time() - value["written"])
+        return _Told(Status(**value["status"]), value["process"], max(0.0, time.time() - value["written"]))
     except (KeyError, TypeError):
-        raise QspinError(f"{path}: written by another version of qspin; it is new as soon as the run goes on") from None
+        raise QspinError(
+            f"{path}: written by another version of qspin; it is new as soon as the command that wrote it goes on"
+        ) from None
 
 
 def _iterations(config: Path) -> int:

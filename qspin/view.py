@@ -178,6 +178,7 @@ class JsonView:
         assert status is not None
         value = asdict(status)
         del value["prompt"], value["completion"]  # told once, as a sample
+        del value["baseline"]  # which is not told of in JSON
         self._said = self._clock()
         self._say(event, **value)
 
@@ -257,7 +258,8 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
         case "starting":
             lines = [f"{where} ({standing.process}); it has begun no phase yet"]
         case "running":
-            lines = [f"{where} ({standing.process}), as of {span(standing.age)} ago"]
+            who = "its baseline is " if status is not None and status.baseline else ""
+            lines = [f"{run_dir.path}: {who}running ({standing.process}), as of {span(standing.age)} ago"]
         case "stopped":
             ago = f" {span(standing.age)} ago" if status is not None else ""
             lines = [f"{where}{ago}; the command that started it goes on from the last finished piece"]
@@ -271,13 +273,16 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
     shown = [Text(visible(line)) for line in lines]
     if status is not None:
         shown += panel(status, width, running=standing.state == "running")
+    if standing.baseline is not None:
+        left, age = standing.baseline
+        shown.append(Text(f"baseline, {span(age)} ago: {title(left)}, {int(left.done)}/{left.total} {left.unit}"))
     return shown
 
 
 def title(status: Status) -> str:
     """Which iteration by its number, which is from 0 as everywhere, and how many that makes."""
-    number = status.iteration
-    where = "base" if number is None else f"iteration {number} ({number + 1} of {status.iterations})"
+    number, kind = status.iteration, "supervised round" if status.baseline else "iteration"
+    where = "base" if number is None else f"{kind} {number} ({number + 1} of {status.iterations})"
     return f"{where} · {status.phase}"
 
 

@@ -16,7 +16,7 @@ from qspin.console import tell
 from qspin.errors import QspinError
 from qspin.memory import keep_freed_memory, used_and_total
 from qspin.meter import Meter, Work, measured, to_do, workload
-from qspin.players import chosen_iteration, players
+from qspin.players import chosen_iteration, finished, players
 from qspin.prepare import Prepared
 from qspin.progress import Audience, Progress, TrackerName
 from qspin.record import prepare_run, template_date
@@ -62,9 +62,9 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
     """Train the supervised baseline of a run, or go on with it."""
     config, run_dir = prepared.config, RunDir(out)
     work = baseline.workload(run_dir, config, rates, len(prepared.train), len(prepared.heldout))
-    meter, console = _meter(work, config.iterations), Console()
+    meter, console = _meter(work, finished(run_dir), baseline=True), Console()
     with _shown(console, meter) as shown:
-        progress = Audience(meter, StatusFile(run_dir.status, meter), shown)
+        progress = Audience(meter, StatusFile(run_dir.baseline_status, meter), shown)
         baseline.baseline(prepared, out, progress, rates)
     _show_results(console, run_dir, config)
     tell(console, f"table: {run_dir.summary}")
@@ -134,8 +134,8 @@ def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
     console.print()
 
 
-def _meter(work: Sequence[Work], iterations: int) -> Meter:
+def _meter(work: Sequence[Work], iterations: int, *, baseline: bool = False) -> Meter:
     keep_freed_memory()  # before anything asks a device how much it has
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory: Callable[[], tuple[int, int]] = lambda: used_and_total(device)  # noqa: E731
-    return Meter(to_do(work), measured(work), iterations, memory)
+    return Meter(to_do(work), measured(work), iterations, memory, baseline=baseline)

@@ -119,9 +119,9 @@ def test_its_work_is_counted(played: tuple[RunDir, list[bytes]], ready: Prepared
     work = workload(played[0], ready.config, [0.02], len(ready.train), len(ready.heldout))
     rows, heldout = len(ready.train), len(ready.heldout)
     assert [(item.phase, item.iteration, item.units) for item in work] == [
-        ("supervised", 0, 3 * rows),
+        ("train", 0, 3 * rows),
         ("evaluate", 0, 4 * heldout),
-        ("supervised", 1, 3 * 2 * rows),  # iteration 1 learns from the pairs of both
+        ("train", 1, 3 * 2 * rows),  # iteration 1 learns from the pairs of both
         ("evaluate", 1, 4 * heldout),
     ]
 

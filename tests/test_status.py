@@ -62,11 +62,11 @@ def finish(run_dir: RunDir, iteration: int) -> None:
     write_json(run_dir.iteration(iteration).evaluation, {})
 
 
-def keep(run_dir: RunDir) -> None:
+def keep(run_dir: RunDir, *, baseline: bool = False) -> None:
     """What this process, in training, writes."""
     run_dir.path.mkdir(exist_ok=True)
-    meter = Meter([], {}, 2, lambda: MEMORY)
-    file = StatusFile(run_dir.status, meter)
+    meter = Meter([], {}, 2, lambda: MEMORY, baseline=baseline)
+    file = StatusFile(run_dir.baseline_status if baseline else run_dir.status, meter)
     for listener in (meter, file):
         listener.phase("train", iteration=1, total=100, done=40, unit="pairs")
 
@@ -238,6 +238,27 @@ def test_a_run_is_finished_with_its_last_iteration(run_dir: RunDir) -> None:
     assert (look(run_dir).state, look(run_dir).iterations_done) == ("finished", 2)
     begun(run_dir, iterations=3)  # asked for more
     assert look(run_dir).state == "stopped"
+
+
+def test_a_baseline_leaves_the_runs_own_status(run_dir: RunDir) -> None:
+    begun(run_dir)
+    keep(run_dir)
+    finish(run_dir, 0)
+    finish(run_dir, 1)
+    own = look(run_dir)
+    assert own.status is not None
+    assert (own.status.baseline, own.baseline) == (False, None)
+    with run_dir.lock():
+        keep(run_dir, baseline=True)  # by the process that played the run, as in a notebook
+        at_work = look(run_dir)
+    assert at_work.status is not None
+    assert (at_work.state, at_work.status.baseline) == ("running", True)
+    left = look(run_dir)
+    assert (left.state, left.status) == ("finished", own.status)
+    assert left.baseline is not None
+    assert left.baseline[0].baseline and left.baseline[1] < 10
+    keep(run_dir)  # the run went on after it
+    assert look(run_dir).baseline is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"status": {"phase": "train"}, "process": "x", "written": 0}', "{}"])

@@ -389,7 +389,10 @@ def test_the_page_lists_the_keys_of_every_event(meter: Meter, clock: Clock) -> N
     for line in told(meter, clock, lambda progress: play(progress, clock)):
         found.setdefault(line["event"], set()).update(line.keys())
     assert found == {event: keys | everywhere for event, keys in documented.items()}
-    assert found["progress"] == {field.name for field in fields(Status)} - {"prompt", "completion"} | everywhere
+    assert (
+        found["progress"]
+        == {field.name for field in fields(Status)} - {"prompt", "completion", "baseline"} | everywhere
+    )
 
 
 def test_every_step_and_every_end_is_told_and_else_a_line_a_second(meter: Meter, clock: Clock) -> None:
@@ -469,6 +472,19 @@ def test_the_page_shows_what_status_shows(meter: Meter, clock: Clock) -> None:
     standing = Standing("running", "process 4711 on laptop", 1, now(meter), 2.0)
     lines = [line.plain.rstrip() for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
     assert blocks("From another terminal")[-1] == "$ qspin status runs/mine\n" + "\n".join(lines) + "\n"
+
+
+def test_a_baseline_is_told_from_its_run(meter: Meter, clock: Clock) -> None:
+    play(meter, clock)
+    own, round_of_it = now(meter), replace(now(meter), baseline=True, iterations=2)
+    standing = Standing("running", "process 7 on here", 3, round_of_it, 12.0)
+    first, panel_of_it, *_ = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    assert first == "runs/mine: its baseline is running (process 7 on here), as of 12 s ago"
+    assert panel_of_it.startswith("supervised round 1 (2 of 2) · train  ━")
+    standing = Standing("finished", None, 3, own, 500.0, 2, (round_of_it, 12.0))
+    *before, last = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
+    assert before[3].startswith("iteration 1 (2 of 3) · train  ━")
 
 
 def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:
