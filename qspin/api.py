@@ -103,14 +103,12 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
         QspinError: the configuration, the data, the base or the folder can't be used, or memory or the disk ran out.
     """
     from qspin import spin
-    from qspin.base import quiet_libraries
     from qspin.record import prepare_run
     from qspin.watching import watch_run
 
     run_dir = RunDir(Path(out))
     run_dir.check_usable()
-    if progress is None:
-        quiet_libraries()
+    _quiet_libraries()
     prepared = prepare_run(config, run_dir, keep_rejects=True)
     if progress is None:
         watch_run(prepared, run_dir.path, as_json=False, tracker=None)
@@ -127,6 +125,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
 
     run_dir = RunDir(Path(path))
     run_dir.check_run()
+    _quiet_libraries()
     prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
     if progress is None:
         watch_baseline(prepared, run_dir.path, rates)
@@ -154,6 +153,7 @@ def sweep(
     cells = grid(source, overrides or {}, vary)
     for cell in cells:
         cell.run_dir(Path(out)).check_usable()
+    _quiet_libraries()
     watch_sweep(cells, Path(out))
     return {cell.name: Results(cell.run_dir(Path(out)).path) for cell in cells}
 
@@ -172,6 +172,7 @@ def load(path: Path | str, player: str | None = None, *, say: Callable[[str], No
     """
     from qspin.loaded import Loaded
 
+    _quiet_libraries()
     return Loaded.open(RunDir(Path(path)), player, say)
 
 
@@ -188,6 +189,7 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
 
     planner.shape_of(config)  # before anything that takes time
     if read_rows and config.data.source is not None:
+        _quiet_libraries()
         rows = plan_rows.rows_of_data(config)
     else:
         rows = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
@@ -212,6 +214,7 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     if target.is_dir():
         raise QspinError(f"--out: {target} is a folder; name a file")
     config = recorded_config(run_dir)
+    _quiet_libraries()
     text = page(run_dir, config, heldout_prompts(run_dir, config, say))
     try:
         write_text(target, text)
@@ -235,6 +238,7 @@ def export(
     from qspin.compare import Trained
     from qspin.players import chosen_iteration
 
+    _quiet_libraries()
     run_dir = RunDir(Path(path).resolve())
     index = chosen_iteration(run_dir, _told(iteration))
     return exporting.export(Trained(run_dir, index), to=to, out=Path(out), onto=onto, dtype=dtype)
@@ -251,8 +255,15 @@ def push(
     """Publish a run's adapter, merged model or pairs on the Hugging Face Hub with a card; where it can be seen."""
     from qspin.push import make_upload, send
 
+    _quiet_libraries()
     upload = make_upload(RunDir(Path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)
     return send(upload, private=private)
+
+
+def _quiet_libraries() -> None:
+    from qspin.base import quiet_libraries
+
+    quiet_libraries()
 
 
 def _told(iteration: Which | None) -> str | None:

@@ -119,8 +119,6 @@ def plan(
     }
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
-    if data is not None:
-        quiet_libraries()
     found = api.plan(config, vram=vram, read_rows=data is not None)
     Console().print(render(found, None if found.fits else planner.nearest_change(found)))
 
@@ -218,7 +216,6 @@ def sweep(
 
     overrides: dict[str, Any] = {} if data is None else {"data.source": data}
     overrides |= dict(parse_override(text) for text in settings or [])
-    quiet_libraries()
     api.sweep(source, parse_vary(vary), out, overrides=overrides)
 
 
@@ -236,7 +233,6 @@ def baseline(
     rates = lr or [api.results(folder).config.sft.lr]
     if not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
-    quiet_libraries()
     api.baseline(folder, rates)
 
 

@@ -51,7 +51,6 @@ def report(
     """Write one HTML file to look at: figures, plots, answers before and after, and what the run was made of."""
     from qspin import api
 
-    quiet_libraries()
     typer.echo(f"report: {api.report(folder, out, say=_note)}")
 
 

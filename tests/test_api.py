@@ -15,6 +15,7 @@ from conftest import small_run
 import qspin
 from qspin import api
 from qspin.files import read_json
+from qspin.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,32 @@ def test_its_players_answer(results: qspin.Results) -> None:
     assert replies[0] == players.generate(["What is 2?"], temperature=0, max_new_tokens=8)[0] != replies[1]
     with pytest.raises(qspin.QspinError, match=r"a turn has a role \(system, user, assistant\).*'robot'"):
         players.generate([[{"role": "robot", "content": "Beep."}]])
+
+
+def test_the_libraries_are_quiet(results: qspin.Results, config: qspin.RunConfig, tmp_path: Path) -> None:
+    """Whoever listens, transformers draws no bars."""
+    for call in (
+        lambda: qspin.run(config, results.path, progress=qspin.Silent()),
+        lambda: qspin.load(results.path),
+        lambda: api.export(results.path, to="adapter", out=tmp_path / "adapter"),
+        lambda: api.report(results.path, tmp_path / "report.html"),
+        lambda: api.plan(config),
+    ):
+        transformers.logging.enable_progress_bar()
+        call()
+        assert not transformers.logging.is_progress_bar_enabled()
+
+
+def test_a_baseline_is_shown_as_one_and_leaves_the_runs_status(
+    results: qspin.Results, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDir(Path(shutil.copytree(results.path, tmp_path / "run")))
+    run.status.write_text("the run's own")
+    api.baseline(run.path, [1e-3])
+    shown = capsys.readouterr().out
+    assert "supervised round 1 (2 of 2) · train: " in shown and "\niteration" not in shown
+    assert run.status.read_text() == "the run's own"
+    assert read_json(run.baseline_status)["status"]["baseline"]
 
 
 def test_a_baseline_a_report_and_an_export(results: qspin.Results, tmp_path: Path) -> None:
