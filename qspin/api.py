@@ -192,7 +192,7 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
         _quiet_libraries()
         rows = plan_rows.rows_of_data(config)
     else:
-        rows = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS)
+        rows = plan_rows.assumed_rows(config.data.limit or plan_rows.ASSUMED_ROWS, config.data.source)
     where = machine.this_machine(config.model) if vram is None else machine.card(vram, config.model)
     return planner.make_plan(config, where, rows)
 

@@ -74,7 +74,7 @@ def export(
     """
     _check_options(to, onto, dtype)
     _check_place(out)
-    assert trained.adapter  # a damaged one is told before the base is loaded
+    _ = trained.adapter  # a damaged one is told before the base is loaded
     try:
         with commit_folder(out) as folder, refusals_told():
             if to == "adapter":

@@ -35,10 +35,11 @@ class Rows:
         return replace(self, lengths=tuple(pair for pair in capped if pair[0] <= prompt))
 
 
-def assumed_rows(count: int) -> Rows:
-    """Rows of typical lengths, for plans without data."""
+def assumed_rows(count: int, unread: str | None = None) -> Rows:
+    """Rows of typical lengths, for plans without data, or at once, with data `unread`."""
+    why = "no data given" if unread is None else f"{unread} is not read unless --data names it"
     source = (
-        f"no data given: {count} rows assumed, of {ASSUMED_PROMPT} tokens of prompt and {ASSUMED_COMPLETION} of "
+        f"{why}: {count} rows assumed, of {ASSUMED_PROMPT} tokens of prompt and {ASSUMED_COMPLETION} of "
         "completion; memory is planned for the longest that the settings allow"
     )
     return Rows(((ASSUMED_PROMPT, ASSUMED_COMPLETION),) * count, 0, source, assumed=True)

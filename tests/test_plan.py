@@ -202,6 +202,13 @@ def test_lengths_are_the_tokenizers_own_where_there_is_one(tiny_folder: Callable
 # --- the command
 
 
+def test_data_that_a_configuration_names_are_said_not_to_be_read() -> None:
+    said = " ".join(call("plan", "quickstart", "--vram", "8", columns=80).out.split())
+    assert "is not read unless --data names it: 128 rows assumed, of 128 tokens" in said
+    said = " ".join(call("plan", "qwen3-8b", "--vram", "24", columns=80).out.split())
+    assert "no data given: 1000 rows assumed" in said
+
+
 def test_the_command_says_what_the_page_shows() -> None:
     page = (ROOT / "docs" / "fitting.md").read_text(encoding="utf-8")
     examples = re.findall(r"^    \$ qspin (plan .+)\n((?:(?:    .*)?\n)+)", page, re.MULTILINE)
