@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_plan import A_BILLION, Case, generation, save_random, training
+from bench_plan import A_BILLION, Bytes, Case, generation, save_random, training
 from conftest import HOUSE_STYLE, ROOT
 from harness import in_fresh_process
 from test_cli import call
@@ -257,6 +257,15 @@ def test_a_shape_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
 # --- against what runs take on this machine
 
 
+def check_as_planned(share: float, work: Callable[..., Bytes], *args: Any) -> None:
+    """Measured again if it seems to be less: where others want memory, the kernel takes back pages of the base's files
+    meanwhile, and so hides as much of what the work took."""
+    found = in_fresh_process(work, *args)
+    if found.planned > (1 + share) * found.measured:
+        found = in_fresh_process(work, *args)
+    assert found.planned == pytest.approx(found.measured, rel=share)
+
+
 needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is asked to")
 
 
@@ -265,23 +274,20 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glib
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_embedded_model_takes_what_was_planned(checkpointing: bool) -> None:
     case = Case(billion=False, lengths=(40, 100, 110), pairs=2, checkpointing=checkpointing, steps=2)
-    found = in_fresh_process(training, case, True)
-    assert found.planned == pytest.approx(found.measured, rel=0.15)
+    check_as_planned(0.15, training, case, True)
 
 
 @needs_glibc
 @pytest.mark.slow
 def test_a_model_of_a_billion_weights_takes_what_was_planned() -> None:
     case = Case(billion=True, lengths=(10, 40, 50), pairs=1, checkpointing=False, steps=2)
-    found = in_fresh_process(training, case, True)
-    assert found.planned == pytest.approx(found.measured, rel=0.15)
+    check_as_planned(0.15, training, case, True)
 
 
 @needs_glibc
 @pytest.mark.slow
 def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
-    found = in_fresh_process(generation, 64)
-    assert found.planned == pytest.approx(found.measured, rel=0.2)
+    check_as_planned(0.2, generation, 64)
 
 
 @pytest.mark.slow
