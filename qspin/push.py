@@ -191,13 +191,13 @@ def _adapter(run_dir: RunDir, folder: Path, record: Mapping[str, Any], iteration
 
 def _merged(run_dir: RunDir, folder: Path, iteration: int, say: Say) -> tuple[list[str], dict[str, Any]]:
     """The merged model and how it was checked; merged anew unless an earlier push did so with this very adapter."""
+    trained = Trained(run_dir, iteration)
     if folder.is_dir():  # it is there whole or not at all
         check_folder(folder)
-        weights = run_dir.iteration(iteration).adapter / ADAPTER_WEIGHTS
-        if read_json(folder / CHECK).get("adapter") != sha256_of(weights):
+        if read_json(folder / CHECK).get("adapter") != sha256_of(trained.adapter / ADAPTER_WEIGHTS):
             remove(folder)
     if not folder.is_dir():
-        export(Trained(run_dir, iteration), to="merged-16bit", out=folder, say=say)
+        export(trained, to="merged-16bit", out=folder, say=say)
     check = read_json(folder / CHECK)
     if drifted(check):
         say(WARNING)
