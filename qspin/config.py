@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from qspin.config_files import NOT_YAML, PATHS, read_layers, together
 from qspin.errors import QspinError
@@ -319,25 +318,25 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _explain(error: ValidationError) -> Iterator[str]:
     """A line for each setting that does not fit."""
     known = list(_keys(RunConfig))
-    worst: dict[str, ErrorDetails] = {}
+    worst: dict[str, Mapping[str, Any]] = {}
     for item in error.errors():
         key = _key_of(item, {*known, *RunConfig.model_fields})
         # a union tells what is wrong with each of its branches: the one that came furthest was meant
         if key not in worst or _came(item) > _came(worst[key]):
             worst[key] = item
-    for key, item in worst.items():
-        if item["type"] == "extra_forbidden":
+    for key, told in worst.items():
+        if told["type"] == "extra_forbidden":
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             same_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
             nearest = same_name or close
             yield f"{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
         else:
-            member = "".join(f"[{part}]" for part in item["loc"] if isinstance(part, int))
-            place = f"{key}{member} = {item['input']!r}: " if key else ""
-            yield place + item["msg"].removeprefix("Value error, ")
+            member = "".join(f"[{part}]" for part in told["loc"] if isinstance(part, int))
+            place = f"{key}{member} = {told['input']!r}: " if key else ""
+            yield place + told["msg"].removeprefix("Value error, ")
 
 
-def _key_of(item: ErrorDetails, places: Container[str]) -> str:
+def _key_of(item: Mapping[str, Any], places: Container[str]) -> str:
     """The setting, without the name of a union's branch, which its place ends with."""
     parts = [part for part in item["loc"] if isinstance(part, str)]
     while parts and item["type"] != "extra_forbidden" and ".".join(parts) not in places:
@@ -345,5 +344,5 @@ def _key_of(item: ErrorDetails, places: Container[str]) -> str:
     return ".".join(parts)
 
 
-def _came(item: ErrorDetails) -> tuple[int, bool]:
+def _came(item: Mapping[str, Any]) -> tuple[int, bool]:
     return len(item["loc"]), item["type"] not in {"float_type", "list_type"}
