@@ -259,7 +259,7 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
         if len(found) < 2:
             reasons = [reject for place, reject in rows.rejects if place == source]
             last = f"the last row left out, line {reasons[-1].line}: {reasons[-1].reason}; " if reasons else ""
-            limit = "raise that, or " if "data.max_" in last else ""
+            limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
             raise QspinError(f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}add rows")
 
 

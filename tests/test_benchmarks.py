@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import re
+import statistics
 from pathlib import Path
 
 import costs
@@ -116,6 +117,17 @@ def test_the_table_of_more_held_out_rows_is_what_was_measured() -> None:
         who = "iteration 1" if "iteration" in name else "supervised, as long"
         tokens = Figure(*player["figures"]["tokens"]).told(".0f")
         assert f"| {name.split('seed=')[1][0]} | {who} | {changes} | {tokens} |" in page
+
+
+def test_the_benchmark_on_the_page_is_what_was_computed() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "docs" / "experiments" / "gsm8k.json").read_text(encoding="utf-8"))
+    [[base], [player]] = (result[name]["scores"] for name in ("base", "1"))
+    told = "  ".join(f"{score['value']:.3f} ±{score['error']:.3f}" for score in (base, player))
+    change = [after - before for before, after in zip(base["values"], player["values"], strict=True)]
+    error = statistics.stdev(change) / len(change) ** 0.5
+    assert f"400  {told}  {statistics.fmean(change):+.3f} ±{error:.3f}" in page
+    assert (sum(base["values"]), sum(player["values"]), len(change)) == (6, 7, 400)
 
 
 def test_there_are_results() -> None:
