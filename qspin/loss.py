@@ -1,6 +1,6 @@
 """The four SPIN losses: pure functions of log-probs.
 
-Section 4 of the paper (arXiv 2401.01335) asks of ℓ to be convex and decreasing, and names these four.
+The paper (arXiv 2401.01335, assumption 5.1) asks of ℓ to be convex and decreasing, and names these four.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def real_nll(policy_real_logps: Tensor, real_tokens: Tensor) -> Tensor:
     """(B,), (B,) → (B,): −log π(y|x) in nats a token, the term that `train.sft_weight` adds to ℓ.
 
     A margin also grows while both completions become less likely, the real one a little more slowly. This term pulls
-    the real one up (Pang et al. 2024, arXiv 2404.19733, equation 2, on its length alone).
+    the real one up (Pang et al. 2024, arXiv 2404.19733, equation 1).
     """
     return -policy_real_logps / real_tokens
 
 
 def link(margins: Tensor, loss: LossName) -> Tensor:
-    """ℓ(t), elementwise. `correlation` (section 4.1's linear loss) is unbounded below."""
+    """ℓ(t), elementwise. `correlation`, a linear loss, is unbounded below (section 4.1)."""
     match loss:
         case "logistic":
             return -functional.logsigmoid(margins)  # log(1 + exp(−t)) without overflow

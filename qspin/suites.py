@@ -12,7 +12,7 @@ SuiteName = Literal["open-llm-v1", "spin-paper"]
 OPEN_LLM_V1 = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5}
 SUITES: dict[SuiteName, dict[str, int]] = {  # task → shots
     "open-llm-v1": OPEN_LLM_V1,
-    "spin-paper": OPEN_LLM_V1  # and what arXiv 2401.01335 adds under "further tasks"
+    "spin-paper": OPEN_LLM_V1  # and table 6 of arXiv 2401.01335: "standard few-shot CoT", so Big-Bench Hard's own three
     | {f"bbh_cot_fewshot_{task}": 3 for task in ("causal_judgement", "formal_fallacies", "sports_understanding")}
     | {"openbookqa": 1},
 }

@@ -28,8 +28,8 @@ LARGE_STEP, SMALL_STEP, PLAIN, SHORT = 0.5, 0.02, 0.05, 0.75
 def stop(measured: Sequence[Player], config: RunConfig) -> Stop | None:
     """Why no iteration follows these players, if none does under `evaluation.stop: auto`.
 
-    matched: the reward's AUC and the two-sample AUC hold 0.5 in narrow intervals, which is where SPIN ends (section
-    4.2 of arXiv 2401.01335). worse: the last player is worse than the best before it in some figure of RATED beyond
+    matched: the reward's AUC and the two-sample AUC hold 0.5 in narrow intervals, which is where SPIN ends (theorem
+    5.2 of arXiv 2401.01335). worse: the last player is worse than the best before it in some figure of RATED beyond
     noise, and better in none. Fewer rows than FEW_ROWS decide nothing.
     """
     *earlier, last = measured

@@ -1,6 +1,6 @@
 """Supervised training: the adapter learns the real completions alone, by the same packed engine, on their −log p.
 
-A base that was never fine-tuned does so before it plays: SPIN's first opponent is a fine-tuned model (section 4.2 of
+A base that was never fine-tuned does so before it plays: SPIN's first opponent is a fine-tuned model (section 4 of
 arXiv 2401.01335). And it is what self-play has to be better than.
 """
 
