@@ -112,16 +112,16 @@ class Bench:
     """A trained model, its answers, and what is measured of an export."""
 
     def __init__(self, trained: Trained) -> None:
-        self.trained, self.prepared = trained, trained.prepared
+        self.trained, self.speech = trained, trained.speech
         self.prompts = [row.prompt_ids for row in trained.rows[:PROMPTS]]
-        self.new = self.prepared.config.generation.max_new_tokens
-        self.stops = sorted(self.prepared.stop_ids)
+        self.new = self.trained.config.generation.max_new_tokens
+        self.stops = sorted(self.speech.stop_ids)
 
     def rows(self, scratch: Path) -> list[dict[str, Any]]:
         ours = self.qspins_answers()
         self.trained_in = str(self.trained.model.dtype).removeprefix("torch.")
         replaced = self.dequantised_weights(scratch / "replaced.safetensors")
-        base = Path(self.prepared.base.weights())
+        base = Path(self.speech.base.weights())
         self.expected = self.elsewhere(base, "float32", replaced=replaced, adapter=self.trained.adapter)
         replaced.unlink()
         rows = [{"export": "as qspin computes it", "onto": "", "dtype": self.trained_in, **self.agreement(ours)}]
@@ -148,7 +148,7 @@ class Bench:
         )
         size = sum(path.stat().st_size for path in out.iterdir())
         if to == "adapter":
-            base = Path(self.prepared.base.weights())
+            base = Path(self.speech.base.weights())
             answers = self.elsewhere(base, self.trained_in, nf4=True, adapter=out)
             return {"export": to, "onto": "NF4", "dtype": "float32", "bytes": size} | self.agreement(answers)
         check = json.loads((out / "merge-check.json").read_text())
@@ -174,7 +174,7 @@ class Bench:
         """Greedy answers of a model by plain transformers, in a process of its own."""
         order = {
             "folder": str(folder), "dtype": dtype, "file": file and file.name, "nf4": nf4,
-            "double_quant": self.prepared.config.model.double_quant, "replaced": replaced and str(replaced),
+            "double_quant": self.trained.config.model.double_quant, "replaced": replaced and str(replaced),
             "adapter": adapter and str(adapter), "threads": self.trained.record["threads"], "prompts": self.prompts,
             "stops": self.stops, "new": self.new,
         }  # fmt: skip
@@ -195,7 +195,7 @@ class Bench:
             temperature=0.0,
             top_p=1.0,
             width=PROMPTS,
-            stop_ids=self.prepared.stop_ids,
+            stop_ids=self.speech.stop_ids,
             on_step=lambda _tokens, _rows: None,
         )
         return [list(answer.ids) for answer in answers]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.run_dir import RunDir
+from qspin.targets import Onto, Target
 
 if TYPE_CHECKING:  # what is heavy is imported by the function that needs it
     from qspin.loaded import Loaded
@@ -226,10 +227,10 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
 def export(
     path: Path | str,
     *,
-    to: Literal["adapter", "merged-16bit", "merged-4bit", "gguf", "ollama"],
+    to: Target,
     out: Path | str,
     iteration: Which | None = None,
-    onto: Literal["original", "dequantised"] = "original",
+    onto: Onto = "original",
     dtype: str | None = None,
 ) -> Path:
     """Write an iteration, by default the one that is kept, as a model of its own into a new folder; see export.py.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from qspin import cli_results, cli_trials
-from qspin.console import RunFolder, a_name, quiet_libraries, tell
+from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import redacted, show_traceback, visible
@@ -134,10 +134,10 @@ def presets(context: typer.Context) -> None:
         return
     from rich.console import Console
 
-    from qspin.presets import table
+    from qspin.presets import listed
 
     console = Console()
-    console.print(table())
+    console.print(listed(console.width))
     console.print(
         "\ngated: accept the terms on its hub page, then `hf auth login`. gated?: unknown.\n"
         "`qspin presets show NAME` explains one; `qspin init NAME` makes a file to edit.",
@@ -211,8 +211,7 @@ def sweep(
 ) -> None:
     """Play a run for each combination of settings, sharing what is the same, and compare them."""
     from qspin import api
-    from qspin.config import parse_override
-    from qspin.sweep import parse_vary
+    from qspin.config import parse_override, parse_vary
 
     overrides: dict[str, Any] = {} if data is None else {"data.source": data}
     overrides |= dict(parse_override(text) for text in settings or [])
@@ -237,7 +236,7 @@ def baseline(
 
 
 @app.command()
-def status(run: RunFolder) -> None:
+def status(folder: Folder) -> None:
     """Say where a run stands, from another terminal while it works, or later."""
     from rich.console import Console
 
@@ -246,7 +245,7 @@ def status(run: RunFolder) -> None:
     from qspin.view import standing_lines
 
     console = Console()
-    for line in standing_lines(look(RunDir(run)), RunDir(run), console.width):
+    for line in standing_lines(look(RunDir(folder)), RunDir(folder), console.width):
         console.print(line, soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
+from qspin.targets import Onto, Target
 
 
 def compare(
@@ -63,13 +64,13 @@ def _note(text: str) -> None:
 def export(
     folder: RunFolder,
     *,
-    to: Annotated[str, typer.Option(help="adapter, merged-16bit, merged-4bit, gguf or ollama")],
+    to: Annotated[Target, typer.Option(help="what to make of it")],
     iteration: Annotated[
         str | None, typer.Option(help="a number, last or best; by default as the run keeps (evaluation.keep)")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="a new folder; by default beside the run's", callback=a_name)] = None,
     onto: Annotated[
-        str, typer.Option(help="the base's original weights, or the dequantised ones that the adapter was trained on")
+        Onto, typer.Option(help="the base's original weights, or the dequantised ones that the adapter was trained on")
     ] = "original",
     dtype: Annotated[
         str | None, typer.Option(help="merged-16bit: float32; gguf and ollama: f32, f16, bf16, q8_0, q4_k_m")

@@ -44,7 +44,6 @@ def chat(
 
     heed_stops("stopped")  # there is nothing to go on with
     run_dir = RunDir(folder)
-    run_dir.check_run()
     players = [named(run_dir, iteration)]
     if versus is not None:
         players.append(named(run_dir, versus, "--versus"))
@@ -103,7 +102,6 @@ def evaluate(
     from qspin.trials import watch_eval
 
     run_dir = RunDir(run)
-    run_dir.check_run()
     quiet_libraries()
     wanted = [name.strip() for text in iteration for name in text.split(",")] if iteration else ["base", None]
     who = list(dict.fromkeys(named(run_dir, name) for name in wanted))
@@ -148,7 +146,6 @@ def mtbench(
     from qspin.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    run_dir.check_run()
     if (judge_url is None) != (judge_model is None):
         raise QspinError("--judge-url and --judge-model go together; without both, players answer and nobody judges")
     if pairwise and judge_url is None:

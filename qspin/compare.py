@@ -20,14 +20,15 @@ import transformers
 from torch import Tensor
 
 from qspin.adapters import load_adapter
+from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, check_folder, read_json, sha256_of
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
 from qspin.packing import pack_row
-from qspin.prepare import Prepared
+from qspin.prepare import Prepared, Speech
 from qspin.recipe import recorded_config
-from qspin.record import load_recorded, prepare_run
+from qspin.record import check_rows, load_recorded, prepare_run, recorded_speech
 from qspin.records import Example, Pair
 from qspin.run_dir import RunDir
 
@@ -121,23 +122,38 @@ class Trained:
         return found
 
     @functools.cached_property
-    def prepared(self) -> Prepared:
-        """Raises a QspinError: the settings, the base or the data are not to be had as they were."""
-        return prepare_run(recorded_config(self.run_dir), self.run_dir, keep_rejects=False)
+    def config(self) -> RunConfig:
+        return recorded_config(self.run_dir)
 
     @functools.cached_property
-    def rows(self) -> tuple[Example, ...]:
-        """Held-out rows to compare on. Raises a QspinError where they are not the run's."""
-        if self.prepared.fingerprint != self.record["data"]["fingerprint"]:
+    def speech(self) -> Speech:
+        """Raises a QspinError: the base is not to be had as it was."""
+        return recorded_speech(self.run_dir, self.config)
+
+    @functools.cached_property
+    def _prepared(self) -> Prepared:
+        try:
+            prepared = prepare_run(self.config, self.run_dir, keep_rejects=False)
+            check_rows(self.run_dir, prepared)
+        except QspinError as error:
             raise QspinError(
-                f"{self.prepared.config.data.source}: the rows are not those that {self.run_dir.path} was trained on, "
-                "so the export can't be compared with the trained model on its held-out rows; bring the old file back"
-            )
-        return self.prepared.heldout[:ROWS]
+                f"{error}. A merge is compared with the trained model on the run's held-out rows; an adapter needs none"
+            ) from None
+        return prepared
+
+    @property
+    def rows(self) -> tuple[Example, ...]:
+        """Held-out rows to compare on. Raises a QspinError where they are not to be had as they were."""
+        return self._prepared.heldout[:ROWS]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The last user turn of each of the rows."""
+        return self._prepared.heldout_prompts[:ROWS]
 
     @functools.cached_property
     def model(self) -> SlotModel:
-        model = load_recorded(self.run_dir, self.prepared.base, self.prepared.config, self.device)
+        model = load_recorded(self.run_dir, self.speech.base, self.config, self.device)
         model.set_adapter(load_adapter(self.adapter))
         return model
 
@@ -167,24 +183,24 @@ class Trained:
         answers = generate(
             model,
             [Request(row.prompt_ids, 0) for row in self.rows[:COMPLETIONS]],
-            max_new_tokens=self.prepared.config.generation.max_new_tokens,
+            max_new_tokens=self.config.generation.max_new_tokens,
             temperature=0.0,
             top_p=1.0,
             width=COMPLETIONS,
-            stop_ids=self.prepared.stop_ids,
+            stop_ids=self.speech.stop_ids,
             on_step=lambda _tokens, _rows: None,
         )
-        reading.completions = [self.prepared.renderer.completion_text(answer.ids) for answer in answers]
+        reading.completions = [self.speech.renderer.completion_text(answer.ids) for answer in answers]
         return reading
 
 
 @torch.no_grad()
 def read_exported(model: Any, trained: Trained) -> Reading:
     """What a model that plain transformers loaded makes of the rows."""
-    stops = sorted(trained.prepared.stop_ids)
+    stops = sorted(trained.speech.stop_ids)
     model.generation_config = transformers.GenerationConfig(
         do_sample=False,
-        max_new_tokens=trained.prepared.config.generation.max_new_tokens,
+        max_new_tokens=trained.config.generation.max_new_tokens,
         eos_token_id=stops,
         pad_token_id=stops[0],
     )
@@ -195,7 +211,7 @@ def read_exported(model: Any, trained: Trained) -> Reading:
     for row in trained.rows[:COMPLETIONS]:
         prompt = torch.tensor([row.prompt_ids], device=device)
         ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))[0, len(row.prompt_ids) :]
-        reading.completions.append(trained.prepared.renderer.completion_text(ids.tolist()))
+        reading.completions.append(trained.speech.renderer.completion_text(ids.tolist()))
     return reading
 
 
@@ -221,9 +237,7 @@ def compared(trained: Trained, exported: Reading) -> dict[str, Any]:
         "top1_agreement": same / reading.tokens,
         "completions": [
             {"prompt": prompt, "trained": old, "exported": new}
-            for prompt, old, new in zip(
-                trained.prepared.heldout_prompts, reading.completions, exported.completions, strict=False
-            )
+            for prompt, old, new in zip(trained.prompts, reading.completions, exported.completions, strict=False)
         ],
     }
 

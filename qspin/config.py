@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -280,6 +280,26 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), yaml.safe_load(value)
     except NOT_YAML:
         raise QspinError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
+
+
+def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """`["train.beta=0.01,0.1"]` → `{"train.beta": [0.01, 0.1]}`; the values are read as a list in YAML."""
+    found = [_parse_vary(text) for text in texts]
+    if len(dict(found)) < len(found):
+        raise QspinError("--vary: a setting is named twice; give all its values at once, as in train.beta=0.01,0.1")
+    return dict(found)
+
+
+def _parse_vary(text: str) -> tuple[str, list[Any]]:
+    key, separator, values = text.partition("=")
+    wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
+    try:
+        found = yaml.safe_load(f"[{values}]") if separator and key else []
+    except NOT_YAML:
+        raise QspinError(wanted) from None
+    if not found or len({str(value) for value in found}) < len(found):
+        raise QspinError(wanted if not found else f"--vary {key}: a value is named twice")
+    return key.strip(), found
 
 
 def dump_config(config: RunConfig, *, changes_only: bool = False) -> str:

@@ -18,7 +18,16 @@ def a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
     return path if path is None else check_path(path, parameter.metavar or parameter.opts[0])
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=a_name)]
+def a_run(path: Path, parameter: typer.CallbackParam) -> Path:
+    """For a run that there must be: told before anything heavy is imported."""
+    from qspin.run_dir import RunDir
+
+    RunDir(check_path(path, parameter.metavar or parameter.opts[0])).check_run()
+    return path
+
+
+Folder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=a_name)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=a_run)]
 
 
 def tell(console: Console, text: str, style: str = "") -> None:

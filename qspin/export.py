@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -38,20 +38,20 @@ from qspin.gguf_file import KINDS, Vocabulary, check_quantizer, check_supported,
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.merge import Dequantised, Merged, write_safetensors
 from qspin.ollama import modelfile
-from qspin.prepare import Prepared
+from qspin.prepare import Speech
 from qspin.records import Message
+from qspin.targets import Onto, Target
 
 OFFLOAD = "offload"  # weights that memory did not hold while the exported model was compared
 Q4 = "q4_k_m"
 GGUF = (*KINDS, Q4)
-DTYPES: dict[str, tuple[str, ...]] = {  # target → what --dtype may name
+DTYPES: dict[Target, tuple[str, ...]] = {  # target → what --dtype may name
     "adapter": (),
     "merged-16bit": ("float32",),
     "merged-4bit": (),
     "gguf": GGUF,
     "ollama": GGUF,
 }
-ONTO = ("original", "dequantised")
 
 Say = Callable[[str], None]
 
@@ -59,9 +59,9 @@ Say = Callable[[str], None]
 def export(
     trained: Trained,
     *,
-    to: str,
+    to: Target,
     out: Path,
-    onto: str = "original",
+    onto: Onto = "original",
     dtype: str | None = None,
     say: Say = lambda _text: None,
 ) -> Path:
@@ -86,11 +86,11 @@ def export(
     return out
 
 
-def _check_options(to: str, onto: str, dtype: str | None) -> None:
+def _check_options(to: Target, onto: Onto, dtype: str | None) -> None:
     if to not in DTYPES:
         raise QspinError(f"--to: there is no {to!r}; there are {', '.join(DTYPES)}")
-    if onto not in ONTO:
-        raise QspinError(f"--onto: there is no {onto!r}; there are {' and '.join(ONTO)}")
+    if onto not in get_args(Onto):
+        raise QspinError(f"--onto: there is no {onto!r}; there are {' and '.join(get_args(Onto))}")
     if dtype is not None and dtype not in DTYPES[to]:
         raise QspinError(f"--dtype: {to} is not written in {dtype!r}; it takes {', '.join(DTYPES[to]) or 'none'}")
 
@@ -114,16 +114,16 @@ def _check_room(folder: Path, need: int) -> None:
 def _write_adapter(trained: Trained, folder: Path) -> None:
     """PEFT's two files and the tokenizer. The base is named by its id, never by a path of this machine."""
     shutil.copy(trained.adapter / ADAPTER_WEIGHTS, folder)
-    name = trained.prepared.base.name
+    name = trained.speech.base.name
     content = read_plain_json(trained.adapter / ADAPTER_CONFIG) | {"base_model_name_or_path": name}
     write_text(folder / ADAPTER_CONFIG, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _save_tokenizer(trained.prepared, folder)
+    _save_tokenizer(trained.speech, folder)
 
 
-def _save_tokenizer(prepared: Prepared, folder: Path) -> None:
+def _save_tokenizer(speech: Speech, folder: Path) -> None:
     """With the chat template that was trained on."""
-    tokenizer = load_tokenizer(prepared.base)
-    tokenizer.chat_template = prepared.renderer.portable_template
+    tokenizer = load_tokenizer(speech.base)
+    tokenizer.chat_template = speech.renderer.portable_template
     tokenizer.save_pretrained(folder)
 
 
@@ -140,8 +140,8 @@ class _Gguf:
 class _Export:
     """One merged model, from the trained one to its files and the comparison of both."""
 
-    def __init__(self, trained: Trained, to: str, onto: str, dtype: str | None, say: Say) -> None:
-        self.trained, self.prepared, self.base = trained, trained.prepared, trained.prepared.base
+    def __init__(self, trained: Trained, to: Target, onto: Onto, dtype: str | None, say: Say) -> None:
+        self.trained, self.speech, self.base = trained, trained.speech, trained.speech.base
         self.to, self.onto, self.dtype, self.say = to, onto, dtype, say
 
     def write(self, folder: Path) -> None:
@@ -182,7 +182,7 @@ class _Export:
         weights, onto = self.trained.weights, None
         if self.onto == "dequantised":
             onto = Dequantised(
-                weights.quantised, weights.dtype, self.prepared.config.model.double_quant, self.trained.device
+                weights.quantised, weights.dtype, self.trained.config.model.double_quant, self.trained.device
             )
         wide = self.dtype == "float32" or self.to in {"gguf", "ollama"}  # whose types are made from fp32
         merged = Merged(
@@ -206,7 +206,7 @@ class _Export:
     def write_16bit(self, merged: Merged, folder: Path) -> Any:
         write_safetensors(merged, folder)
         self._write_config(merged.base, folder)
-        _save_tokenizer(self.prepared, folder)
+        _save_tokenizer(self.speech, folder)
         return _load(folder)
 
     def write_4bit(self, merged: Merged, folder: Path) -> Any:
@@ -222,7 +222,7 @@ class _Export:
             quantization_config=transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=self.prepared.config.model.double_quant,
+                bnb_4bit_use_double_quant=self.trained.config.model.double_quant,
                 bnb_4bit_compute_dtype=merged.main_dtype,
             ),
         )
@@ -230,7 +230,7 @@ class _Export:
         del model
         shutil.rmtree(whole)
         self._write_generation_config(merged.base, folder)
-        _save_tokenizer(self.prepared, folder)
+        _save_tokenizer(self.speech, folder)
         return _load(folder)
 
     def write_gguf(self, merged: Merged, gguf: _Gguf, folder: Path) -> Any:
@@ -259,7 +259,7 @@ class _Export:
         file = f"{name}-{self.dtype or 'f16'}.gguf"
         text = None
         if self.to == "ollama":
-            stops = [self._token(token) for token in sorted(self.prepared.stop_ids)]
+            stops = [self._token(token) for token in sorted(self.speech.stop_ids)]
             text = modelfile(file, lambda messages: self._ollama_prompt(vocabulary, messages), stops)
         return _Gguf(file, architecture.to_dict(), vocabulary, text)
 
@@ -276,11 +276,11 @@ class _Export:
         path = base / "generation_config.json"
         config = read_plain_json(path) if path.is_file() else {}
         config.pop("_from_model_config", None)  # or transformers would make another
-        config["eos_token_id"] = sorted(self.prepared.stop_ids)
+        config["eos_token_id"] = sorted(self.speech.stop_ids)
         write_plain_json(folder / "generation_config.json", config)
 
     def _vocabulary(self, architecture: Any) -> Vocabulary:
-        tokenizer, renderer = load_tokenizer(self.base), self.prepared.renderer
+        tokenizer, renderer = load_tokenizer(self.base), self.speech.renderer
         asked = [Message("user", "?"), Message("assistant", "!"), Message("user", "?")]
         prompt = renderer.prompt_ids(asked)
         ends = stop_tokens(self.base) or _ids(architecture.eos_token_id)
@@ -301,7 +301,7 @@ class _Export:
         return str(load_tokenizer(self.base).convert_ids_to_tokens(token))
 
     def _ollama_prompt(self, vocabulary: Vocabulary, messages: Sequence[Message]) -> str:
-        text = self.prepared.renderer.prompt_text(messages)
+        text = self.speech.renderer.prompt_text(messages)
         return text.removeprefix(self._token(vocabulary.bos)) if vocabulary.add_bos else text
 
 

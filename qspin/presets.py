@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,7 @@ from qspin.config_files import SUFFIXES, preset_names, read_layers, unknown_pres
 from qspin.errors import QspinError
 
 COLUMNS = ("preset", "size", "licence", "about")
+TABLE_WIDTH = 72
 
 
 def rows() -> list[tuple[str, str, str, str]]:
@@ -33,8 +36,19 @@ def rows() -> list[tuple[str, str, str, str]]:
     ]
 
 
-def table() -> Table:
-    """The rows, to be printed; about takes what 80 columns leave."""
+def listed(width: int) -> RenderableType:
+    """The rows, to be printed in so many columns: a table, or paragraphs where one would cut words."""
+    if width >= TABLE_WIDTH:
+        return _table()
+    return Group(
+        *(
+            Group(Text(f"{name}  {size}  {licence}"), Padding(Text(about), (0, 0, 0, 4)))
+            for name, size, licence, about in rows()
+        )
+    )
+
+
+def _table() -> Table:
     drawn = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     name, size, licence, about = COLUMNS
     drawn.add_column(name, no_wrap=True)

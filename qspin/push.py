@@ -48,7 +48,7 @@ from qspin.files import (
 from qspin.players import chosen_iteration
 from qspin.prepare import load_rows
 from qspin.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
-from qspin.record import prepare_run
+from qspin.record import check_rows, prepare_run
 from qspin.records import Pair, Record
 from qspin.run_dir import RunDir
 
@@ -108,7 +108,7 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str 
     index = chosen_iteration(run_dir, iteration)
     folder = _folder(run_dir, f"{content}-{index}")
     if content == "dataset":
-        files, card = _pairs(run_dir, repo, folder, config, record, index)
+        files, card = _pairs(run_dir, repo, folder, config, index)
     else:
         merge_check = None
         if content == "merged":
@@ -215,13 +215,10 @@ def _template(path: str, record: Mapping[str, Any]) -> str:
     return text
 
 
-def _pairs(
-    run_dir: RunDir, repo: str, folder: Path, config: RunConfig, record: Mapping[str, Any], last: int
-) -> tuple[list[str], str]:
+def _pairs(run_dir: RunDir, repo: str, folder: Path, config: RunConfig, last: int) -> tuple[list[str], str]:
     """A Parquet file an iteration, and the card. The rows are read again: a run keeps tokens, not messages."""
     prepared = prepare_run(config, run_dir, keep_rejects=False)
-    if prepared.fingerprint != record["data"]["fingerprint"]:
-        raise QspinError(f"{config.data.source}: the rows are not those that {run_dir.path} was made from")
+    check_rows(run_dir, prepared)
     text = prepared.renderer.completion_text
     assert config.data.source is not None  # prepare has read it
     records = {record.id: record for record in load_rows(config, config.data.source, config.data.limit).records}

@@ -19,11 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qspin import plots
 from qspin.config import RunConfig, changed_results, dump_config, load_config
-from qspin.config_files import NOT_YAML
 from qspin.errors import QspinError
 from qspin.evaluation import panel
 from qspin.files import copy_file, read_json, write_text
@@ -50,26 +47,6 @@ class Cell:
 
     def run_dir(self, out: Path) -> RunDir:
         return RunDir(out / self.name)
-
-
-def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """`["train.beta=0.01,0.1"]` → `{"train.beta": [0.01, 0.1]}`; the values are read as a list in YAML."""
-    found = [_parse_vary(text) for text in texts]
-    if len(dict(found)) < len(found):
-        raise QspinError("--vary: a setting is named twice; give all its values at once, as in train.beta=0.01,0.1")
-    return dict(found)
-
-
-def _parse_vary(text: str) -> tuple[str, list[Any]]:
-    key, separator, values = text.partition("=")
-    wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
-    try:
-        found = yaml.safe_load(f"[{values}]") if separator and key else []
-    except NOT_YAML:
-        raise QspinError(wanted) from None
-    if not found or len({str(value) for value in found}) < len(found):
-        raise QspinError(wanted if not found else f"--vary {key}: a value is named twice")
-    return key.strip(), found
 
 
 def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:

@@ -318,8 +318,25 @@ def test_other_rows_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     record = read_json(copy.record)
     write_json(copy.record, record | {"data": record["data"] | {"fingerprint": "other"}})
-    with pytest.raises(QspinError, match=r"rows\.jsonl: the rows are not those that .* was trained on"):
+    with pytest.raises(QspinError, match=r"rows\.jsonl: the rows are not those that .* began with; .* held-out rows"):
         made(copy, tmp_path / "out", "merged-16bit")
+
+
+def test_only_a_merge_needs_the_rows(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    record = read_json(copy.record)
+    gone = tmp_path / "gone.jsonl"
+    record["config"]["data"]["source"] = str(gone)
+    write_json(copy.record, record)
+    copy.config.write_text(copy.config.read_text().replace(load_config(run.config).data.source or "", str(gone)))
+    assert call("export", copy.path, "--to", "adapter", "--iteration", "0", "--out", tmp_path / "out").code == 0
+    answer = call("export", copy.path, "--to", "gguf", "--iteration", "0", "--out", tmp_path / "gguf")
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == (
+        f"error: {gone}: no such file; check the path. A merge is compared with the trained model on the run's "
+        "held-out rows; an adapter needs none\n"
+    )
+    assert not (tmp_path / "gguf").exists()
 
 
 # --- the command ---

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
-    {"errors"},
+    {"errors", "targets"},
     {"safe_text", "config_files"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites"},

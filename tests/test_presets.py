@@ -26,7 +26,7 @@ from rich.console import Console
 from qspin.chat import Renderer
 from qspin.config import Architecture, RunConfig, load_config
 from qspin.errors import QspinError
-from qspin.presets import COLUMNS, rows, shown, starter, table, write_starter
+from qspin.presets import COLUMNS, listed, rows, shown, starter, write_starter
 from qspin.records import Example, Message, Record, Reject
 
 FILES = {path.relative_to(ROOT / "presets").as_posix(): path for path in (ROOT / "presets").rglob("*.yaml")}
@@ -248,11 +248,12 @@ def test_the_list_has_a_row_for_each_preset_the_smallest_model_first() -> None:
     assert licences["mistral-nemo-instruct"] == "Apache-2.0, gated?"
 
 
-def test_the_table_fits_eighty_columns_and_loses_nothing() -> None:
+@pytest.mark.parametrize("width", [40, 71, 72, 80, 120])
+def test_the_list_fits_the_terminal_and_loses_nothing(width: int) -> None:
     out = io.StringIO()
-    Console(file=out, width=80).print(table())
+    Console(file=out, width=width).print(listed(width))
     lines = out.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= width
     assert "…" not in out.getvalue()
     for name, size, *_ in rows():
         assert any(re.match(rf"{re.escape(name)} +{size} ", line) for line in lines), "name and size are whole"

@@ -399,7 +399,7 @@ def test_other_rows_are_not_published(run: RunDir) -> None:
     with pytest.raises(QspinError) as caught:
         make_upload(run, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
     data.write_text(text)
-    assert str(caught.value) == f"{data}: the rows are not those that {run.path} was made from"
+    assert str(caught.value) == f"{data}: the rows are not those that {run.path} began with; bring the old file back"
 
 
 # --- what would be uploaded ---

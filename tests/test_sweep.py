@@ -13,14 +13,14 @@ from test_cli import call
 
 from qspin import spin
 from qspin.answering import answer
-from qspin.config import RunConfig, load_config
+from qspin.config import RunConfig, load_config, parse_vary
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
 from qspin.game import under_way
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent
 from qspin.run_dir import RunDir
-from qspin.sweep import PLOT, TABLE, Cell, grid, parse_vary, play_cell, results, write_results
+from qspin.sweep import PLOT, TABLE, Cell, grid, play_cell, results, write_results
 
 WEIGHTS = "adapter_model.safetensors"
 DAY = datetime.date(2026, 1, 1)
