@@ -187,13 +187,14 @@ def _gguf_of_package(package: str) -> Path | None:
 
 
 def _description(gguf: Path, origin: dict[str, str]) -> Path:
-    """The GGUF's tokenizer and configuration in the cache: reading them from it takes seconds."""
+    """The GGUF's tokenizer and configuration in the cache: reading them from it takes seconds. Versions of
+    transformers read them differently."""
 
     def make(folder: Path) -> None:
         for kind in (transformers.AutoTokenizer, transformers.AutoConfig):
             kind.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
-    return _made_once(_cached(gguf, origin) / "description", make)
+    return _made_once(_cached(gguf, origin) / f"description-{transformers.__version__}", make)
 
 
 def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:

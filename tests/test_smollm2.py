@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from qspin.base import find_base, load_tokenizer
 from qspin.config import load_config
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
@@ -30,6 +31,17 @@ def prepared() -> Prepared:
 def model(prepared: Prepared) -> SlotModel:
     config = prepared.config
     return SlotModel.load(prepared.base, config.model, config.lora, seed=0, device=torch.device("cpu"))
+
+
+def test_another_version_of_transformers_reads_the_file_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSPIN_CACHE", str(tmp_path))
+    base = find_base(load_config("quickstart").model)
+    described = []
+    for version in (transformers.__version__, "0.0.0", transformers.__version__):
+        monkeypatch.setattr("qspin.base.transformers.__version__", version)
+        load_tokenizer(base)
+        described.append(len(list(tmp_path.glob("*/description-*/tokenizer.json"))))
+    assert described == [1, 2, 2]
 
 
 def answers(model: SlotModel, prepared: Prepared, prompts: list[tuple[int, ...]], temperature: float) -> list[Pair]:
