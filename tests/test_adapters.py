@@ -164,6 +164,14 @@ def test_an_adapter_of_other_settings_is_refused(changes: dict[str, Any], said: 
     assert len(str(caught.value)) < len(str(path)) + 400
 
 
+def test_an_adapter_without_its_configuration_is_refused(adapter: Path) -> None:
+    (adapter / ADAPTER_CONFIG).unlink()
+    with pytest.raises(
+        QspinError, match=r"^model\.init_adapter: .* holds no adapter_config\.json; name a folder saved"
+    ):
+        check_config(adapter, "me/tiny-qwen2", LORA)
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2", "/home/them/Tiny-Qwen2/", "C:\\models\\tiny-qwen2", "", None])
 def test_a_base_is_known_by_the_end_of_its_name(name: str | None, adapter: Path) -> None:
     path = adapter / ADAPTER_CONFIG

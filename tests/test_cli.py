@@ -36,7 +36,7 @@ from qspin import run_dir as run_dir_module
 from qspin.cli import main
 from qspin.config import dump_config, load_config
 from qspin.evaluation import panel, read_evaluation, values
-from qspin.files import check_folder, read_json, read_jsonl, sha256_of
+from qspin.files import check_folder, read_json, read_jsonl, sha256_of, write_json
 from qspin.players import chosen_iteration
 from qspin.run_dir import RunDir
 
@@ -808,6 +808,28 @@ def test_another_beta_is_refused_with_the_difference(played: Played) -> None:
         "  train.beta: 0.1 -> 0.5\n"
         "  seed: 0 -> 9\n"
     )
+    assert contents(played.out) == before
+
+
+def test_settings_of_another_version_are_told_from_changed_ones(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    record = RunDir(out).record
+    written = read_json(record)
+    write_json(record, written | {"qspin": "9.9", "config": written["config"] | {"rebound": 3}})
+    answer = played.again(out=out)
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {record}: its settings are not those of this version of qspin ({qspin.__version__}; it was written by "
+        "9.9); go on with that version, or choose another --out\n"
+    )
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-1e-4", "nan"])
+def test_a_rate_that_is_none_is_refused_before_the_baseline_is_trained(played: Played, rate: str) -> None:
+    before = contents(played.out)
+    answer = call("baseline", played.out, "--lr", "1e-4", "--lr", rate)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == "error: --lr: a learning rate is between 0 and 1, as 1e-4\n"
     assert contents(played.out) == before
 
 

@@ -314,6 +314,15 @@ def test_other_4_bit_weights_than_were_trained_on_are_told(run: RunDir, tmp_path
     assert sum("note: the 4-bit weights" in text for text in heard) == 1
 
 
+def test_memory_that_runs_out_is_told_in_a_line(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "load_recorded", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    answer = call("export", run.path, "--to", "merged-16bit", "--out", tmp_path / "out")
+    assert answer.code == 1
+    assert answer.err.startswith("error: out of memory (")
+    assert answer.err.endswith("; close other programs and export again\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_other_rows_than_were_trained_on_are_told(run: RunDir, tmp_path: Path) -> None:
     copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     record = read_json(copy.record)

@@ -254,6 +254,14 @@ def test_unknown_tokenizers_are_refused(plain: Callable[[str], Path], tokenizer:
             write(plain("llama"), tmp_path, tokenizer, read=changed)
 
 
+def test_a_token_without_an_embedding_is_refused(plain: Callable[[str], Path], tokenizer: Any, tmp_path: Path) -> None:
+    own = content(tokenizer)
+    words = own["model"]["vocab"]
+    more = own | {"model": own["model"] | {"vocab": {**words, "beyond": 512}}}
+    with pytest.raises(QspinError, match=r"^model\.id: the tokenizer has a token 512, but only 512 have an embedding$"):
+        write(plain("llama"), tmp_path, tokenizer, read=more)
+
+
 # --- in llama.cpp ---
 
 

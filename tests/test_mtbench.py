@@ -512,6 +512,10 @@ def test_a_judge_that_asks_to_wait_is_given_the_time(server: JudgeServer, monkey
     server.fail(429, **{"Retry-After": "3600"})
     with pytest.raises(QspinError, match="429: out of order, and asks to wait 3600 s; what was judged is kept"):
         asked(server, monkeypatch)
+    then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=3600)
+    server.fail(429, **{"Retry-After": email.utils.format_datetime(then.replace(tzinfo=None))})  # -0000: UTC, by rule
+    with pytest.raises(QspinError, match=r"429: out of order, and asks to wait 3[56]\d\d s"):
+        asked(server, monkeypatch)
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 529])
@@ -942,6 +946,9 @@ def test_fastchats_prompts_are_used_as_they_are(again: Path, played: Path, serve
     ):
         with pytest.raises(QspinError, match=told):
             read_prompts(written(file, [rows[0] | change, *rows[1:]]))
+    file.write_text('{"name": "single-v1"\n')
+    with pytest.raises(QspinError, match=r"judge_prompts\.jsonl: line 1 "):
+        read_prompts(file)
 
 
 def test_braces_in_an_answer_are_text() -> None:
