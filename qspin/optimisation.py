@@ -182,8 +182,12 @@ def _save(model: SlotModel, optimizer: Any, snapshots: Path, metrics: list[Metri
     for older in _snapshots(snapshots)[:-1]:
         remove(older)
     tensors = {f"adapter/{name}": tensor for name, tensor in model.adapter().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value).contiguous() for key, value in state.items()}
+    for index, parameter in enumerate(model.parameters.values()):
+        # not from state_dict(), where bitsandbytes puts a layer around its own
+        for key, value in optimizer.state[parameter].items():
+            tensor = torch.as_tensor(value).contiguous()
+            # bitsandbytes' tables are the same tensors for all weights, of which safetensors takes none twice
+            tensors[f"optimizer/{index}/{key}"] = tensor.clone() if key.startswith("qmap") else tensor
     need = sum(tensor.nbytes for tensor in tensors.values())
     with stops_held(), commit_folder(snapshots / f"step-{len(metrics):06d}", need=need) as folder:
         save_file(tensors, folder / "state.safetensors")
@@ -198,11 +202,12 @@ def _restore(model: SlotModel, optimizer: Any, snapshots: Path) -> list[Metrics]
     check_folder(found[-1])
     tensors = load_file(found[-1] / "state.safetensors")
     model.set_adapter({name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")})
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer/"):
             _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            # bitsandbytes counts its steps in an int, torch in an fp32 tensor
+            state.setdefault(int(index), {})[key] = int(tensor) if tensor.dtype == torch.int64 else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return read_jsonl(found[-1] / "metrics.jsonl")
 

@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.optim
 import pytest
 import torch
 from conftest import VOCABULARY, moved_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qspin import optimisation
 from qspin.adapters import Adapter
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
@@ -301,9 +303,18 @@ def test_it_learns(tiny_model: LoadModel, tmp_path: Path) -> None:
 # --- snapshots ---
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_a_resumed_run_ends_in_the_same_bits(optimizer: str, tiny_model: LoadModel, tmp_path: Path) -> None:
+def eight_bits(_config: TrainConfig, parameters: list[torch.nn.Parameter], _device: torch.device) -> Any:
+    """What a GPU's paged optimiser keeps, on a CPU, where nothing is paged; the smallest weights' moments are fp32."""
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=0.0, weight_decay=0.01, min_8bit_size=300)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "paged_adamw_8bit"])
+def test_a_resumed_run_ends_in_the_same_bits(
+    optimizer: str, tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(optimizer=optimizer, snapshot_minutes=0, weight_decay=0.01)
+    if optimizer == "paged_adamw_8bit":
+        monkeypatch.setattr(optimisation, "make_optimizer", eight_bits)
     model = tiny_model(moved=True)
     opponent = model.adapter()
     task = task_for(model)
