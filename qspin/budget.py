@@ -25,8 +25,9 @@ def token_budget(
 ) -> int:
     """The largest budget whose longest planned micro-batch fits into memory, forward and backward.
 
-    A small micro-batch is tried first and tells how far the prediction is off. If the prediction, set right by that,
-    is less than half of the room, that is that; else the longest micro-batch is tried, and halved until it fits.
+    A small micro-batch is tried first, halved until it fits, and tells how far the prediction is off. If the
+    prediction, set right by that, is less than half of the room, that is that; else the longest micro-batch is tried,
+    and halved until it fits.
 
     Args:
         plan: budget → plan.
@@ -45,17 +46,21 @@ def token_budget(
         batch = Batch.of([(group.prompt, group.real, group.generated) for group in lengths], prefix)
         return footprint.gradients() + footprint.activations(batch)
 
-    small = _longest(pairs, plan(most // FIRST_PROBE), prefix)
-    try:
-        off = _need(model, small, prefix) / predicted(small)
-    except OutOfMemory:
-        raise _too_long(max(small, key=lambda pair: lengths_of(pair).total)) from None
+    least = most // FIRST_PROBE
+    while True:
+        small = _longest(pairs, plan(least), prefix)
+        try:
+            off = _need(model, small, prefix) / predicted(small)
+            break
+        except OutOfMemory:
+            _check_several(small)
+            least //= 2
 
     def promised(budget: int) -> float:
         return off * predicted(_longest(pairs, plan(budget), prefix))
 
     budget = most
-    while budget > most // FIRST_PROBE and promised(budget) > room:
+    while budget > least and promised(budget) > room:
         budget //= 2
     if promised(budget) < room / 2:
         return budget
@@ -63,8 +68,7 @@ def token_budget(
         longest = _longest(pairs, plan(budget), prefix)
         if _fits(model, longest, prefix, room):
             return budget
-        if len(longest) == 1:
-            raise _too_long(longest[0])
+        _check_several(longest)
         budget //= 2
 
 
@@ -75,16 +79,17 @@ def smaller(pairs: Sequence[Pair], plan: Plan, prefix: int) -> int:
         QspinError: it is one pair.
     """
     longest = _longest(pairs, plan, prefix)
-    if len(longest) == 1:
-        raise _too_long(longest[0])
+    _check_several(longest)
     return _tokens(longest, prefix) // 2
 
 
-def _too_long(pair: Pair) -> QspinError:
-    return QspinError(
-        f"{pair.record_id}: its {lengths_of(pair).total} tokens alone are more than memory holds; set "
-        "train.gradient_checkpointing=true, or lower data.max_completion_tokens and generation.max_new_tokens"
-    )
+def _check_several(refused: Sequence[Pair]) -> None:
+    """A micro-batch that did not fit can be cut; raises a QspinError if it is one pair."""
+    if len(refused) == 1:
+        raise QspinError(
+            f"{refused[0].record_id}: its {lengths_of(refused[0]).total} tokens alone are more than memory holds; set "
+            "train.gradient_checkpointing=true, or lower data.max_completion_tokens and generation.max_new_tokens"
+        )
 
 
 def rows_at_once(model: SlotModel, places: int) -> int:
@@ -99,7 +104,8 @@ def _longest(pairs: Sequence[Pair], plan: Plan, prefix: int) -> list[Pair]:
 
 
 def _tokens(pairs: Sequence[Pair], prefix: int) -> int:
-    return prefix + sum(lengths_of(pair, prefix).total for pair in pairs)
+    """As a budget counts them: without what all prompts begin with."""
+    return sum(lengths_of(pair, prefix).total for pair in pairs)
 
 
 def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> bool:

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def test_a_pair_that_never_fits_is_named(refused: int, tiny_model: Any, machine:
         token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw")
 
 
+def test_where_even_the_small_try_is_refused_it_is_halved_until_it_fits(
+    tiny_model: Any, machine: Callable[..., list[int]]
+) -> None:
+    """On a small GPU hundreds of tokens may be too many side by side, and each pair fits."""
+    short = [Pair(str(n), 0, (1,) * 10, (2,) * 20, (3,) * 30, ended=True) for n in range(64)]
+
+    def plan(tokens: int) -> Plan:
+        return plan_batches([lengths_of(pair) for pair in short], batch_size=32, token_budget=tokens, seed=0)
+
+    tried = machine(free=1000 * 70, refused=100)
+    assert token_budget(tiny_model(), short, plan, 0, "adamw") == MOST // 32
+    assert tried == [240, 120, 60, 60]
+
+
 def test_budgets_change_micro_batches_and_never_effective_batches() -> None:
     def effective(plan: Plan) -> list[list[int]]:
         return [sorted(itertools.chain(*batch)) for batch in plan]
@@ -137,6 +152,15 @@ def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
     singles = [[[index] for index in range(len(PAIRS))]]
     with pytest.raises(QspinError, match=r"^199: its 259 tokens alone"):
         smaller(PAIRS, singles, 0)
+
+
+def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
+    """It stands once in a row, and budgets don't count it: half of a long one would let more pairs in than before."""
+    pairs = [replace(pair, prompt_ids=(9,) * 2000 + pair.prompt_ids) for pair in PAIRS]
+    lengths = [lengths_of(pair, 2000) for pair in pairs]
+    plan = plan_batches(lengths, batch_size=50, token_budget=MOST, seed=0)
+    cut = plan_batches(lengths, batch_size=50, token_budget=smaller(pairs, plan, 2000), seed=0)
+    assert longest(cut) <= longest(plan) // 2
 
 
 # --- real memory
