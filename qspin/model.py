@@ -125,6 +125,7 @@ class SlotModel:
             peft_model = peft.get_peft_model(causal_lm, slot, adapter_name=SLOT)
         except ValueError as error:  # no such layers, or of a kind that can't be adapted
             raise QspinError(f"lora.targets: {base.name}: {' '.join(str(error).split())}") from None
+        _check_targets(peft_model, base)
         layers = _prepare(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._check_logits(reference)
@@ -347,6 +348,15 @@ def unsloth_kernels() -> Kernels:
             f"Unsloth can't be imported ({' '.join(str(error).split())}); mend it, or set model.backend=transformers"
         ) from None
     return UnslothKernels()
+
+
+def _check_targets(peft_model: Any, base: Base) -> None:
+    """Head and embeddings stay in 16 bits, and log-probs are made of the head's own weights: an adapter there would
+    never learn, or would not be heard."""
+    for name, module in peft_model.get_base_model().named_modules():
+        adapted = isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
+        if adapted and not isinstance(module, peft.tuners.lora.Linear4bit):
+            raise QspinError(f"lora.targets: {base.name}: {name} is no 4-bit layer, and only those are adapted")
 
 
 def _prepare(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:

@@ -52,6 +52,16 @@ def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path])
         SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # tied, and not
+def test_only_4_bit_layers_are_adapted(architecture: str, target: str, tiny_folder: Callable[[str], Path]) -> None:
+    config = ModelConfig(id=str(tiny_folder(architecture)))
+    with pytest.raises(QspinError, match=rf"lora\.targets: .*{target} is no 4-bit layer, and only those are adapted"):
+        SlotModel.load(
+            find_base(config), config, LoraConfig(targets=["q_proj", target]), seed=0, device=torch.device("cpu")
+        )
+
+
 def test_a_fresh_slot_plays_as_the_base(tiny_model: Callable[..., SlotModel]) -> None:
     model = tiny_model()
     fresh = logits(model)
