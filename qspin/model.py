@@ -269,6 +269,11 @@ class SlotModel:
 
     def _check_logits(self, reference: Tensor) -> None:
         """What we compute must be what the model computes: some families scale, cap or mix in a way of theirs."""
+        if not bool(torch.isfinite(reference).all()):
+            raise QspinError(
+                f"model.id: {self.base.name}'s own logits are not finite numbers in {self.dtype}; set model.dtype to a "
+                "type of larger range, or take another base"
+            )
         count = len(reference)
         ids = _some_ids(self.vocabulary, self.device)
         with torch.no_grad():

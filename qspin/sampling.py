@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from qspin.errors import QspinError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,13 +42,30 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
 
     The token is the first whose cumulative probability, in order of token ids, exceeds the number. Sums are made in
     blocks and only the chosen block is summed token by token, so that the cost is one pass over the logits.
+
+    Raises:
+        QspinError: a row's largest logit is NaN or infinite; its tokens would be the first of the vocabulary for ever.
     """
     import torch
 
     if temperature < COLDEST:
-        return logits.argmax(-1)
-    weights = logits / temperature if temperature != 1 else logits
-    weights = (weights - weights.amax(-1, keepdim=True)).exp_()  # (B, V), up to a factor a row
+        highest, tokens = logits.max(-1)
+    else:
+        weights = logits / temperature if temperature != 1 else logits
+        highest = weights.amax(-1, keepdim=True)
+        tokens = _drawn((weights - highest).exp_(), uniforms, top_p)
+    if not bool(torch.isfinite(highest).all()):  # asked last: a GPU has been given all its work by now
+        raise QspinError(
+            "the player's logits are not finite numbers: its training went too far (lower train.lr or sft.lr), or the "
+            "base overflows in float16 (set model.dtype)"
+        )
+    return tokens
+
+
+def _drawn(weights: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
+    """(B, V) weights up to a factor a row, (B,) → (B,)."""
+    import torch
+
     if top_p < 1:
         weights = _nucleus(weights / weights.sum(-1, keepdim=True), top_p)
     rows, vocabulary = weights.shape
@@ -56,7 +75,7 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float
     ends = blocks.sum(-1).double().cumsum(-1)  # (B, blocks)
     wanted = uniforms * ends[:, -1]
     chosen = (ends <= wanted[:, None]).sum(-1).clamp_(max=ends.shape[1] - 1)  # (B,)
-    index = torch.arange(rows, device=logits.device)
+    index = torch.arange(rows, device=weights.device)
     before = torch.where(chosen > 0, ends[index, chosen - 1], 0.0)
     inside = blocks[index, chosen].double()  # (B, BLOCK)
     offset = (inside.cumsum(-1) <= (wanted - before)[:, None]).sum(-1)

@@ -46,6 +46,16 @@ def test_a_family_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
         SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
 
 
+def test_a_base_that_overflows_is_told_so(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
+    with torch.no_grad():
+        base.model.norm.weight.fill_(1e5)  # beyond float16
+    base.save_pretrained(tmp_path / "large")
+    model = ModelConfig(id=str(tmp_path / "large"), dtype="float16")
+    with pytest.raises(QspinError, match=r"^model\.id: large's own logits are not finite numbers in torch\.float16"):
+        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
+
+
 def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path]) -> None:
     model, lora = ModelConfig(id=str(tiny_folder("llama"))), LoraConfig(targets=["query"])
     with pytest.raises(QspinError, match=r"^lora.targets: tiny-llama: Target modules .*query.* not found"):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from qspin.errors import QspinError
 from qspin.sampling import noise_key, sample, uniform
 
 
@@ -221,3 +222,15 @@ def test_greedy_takes_the_likeliest_whatever_the_number() -> None:
     for temperature in (2e-30, 1e-37, 1e-40, 1e-320):  # fp32 has no quotient for the last three
         for top_p in (1.0, 0.5):
             assert sample(logits, numbers(64), temperature=temperature, top_p=top_p).tolist() == likeliest
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_are_not_sampled_from(wrong: float, temperature: float) -> None:
+    rows = torch.zeros(3, 300)
+    rows[1, 7] = wrong
+    if wrong < 0:  # one token may be impossible, but not all
+        assert len(draw(rows[1].tolist(), grid(2), temperature=temperature)) == 2
+        rows[1] = wrong
+    with pytest.raises(QspinError, match=r"^the player's logits are not finite numbers: its training went too far"):
+        sample(rows, grid(3), temperature=temperature, top_p=0.9)
