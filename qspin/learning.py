@@ -130,18 +130,22 @@ def _learn_real(
 def _pairs(game: Game, iteration: int) -> list[Pair]:
     """What iteration t trains on.
 
-    A completion equal to the real one teaches nothing (its gradient is zero) and is left out.
+    A completion equal to the real one teaches nothing (its gradient is zero) and is left out, unless the real one is
+    learnt for itself as well.
     """
     found: list[Pair] = []
     for past in trained_on(game.config, iteration):
         folder = game.dir.iteration(past)
         for shard in range(len(read_json(folder.generation_plan)["shards"])):
             found += [Pair.from_json(row) for row in read_jsonl(folder.generated(shard))]
+    if game.config.train.sft_weight:
+        return found
     different = [pair for pair in found if pair.real_ids != pair.generated_ids]
     if not different:
+        advice = f"the run is complete with --iterations {iteration}" if iteration else "take other rows"
         raise QspinError(
             f"iteration {iteration}: the opponent gives every prompt its real completion, so nothing is left to "
-            f"learn; the run is complete with --iterations {iteration}"
+            f"learn; {advice}"
         )
     if len(different) < len(found):
         game.progress.note(

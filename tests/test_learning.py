@@ -84,9 +84,22 @@ def test_pairs_of_the_iteration_before_are_judged_likewise(game: Game) -> None:
 
 
 def test_where_nothing_is_left_to_learn_the_run_says_so(game: Game) -> None:
+    for iteration, advice in ((0, "take other rows"), (1, "the run is complete with --iterations 1")):
+        generated(game, iteration, [replace(pair, generated_ids=pair.real_ids) for pair in pairs_of(game, iteration)])
+        said = f"iteration {iteration}: the opponent gives every prompt its real completion, .*; {advice}$"
+        with pytest.raises(QspinError, match=said):
+            learn(game, iteration)
+
+
+def test_with_an_sft_weight_an_equal_completion_still_teaches(game: Game) -> None:
+    """The real one's own term has a gradient, whatever the opponent says."""
+    train = game.config.train.model_copy(update={"sft_weight": 1.0, "epochs": 2})
+    game.prepared = replace(game.prepared, config=game.config.model_copy(update={"train": train}))
     generated(game, 0, [replace(pair, generated_ids=pair.real_ids) for pair in pairs_of(game, 0)])
-    with pytest.raises(QspinError, match="iteration 0: the opponent gives every prompt its real completion"):
-        learn(game, 0)
+    assert learned(game, 0) == {pair.key for pair in pairs_of(game, 0)}
+    first, *_, last = read_jsonl(game.dir.iteration(0).metrics)
+    assert last["real_nll"] < first["real_nll"]
+    assert notes(game) == []
 
 
 def test_the_most_memory_that_was_held_is_kept_beside_the_seconds(game: Game) -> None:
