@@ -6,8 +6,10 @@ memory in the same way.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
@@ -165,6 +167,7 @@ def _fit(
         start: who is put into the slot.
     """
     prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    _heed_other_pairs(game, folder, pairs)
     _heed_lower_budget(game, folder, pairs, prefix)
     failures, reached = 0, steps_kept(folder.snapshots)
     while not folder.adapter.is_dir():
@@ -186,6 +189,26 @@ def _fit(
             _forget_plan(folder)
             game.progress.note(f"memory does not hold so many tokens; on with {game.budget} at once")
     remove(folder.snapshots)
+
+
+def _heed_other_pairs(game: Game, folder: IterationDir, pairs: Sequence[Pair]) -> None:
+    """A plan, with its scores and snapshots, is of the very pairs that it was made for. Completions that were damaged
+    are made again, and need not come out alike if they are now decoded side by side with fewer others."""
+    if folder.adapter.is_dir() or not folder.training_plan.is_file():
+        return
+    if read_json(folder.training_plan).get("pairs") != _fingerprint(pairs):
+        remove(folder.snapshots)  # before the plan that they belong to
+        _forget_plan(folder)
+        game.progress.note(
+            f"{folder.path.name}: its plan is of other pairs; it is made again, and training begins anew"
+        )
+
+
+def _fingerprint(pairs: Sequence[Pair]) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        digest.update(repr(pair).encode())
+    return digest.hexdigest()
 
 
 def _heed_lower_budget(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> None:
@@ -220,14 +243,14 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
             workers=game.crew.count,
         )
 
-    def make() -> dict[str, Plan]:
+    def make() -> dict[str, Any]:
         asked = config.tokens_per_micro_batch
         if game.budget is None:
             game.model.use_gradient_checkpointing(config.gradient_checkpointing)
             game.budget = (
                 asked if isinstance(asked, int) else token_budget(game.model, pairs, plan, prefix, config.optimizer)
             )
-        return {"batches": plan(game.budget)}
+        return {"pairs": _fingerprint(pairs), "batches": plan(game.budget)}
 
     batches: Plan = kept_json(folder.training_plan, make)["batches"]
     return batches

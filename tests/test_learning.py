@@ -15,7 +15,7 @@ from conftest import Notes
 from qspin.answering import answer
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl, remove, write_json, write_jsonl
+from qspin.files import ADAPTER_WEIGHTS, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
 from qspin.prepare import prepare
@@ -143,6 +143,32 @@ def test_a_budget_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     assert kept(2048) == kept(512) == whole, "a larger one, or the same, changes nothing"
     assert kept(32) > whole
     assert kept(512) == kept(32), "and what was lowered stays"
+
+
+def test_what_was_planned_and_scored_for_other_pairs_is_made_again(game: Game) -> None:
+    """As after completions were damaged, and came out otherwise when they were made again."""
+    pairs, folder = pairs_of(game, 0), game.dir.iteration(0)
+    generated(game, 0, pairs)
+    learn(game, 0)
+    began, scored = (read_jsonl(path) for path in (folder.metrics, folder.scores(0)))
+    trained = folder.adapter / ADAPTER_WEIGHTS
+    expected = trained.read_bytes()
+
+    for path in (folder.adapter, folder.metrics, folder.generated(0)):
+        remove(path)
+    write_jsonl(folder.generated(0), [replace(pair, generated_ids=(11, 12)).to_json() for pair in pairs])
+    (folder.snapshots / "step-000001").mkdir(parents=True)  # can't be gone on from
+    learn(game, 0)
+    assert notes(game) == ["iteration-0: its plan is of other pairs; it is made again, and training begins anew"]
+    assert read_jsonl(folder.scores(0)) != scored
+    assert trained.read_bytes() != expected
+
+    for path in (folder.adapter, folder.metrics, folder.generated(0)):
+        remove(path)
+    write_jsonl(folder.generated(0), [pair.to_json() for pair in pairs])
+    learn(game, 0)
+    assert (read_jsonl(folder.metrics), read_jsonl(folder.scores(0))) == (began, scored)
+    assert trained.read_bytes() == expected
 
 
 def test_a_width_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
