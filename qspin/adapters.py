@@ -24,7 +24,12 @@ Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
 PICKLE = "adapter_model.bin"
 # What an adapter_config.json may hold besides rank and alpha that makes other numbers of the same weights.
-OTHER_SUMS = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
+OTHER_SUMS = (
+    "use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "alora_invocation_tokens",
+)  # fmt: skip
+# Ways to begin that take something out of the base's weights: with the base as it was, the adapter adds it twice.
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -77,6 +82,12 @@ def check_config(folder: Path, base: str, lora: LoraConfig) -> None:
     if others or config.get("bias", "none") != "none":
         raise QspinError(
             f"model.init_adapter: {path}: {others[0] if others else 'bias'} is set; qspin plays plain LoRA"
+        )
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(OTHER_BASES):
+        raise QspinError(
+            f"model.init_adapter: {path}: init_lora_weights is {_short(begun)}, so it belongs to a base that was "
+            "changed; save it as a plain one, with PEFT's path_initial_model_for_weight_conversion, or take another"
         )
     for key, ours, setting in (("r", lora.rank, "lora.rank"), ("lora_alpha", lora.alpha, "lora.alpha")):
         if not _same_number(config.get(key), ours):

@@ -146,6 +146,12 @@ def test_weights_that_are_no_numbers(value: float, dtype: torch.dtype, adapter: 
         ({"use_dora": True}, "use_dora is set; qspin plays plain LoRA"),
         ({"use_rslora": True}, "use_rslora is set; qspin plays plain LoRA"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is set"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens is set"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', so it belongs to a base that"),
+        (
+            {"init_lora_weights": "olora"},
+            "init_lora_weights is 'olora', so it belongs to a base that was changed; save",
+        ),
         ({"bias": "all"}, "bias is set"),
         ({"peft_type": "IA3"}, "is not the configuration of a LoRA adapter"),
         ({"base_model_name_or_path": "other/base"}, "names the base 'other/base', model.id is me/tiny-qwen2; take"),
