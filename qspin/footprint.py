@@ -112,7 +112,7 @@ class Footprint:
         return self.shape.layers * sum(self.rank * (linear.inputs + linear.outputs) for linear in self._adapted)
 
     def adapter(self) -> int:
-        """The slot in fp32. Of the first opponent, whom `spin.py` keeps in main memory, there is a copy on a CPU."""
+        """The slot in fp32. Of the first opponent, whom `game.py` keeps in main memory, there is a copy on a CPU."""
         return 4 * self.adapter_weights * (2 if self.device == "cpu" else 1)
 
     # --- training

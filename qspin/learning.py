@@ -258,26 +258,25 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
 
 def _score(game: Game, folder: IterationDir, task: Task) -> Task:
     """Log-probs of every pair, carried ones too, under the opponent in the slot; a shard an effective batch."""
-    game.progress.phase("score", iteration=task.iteration, total=len(task.pairs), done=0, unit="pairs")
-    scores: list[Score] = []
-    for index, micro_batches in enumerate(task.plan):
-        check_stop()
-        path = folder.scores(index)
+    paths = [folder.scores(index) for index in range(len(task.plan))]
+    scores = [Score(**row) for path in paths if path.is_file() for row in read_jsonl(path)]
+    game.progress.phase("score", iteration=task.iteration, total=len(task.pairs), done=len(scores), unit="pairs")
+    for micro_batches, path in zip(task.plan, paths, strict=True):
         if path.is_file():
-            shard = [Score(**row) for row in read_jsonl(path)]
-        else:
-            with game.counted(folder, "score"):
-                parts = work_together(
-                    game.crew,
-                    "score",
-                    task.pairs,
-                    micro_batches,
-                    {"prefix": task.prefix},
-                    lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
-                    lambda told: [Score(**row) for row in told],
-                )
-                shard = [score for part in parts for score in part]
-                write_jsonl(path, [score.to_json() for score in shard])
+            continue
+        check_stop()
+        with game.counted(folder, "score"):
+            parts = work_together(
+                game.crew,
+                "score",
+                task.pairs,
+                micro_batches,
+                {"prefix": task.prefix},
+                lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
+                lambda told: [Score(**row) for row in told],
+            )
+            shard = [score for part in parts for score in part]
+            write_jsonl(path, [score.to_json() for score in shard])
         game.progress.advance(len(shard))
         scores += shard
     return replace(task, scores={score.key: score for score in scores})

@@ -261,9 +261,10 @@ class SlotModel:
         return digest.hexdigest()
 
     def use_gradient_checkpointing(self, wanted: bool) -> None:
+        if wanted == self._causal_lm.is_gradient_checkpointing:  # each time it is enabled, transformers adds a hook
+            return
         if wanted:
             self._causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-            self._causal_lm.enable_input_require_grads()
         else:
             self._causal_lm.gradient_checkpointing_disable()
 

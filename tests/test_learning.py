@@ -145,6 +145,29 @@ def test_a_budget_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     assert kept(512) == kept(32), "and what was lowered stays"
 
 
+def test_scores_that_are_there_already_are_no_progress_of_this_process(game: Game) -> None:
+    """A rate that counted them would promise an end that does not come."""
+    train = game.config.train.model_copy(update={"batch_size": 4})
+    game.prepared = replace(game.prepared, config=game.config.model_copy(update={"train": train}))
+    generated(game, 0, pairs_of(game, 0))
+    learn(game, 0)
+    folder, told = game.dir.iteration(0), list[tuple[str, int, float]]()
+
+    class Told(Notes):
+        def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+            told.append((name, done, 0))
+
+        def advance(self, units: float, **_: float) -> None:
+            name, done, advanced = told[-1]
+            told[-1] = (name, done, advanced + units)
+
+    remove(folder.adapter)
+    remove(folder.scores(1))
+    game.progress = Told()
+    learn(game, 0)
+    assert told == [("score", 6, 4), ("train", 0, 10)]
+
+
 def test_what_was_planned_and_scored_for_other_pairs_is_made_again(game: Game) -> None:
     """As after completions were damaged, and came out otherwise when they were made again."""
     pairs, folder = pairs_of(game, 0), game.dir.iteration(0)

@@ -125,6 +125,15 @@ def test_the_base_stays_packed_where_memory_has_no_room(
         logits(model)
 
 
+def test_gradient_checkpointing_is_enabled_once(tiny_model: Callable[..., SlotModel]) -> None:
+    """Every training asks for it, and transformers would hook the embeddings anew each time."""
+    model = tiny_model()
+    for wanted in (False, True, True, True):
+        model.use_gradient_checkpointing(wanted)
+        assert model.footprint.checkpointing is wanted
+    assert len(model.peft_model.get_input_embeddings()._forward_hooks) <= 1
+
+
 def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:
     model = tiny_model()
     kept = model.adapter()
