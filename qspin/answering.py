@@ -28,6 +28,7 @@ def answer(game: Game, iteration: int) -> None:
         folder.generation_plan,
         lambda: {
             "width": game.width,
+            "unpacked": game.model.unpacked_bytes > 0,  # its products round otherwise
             "shards": [list(range(start, min(start + size, rows))) for start in range(0, rows, size)],
         },
     )
@@ -38,6 +39,10 @@ def answer(game: Game, iteration: int) -> None:
     ):  # a process that the system killed could not lower it itself
         plan["width"] = asked
         write_json(folder.generation_plan, plan)
+    if missing and plan.get("unpacked") and not game.model.unpacked_bytes:
+        plan["unpacked"] = False
+        write_json(folder.generation_plan, plan)
+        game.progress.note("memory has no room for the base in the compute type any more; on with its 4 bits alone")
 
     def begin() -> None:
         done = rows - sum(len(shard) for _, shard in missing)
@@ -51,7 +56,7 @@ def answer(game: Game, iteration: int) -> None:
         shards = missing[: game.crew.count]  # one for each process
         try:
             with refusals_told(), game.counted(folder, "generate"):
-                made = _pairs(game, iteration, [shard for _, shard in shards], plan["width"])
+                made = _pairs(game, iteration, [shard for _, shard in shards], plan)
                 for (index, _), pairs in zip(shards, made, strict=True):
                     write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         except OutOfMemory as error:
@@ -70,7 +75,7 @@ def answer(game: Game, iteration: int) -> None:
         failures = 0
 
 
-def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], width: int) -> list[list[Pair]]:
+def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], plan: dict[str, Any]) -> list[list[Pair]]:
     """One completion of each of the training rows of some shards, by whoever is in the slot; the first is this
     process's own."""
     prepared, config = game.prepared, game.config.generation
@@ -80,7 +85,8 @@ def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], width: i
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
-        "width": width,
+        "width": plan["width"],
+        "unpacked": plan.get("unpacked"),  # plans of before did not say
         "stop_ids": sorted(prepared.stop_ids),
     }
     share = sum(map(len, shards)) / len(rows)  # of this process's progress, what is done by all

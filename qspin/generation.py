@@ -55,11 +55,13 @@ def generate(
     on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
     on_token: Callable[[int, int], None] = lambda _index, _token: None,
     ends: Callable[[Sequence[int]], bool] = lambda _ids: False,
+    unpacked: bool | None = None,
 ) -> list[Completion]:
     """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
     of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
     `on_done` hears of each completion as it ends, and `on_token` of each token, and which request it is for. `ends`
     says of the tokens sampled so far whether they are a whole completion, as they are after a stop token.
+    `unpacked` is as for `SlotModel.unpacked`.
 
     The result does not depend on `width` or on the order of the requests beyond rounding.
     """
@@ -82,7 +84,7 @@ def generate(
     def ended(row: _Live) -> bool:
         return row.ids[-1] in stop_ids or ends(row.ids)
 
-    with model.unpacked():
+    with model.unpacked(unpacked):
         while waiting or live:
             if waiting and _worth_prefilling(len(live), len(waiting), width):
                 admitted = _admit(waiting, requests, width - len(live), prefix)

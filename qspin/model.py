@@ -147,10 +147,10 @@ class SlotModel:
         return size if self.device.type == "cpu" and size <= free_bytes(self.device) / 2 else 0
 
     @contextlib.contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """For generation, of whoever is in the slot: the base in the compute type beside its 4 bits, if there is
+    def unpacked(self, wanted: bool | None = None) -> Iterator[None]:
+        """For generation, of whoever is in the slot: the base in the compute type beside its 4 bits; None: if there is
         room for it. On a CPU making it from 4 bits takes as long as a decoding step does for the rest."""
-        if not self.unpacked_bytes:
+        if not (self.unpacked_bytes if wanted is None else wanted):
             yield
             return
         try:

@@ -18,6 +18,7 @@ from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.game import Game
 from qspin.learning import learn
+from qspin.lora import FusedLayers
 from qspin.prepare import prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir
@@ -203,3 +204,25 @@ def test_a_width_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     write_json(plan, {"width": 1, "shards": [[0, 1], [2, 3]]})
     answer(game, 0)
     assert read_json(plan)["width"] == 1, "found too wide before"
+
+
+def test_whether_the_base_is_unpacked_is_planned(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products round otherwise, so a run that goes on must not decide anew by what memory is free now."""
+    products: list[int] = []
+    own, room, folder = FusedLayers._unpacked_product, game.model.unpacked_bytes, game.dir.iteration(0)
+    monkeypatch.setattr(FusedLayers, "_unpacked_product", lambda *args: products.append(1) or own(*args))
+    assert room > 0
+
+    def unpacked(room: int) -> tuple[bool, bool]:
+        """Whether that is planned, and was done, with so much room; the first shard is made again."""
+        monkeypatch.setattr(type(game.model), "unpacked_bytes", room)
+        remove(folder.generated(0))
+        products.clear()
+        answer(game, 0)
+        return read_json(folder.generation_plan)["unpacked"], bool(products)
+
+    assert unpacked(room) == (True, True)
+    assert unpacked(0) == (False, False)
+    assert notes(game) == ["memory has no room for the base in the compute type any more; on with its 4 bits alone"]
+    assert unpacked(room) == (False, False), "and what is in the plan stays"
+    assert len(notes(game)) == 1
