@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qspin.adapters import check_config, load_adapter
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
@@ -78,7 +78,7 @@ class Speech(NamedTuple):
     base: Base
     renderer: Renderer
     stop_ids: frozenset[int]
-    context: int  # tokens that the model was made for, prompt and completion together
+    context: int  # tokens that a prompt and its completion may have together
     notes: tuple[str, ...]
 
 
@@ -101,9 +101,18 @@ def find_speech(config: RunConfig, date: datetime.date, commit: str | None = Non
         base=base,
         renderer=renderer,
         stop_ids=frozenset({renderer.end_of_turn, *stop_tokens(base)}),
-        context=architecture.max_position_embeddings,
+        context=_context(architecture),
         notes=(*_replaced_template(config, tokenizer), *renderer.notes),
     )
+
+
+def _context(architecture: Any) -> int:
+    """What the model was made for. With longrope, all positions turn by other angles once one is beyond the length that
+    the model had at first: what was decoded before would be of another model, and so would the short rows that a long
+    one is packed with."""
+    rope = getattr(architecture, "rope_parameters", None) or {}
+    context: int = architecture.max_position_embeddings
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else context
 
 
 class _Rows(NamedTuple):

@@ -217,6 +217,23 @@ def test_what_is_longer_than_the_models_context(
         ready(path, **changes)
 
 
+def test_longrope_holds_to_its_first_length(tiny_folder: Callable[[str], Path], ready: Prepare, tmp_path: Path) -> None:
+    """As Phi-4-mini's config.json has it: 4,096 of its 131,072 tokens."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder("phi3"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    config |= {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 100}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = write(tmp_path / "rows.jsonl", *good(20))
+    ready(path, **{"model.id": str(folder), "generation.max_new_tokens": 60})
+    with pytest.raises(
+        QspinError, match=r"^generation\.max_new_tokens: a prompt of .* are more than the model's 100; lo"
+    ):
+        ready(path, **{"model.id": str(folder), "generation.max_new_tokens": 95})
+
+
 def test_a_tokenizer_of_another_model(tiny_folder: Callable[[str], Path], ready: Prepare, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("llama"), folder)
