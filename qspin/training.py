@@ -169,7 +169,9 @@ def _losses(
     )
     if not bool(torch.isfinite(result.losses).all()):
         bad = [pair.record_id for pair, ok in zip(pairs, torch.isfinite(result.losses).tolist(), strict=True) if not ok]
-        raise QspinError(f"the loss is not finite for {', '.join(bad[:5])}; lower train.lr, or drop these rows")
+        raise QspinError(
+            f"the loss is not finite for {', '.join(bad[:5])}; lower train.lr or train.beta, or drop these rows"
+        )
     if first:
         gaps = torch.cat([policy_real - opponent_real, policy_generated - opponent_generated]).detach()
         gap = float(gaps.abs().max())

@@ -415,7 +415,7 @@ def test_a_loss_that_is_not_finite_names_its_pair(tiny_model: LoadModel, tmp_pat
     assert VOCABULARY > 503
     with pytest.raises(QspinError) as caught:
         train(model, task_for(model, plan), settings(), snapshots=tmp_path / "snapshots", on_step=spoil)
-    assert str(caught.value) == "the loss is not finite for row-3; lower train.lr, or drop these rows"
+    assert str(caught.value) == "the loss is not finite for row-3; lower train.lr or train.beta, or drop these rows"
 
 
 def test_a_spoilt_adapter_names_all_pairs(tiny_model: LoadModel, tmp_path: Path) -> None:
