@@ -275,16 +275,25 @@ class SlotModel:
                 f"model.id: {self.base.name}'s own logits are not finite numbers in {self.dtype}; set model.dtype to a "
                 "type of larger range, or take another base"
             )
-        count = len(reference)
-        ids = _some_ids(self.vocabulary, self.device)
+        ids, count = _some_ids(self.vocabulary, self.device), len(reference)
+        row = torch.cat([ids, ids.flip(0), ids])  # the same text at a row's beginning, and after another one
+        positions = torch.arange(count, device=self.device).repeat(3)
         with torch.no_grad():
-            ours = self.logits(self.hidden(ids, torch.arange(count, device=self.device), _one_row(count, self.device)))
+            ours = self.logits(self.hidden(row, positions, Packed([GroupLengths(count)] * 3, self.device)))
+        first, _, later = ours.chunk(3)
         # 16-bit rounding adds up over layers; a wrong scale or formula is far beyond it
-        bound = (1e-3 if self.dtype == torch.float32 else 0.1) * reference.abs().max()
-        if not bool((ours - reference).abs().max() <= bound):
+        known, apart = (1e-3, 1e-3) if self.dtype == torch.float32 else (0.1, 0.02)
+        largest, family = reference.abs().max(), self._causal_lm.config.model_type
+        if not bool((first - reference).abs().max() <= known * largest):
             raise QspinError(
-                f"model.id: {self.base.name} ({self._causal_lm.config.model_type}) computes its logits in a way that "
-                "qspin does not know; please report the model"
+                f"model.id: {self.base.name} ({family}) computes its logits in a way that qspin does not know; please "
+                "report the model"
+            )
+        if not bool((later - first).abs().max() <= apart * largest):
+            raise QspinError(
+                f"model.id: {self.base.name} ({family}) carries something from one text to the next in a row, as "
+                "recurrent and convolutional layers do, and qspin packs texts side by side; take a model whose layers "
+                "mix tokens by attention alone"
             )
 
 
@@ -301,10 +310,6 @@ def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
 
 def _some_ids(vocabulary: int, device: torch.device) -> Tensor:
     return torch.arange(8, device=device) * 37 % vocabulary
-
-
-def _one_row(tokens: int, device: torch.device) -> Packed:
-    return Packed([GroupLengths(tokens)], device)
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
@@ -357,12 +362,13 @@ def unsloth_kernels() -> Kernels:
 
 
 def _check_targets(peft_model: Any, base: Base) -> None:
-    """Head and embeddings stay in 16 bits, and log-probs are made of the head's own weights: an adapter there would
-    never learn, or would not be heard."""
-    for name, module in peft_model.get_base_model().named_modules():
-        adapted = isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)
-        if adapted and not isinstance(module, peft.tuners.lora.Linear4bit):
-            raise QspinError(f"lora.targets: {base.name}: {name} is no 4-bit layer, and only those are adapted")
+    """Log-probs are made of the head's own weights, so that an adapter of it would never learn, and an embedding's has
+    names that PEFT would not find again."""
+    causal_lm = peft_model.get_base_model()
+    parts = {"embeddings": causal_lm.get_input_embeddings(), "head": causal_lm.get_output_embeddings()}
+    for name, module in parts.items():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            raise QspinError(f"lora.targets: {base.name}: the {name} can't be adapted; name layers between them")
 
 
 def _prepare(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:

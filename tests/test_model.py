@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import pytest
@@ -46,6 +46,35 @@ def test_a_family_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
         SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
 
 
+HYBRIDS: dict[str, Callable[[], Any]] = {
+    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
+        **SHAPE,
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_n_heads=4,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        num_local_experts=0,
+        shared_intermediate_size=128,
+    ),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **SHAPE, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_family_that_leaks_from_text_to_text_is_refused(
+    family: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path
+) -> None:
+    """By itself each text of a row would be computed as the model does."""
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(HYBRIDS[family]()).save_pretrained(tmp_path / family)
+    model, lora = ModelConfig(id=str(tmp_path / family), dtype=dtype), LoraConfig(targets=["q_proj"])
+    with pytest.raises(QspinError, match=rf"^model\.id: {family} \({family}\) carries something from one text to the"):
+        SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
+
+
 def test_a_base_that_overflows_is_told_so(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     with torch.no_grad():
@@ -62,14 +91,14 @@ def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path])
         SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize(("target", "part"), [("lm_head", "head"), ("embed_tokens", "embeddings")])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # tied, and not
-def test_only_4_bit_layers_are_adapted(architecture: str, target: str, tiny_folder: Callable[[str], Path]) -> None:
-    config = ModelConfig(id=str(tiny_folder(architecture)))
-    with pytest.raises(QspinError, match=rf"lora\.targets: .*{target} is no 4-bit layer, and only those are adapted"):
-        SlotModel.load(
-            find_base(config), config, LoraConfig(targets=["q_proj", target]), seed=0, device=torch.device("cpu")
-        )
+def test_neither_head_nor_embeddings_are_adapted(
+    architecture: str, target: str, part: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    model, lora = ModelConfig(id=str(tiny_folder(architecture))), LoraConfig(targets=["q_proj", target])
+    with pytest.raises(QspinError, match=rf"^lora\.targets: tiny-{architecture}: the {part} can't be adapted; name"):
+        SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
 
 
 def test_a_fresh_slot_plays_as_the_base(tiny_model: Callable[..., SlotModel]) -> None:
