@@ -118,9 +118,11 @@ def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> 
 def _need(model: SlotModel, pairs: Sequence[Pair], prefix: int) -> int:
     """Bytes that a forward and backward pass of a micro-batch takes at most."""
     give_back_freed_memory()  # work that fits into it would not show
-    with peak(model.device) as measured, refusals_told():
-        real, generated = pair_logps(model, pack_row(pairs, model.device, prefix))
-        (real - generated).sum().backward()  # type: ignore[no-untyped-call]
-    for parameter in model.parameters.values():
-        parameter.grad = None
+    try:
+        with peak(model.device) as measured, refusals_told():
+            real, generated = pair_logps(model, pack_row(pairs, model.device, prefix))
+            (real - generated).sum().backward()  # type: ignore[no-untyped-call]
+    finally:  # a refusal leaves gradients of some layers, which the next try would find there
+        for parameter in model.parameters.values():
+            parameter.grad = None
     return measured.above

@@ -163,6 +163,22 @@ def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
     assert longest(cut) <= longest(plan) // 2
 
 
+def test_a_try_that_is_refused_leaves_no_gradients(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try would find them there, and be taken for one that needs less."""
+    model = tiny_model()
+    own = budget.pair_logps
+
+    def refused(*args: Any) -> Any:
+        real, generated = own(*args)
+        real.sum().backward()  # what a backward pass has come to when it is refused
+        raise MemoryError
+
+    monkeypatch.setattr(budget, "pair_logps", refused)
+    with pytest.raises(OutOfMemory):
+        budget._need(model, PAIRS[:2], 0)
+    assert all(parameter.grad is None for parameter in model.parameters.values())
+
+
 # --- real memory
 
 
