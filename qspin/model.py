@@ -43,7 +43,7 @@ from qspin.footprint import Footprint
 from qspin.fused import fuse_gated_mlp, fuse_norm, fuse_rotary
 from qspin.kernels import Kernels
 from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
-from qspin.memory import free_bytes
+from qspin.memory import free_bytes, refusals_told
 from qspin.shape import read_shape
 
 ALL = slice(None)
@@ -278,12 +278,19 @@ class SlotModel:
         ids, count = _some_ids(self.vocabulary, self.device), len(reference)
         row = torch.cat([ids, ids.flip(0), ids])  # the same text at a row's beginning, and after another one
         positions = torch.arange(count, device=self.device).repeat(3)
-        with torch.no_grad():
-            ours = self.logits(self.hidden(row, positions, Packed([GroupLengths(count)] * 3, self.device)))
+        family = self._causal_lm.config.model_type
+        try:
+            with torch.no_grad(), refusals_told():
+                ours = self.logits(self.hidden(row, positions, Packed([GroupLengths(count)] * 3, self.device)))
+        except (RuntimeError, AttributeError, TypeError) as error:  # a decoder that ours does not fit into
+            raise QspinError(
+                f"model.id: {self.base.name} ({family}) has layers that qspin can't compute (keys and values of two "
+                f"sizes, or an attention of their own): {' '.join(str(error).split())}"
+            ) from None
         first, _, later = ours.chunk(3)
         # 16-bit rounding adds up over layers; a wrong scale or formula is far beyond it
         known, apart = (1e-3, 1e-3) if self.dtype == torch.float32 else (0.1, 0.02)
-        largest, family = reference.abs().max(), self._causal_lm.config.model_type
+        largest = reference.abs().max()
         if not bool((first - reference).abs().max() <= known * largest):
             raise QspinError(
                 f"model.id: {self.base.name} ({family}) computes its logits in a way that qspin does not know; please "

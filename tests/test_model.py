@@ -75,6 +75,27 @@ def test_a_family_that_leaks_from_text_to_text_is_refused(
         SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
 
 
+STRANGERS: dict[str, Callable[[], Any]] = {
+    "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
+    "falcon": lambda: transformers.FalconConfig(**SHAPE),
+    "deepseek_v2": lambda: transformers.DeepseekV2Config(
+        **SHAPE | {"num_key_value_heads": 4}, first_k_dense_replace=3, n_group=1, topk_group=1, q_lora_rank=None
+    ),
+}
+
+
+@pytest.mark.parametrize("family", STRANGERS)
+def test_a_family_whose_attention_is_its_own_is_refused_in_a_line(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    transformers.AutoModelForCausalLM.from_config(STRANGERS[family]()).save_pretrained(tmp_path / family)
+    model = ModelConfig(id=str(tmp_path / family), dtype="float32")
+    with pytest.raises(
+        QspinError, match=rf"^model\.id: {family} \({family}\) has layers that qspin can't compute"
+    ) as told:
+        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
+    assert str(told.value).isprintable()
+
+
 def test_a_base_that_overflows_is_told_so(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
     with torch.no_grad():
