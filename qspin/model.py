@@ -404,6 +404,8 @@ def _no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # handed to the attention function
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _no_repacking(model: nn.Module) -> None:

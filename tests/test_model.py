@@ -106,6 +106,15 @@ def test_a_base_that_overflows_is_told_so(tiny_folder: Callable[[str], Path], tm
         SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
 
 
+def test_a_base_that_was_trained_with_dropout_of_attention_plays_without(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(**SHAPE, attention_dropout=0.5)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dropout")
+    model = ModelConfig(id=str(tmp_path / "dropout"), dtype="float32")
+    loaded = SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
+    assert torch.equal(logits(loaded), logits(loaded))
+
+
 def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path]) -> None:
     model, lora = ModelConfig(id=str(tiny_folder("llama"))), LoraConfig(targets=["query"])
     with pytest.raises(QspinError, match=r"^lora.targets: tiny-llama: Target modules .*query.* not found"):
