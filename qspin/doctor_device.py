@@ -165,8 +165,8 @@ def unused_gpu(build: str | None, cards: Sequence[Card], complaint: str, torch_n
 
 def backend() -> Finding:
     """Whose kernels a run takes."""
+    from qspin.backends import choose_backend, unsloth_kernels
     from qspin.errors import QspinError
-    from qspin.model import choose_backend, unsloth_kernels
 
     name, reason = choose_backend("auto", _device())
     try:

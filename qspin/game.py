@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from qspin.adapters import Adapter, load_adapter, load_own
+from qspin.backends import choose_backend, unsloth_missing
 from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
 from qspin.files import full_disk_told, read_json
 from qspin.memory import OutOfMemory, keep_freed_memory, peak, refusals_told
-from qspin.model import SlotModel, choose_backend, unsloth_missing
+from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress

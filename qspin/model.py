@@ -14,15 +14,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import importlib.util
-import io
 import json
-import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
@@ -35,6 +30,7 @@ from torch.nn import functional
 from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
+from qspin.backends import unsloth_kernels
 from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
@@ -83,7 +79,7 @@ class SlotModel:
         """Quantise the base to NF4 and put a fresh adapter (B = 0: it plays as the base) into the slot.
 
         Args:
-            backend: see `choose_backend`.
+            backend: see `backends.choose_backend`.
 
         Raises:
             QspinError: the base can't be loaded, or its architecture computes logits in a way not known here.
@@ -328,44 +324,6 @@ def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -> tuple[BackendName, str]:
-    """Who computes norms, gates, rotary embeddings and 4-bit weights: torch itself, or Unsloth's kernels; and why.
-
-    Raises:
-        QspinError: the one asked for can't be had.
-    """
-    missing = unsloth_missing(device)
-    if asked == "unsloth" and missing:
-        raise QspinError(f"model.backend: no unsloth here: {missing}; or set model.backend=transformers")
-    if asked != "auto":
-        return asked, "as model.backend says"
-    return ("transformers", missing) if missing else ("unsloth", "a GPU, and Unsloth is installed")
-
-
-def unsloth_missing(device: torch.device) -> str | None:
-    """Why Unsloth's kernels can't be had, if they can't."""
-    if device.type == "cpu":
-        return "Unsloth needs a GPU"
-    if importlib.util.find_spec("unsloth") is None:
-        return "Unsloth is not installed: pip install unsloth"
-    return None
-
-
-def unsloth_kernels() -> Kernels:
-    """Raises a QspinError: Unsloth is installed, and can't be imported."""
-    # it writes code that it generates into a folder, of the working directory unless told otherwise
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
-    try:
-        # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            from qspin.unsloth_kernels import UnslothKernels
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        raise QspinError(
-            f"Unsloth can't be imported ({' '.join(str(error).split())}); mend it, or set model.backend=transformers"
-        ) from None
-    return UnslothKernels()
 
 
 def _check_targets(peft_model: Any, base: Base) -> None:

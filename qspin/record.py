@@ -12,12 +12,13 @@ import torch
 from pydantic import ValidationError
 
 import qspin
+from qspin.backends import unsloth_missing
 from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
-from qspin.model import SlotModel, unsloth_missing
+from qspin.model import SlotModel
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.run_dir import RunDir
 from qspin.workers import ALONE, Crew

@@ -20,6 +20,7 @@ LAYERS = [  # each may import what stands above it
         "adapters",
         "recipe",
         "attention",
+        "backends",
         "lora",
         "base",
         "meter",

@@ -23,7 +23,7 @@ NEEDS = (
 )  # fmt: skip
 SIGNATURES = """
 import inspect, json
-from qspin.model import unsloth_kernels
+from qspin.backends import unsloth_kernels
 unsloth_kernels()
 import unsloth.kernels as kernels
 print(json.dumps({name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}))

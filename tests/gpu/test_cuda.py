@@ -24,6 +24,7 @@ from transformers.models.llama import modeling_llama
 
 from qspin import spin
 from qspin.attention import Lengths, Packed, Rules, _SpanAttention
+from qspin.backends import unsloth_kernels
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import BackendName, LoraConfig, ModelConfig, load_config
@@ -32,7 +33,7 @@ from qspin.fused import _GatedByKernel
 from qspin.generation import Completion, Request, generate
 from qspin.kernels import Kernels
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
-from qspin.model import SlotModel, unsloth_kernels
+from qspin.model import SlotModel
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent

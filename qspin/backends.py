@@ -1,0 +1,56 @@
+"""Whose kernels a run computes with: torch's own, or Unsloth's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qspin.config import BackendName
+from qspin.errors import QspinError
+from qspin.kernels import Kernels
+
+
+def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -> tuple[BackendName, str]:
+    """Who computes norms, gates, rotary embeddings and 4-bit weights: torch itself, or Unsloth's kernels; and why.
+
+    Raises:
+        QspinError: the one asked for can't be had.
+    """
+    missing = unsloth_missing(device)
+    if asked == "unsloth" and missing:
+        raise QspinError(f"model.backend: no unsloth here: {missing}; or set model.backend=transformers")
+    if asked != "auto":
+        return asked, "as model.backend says"
+    return ("transformers", missing) if missing else ("unsloth", "a GPU, and Unsloth is installed")
+
+
+def unsloth_missing(device: torch.device) -> str | None:
+    """Why Unsloth's kernels can't be had, if they can't."""
+    if device.type == "cpu":
+        return "Unsloth needs a GPU"
+    if importlib.util.find_spec("unsloth") is None:
+        return "Unsloth is not installed: pip install unsloth"
+    return None
+
+
+def unsloth_kernels() -> Kernels:
+    """Raises a QspinError: Unsloth is installed, and can't be imported."""
+    # it writes code that it generates into a folder, of the working directory unless told otherwise
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir()) / "unsloth_compiled_cache"))
+    try:
+        # it prints a banner, and warns that it can't patch what is imported already: its kernels need no patches
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            from qspin.unsloth_kernels import UnslothKernels
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise QspinError(
+            f"Unsloth can't be imported ({' '.join(str(error).split())}); mend it, or set model.backend=transformers"
+        ) from None
+    return UnslothKernels()
