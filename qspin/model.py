@@ -15,6 +15,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ class SlotModel:
             task_type="CAUSAL_LM",
         )
         try:
-            peft_model = peft.get_peft_model(causal_lm, slot, adapter_name=SLOT)
+            with warnings.catch_warnings(action="ignore"):  # of PEFT's own ways to train and merge
+                peft_model = peft.get_peft_model(causal_lm, slot, adapter_name=SLOT)
         except ValueError as error:  # no such layers, or of a kind that can't be adapted
             raise QspinError(f"lora.targets: {base.name}: {' '.join(str(error).split())}") from None
         _check_targets(peft_model, base)
