@@ -308,7 +308,7 @@ def test_an_out_that_holds_other_things(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "quickstart", "--out", "x", "--bogus"], "No such option: --bogus"),
+        (["run", "quickstart", "--out", "x", "--bogus"], "No such option"),
         (["run", "quickstart"], "Missing option '--out'"),
         (["run", "quickstart", "--out", "x", "--iterations", "many"], "Invalid value for '--iterations'"),
         (["run", "quickstart", "smollm2-135m", "--out", "x"], "Got unexpected extra argument"),
