@@ -190,9 +190,9 @@ def embedded_model(package: str, version: str | None) -> Finding:
 
 def memory(*, needed: int = MEMORY) -> Finding:
     """Main memory that is free; `needed` in bytes, as below."""
-    import psutil
+    from qspin.main_memory import main_memory
 
-    now = psutil.virtual_memory()
+    now = main_memory()
     found = f"{gib(now.available)} of {gib(now.total)} free"
     if now.available < needed:
         return Finding("RAM", "problem", f"{found}; a run needs {gib(needed)}", "end other programs")

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from qspin.footprint import MAPPED
+from qspin.main_memory import main_memory
 
 # mallopt's parameters, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -67,8 +68,7 @@ def free_bytes(device: torch.device) -> int:
     """What this process may still take: on a GPU within its share, freed blocks that torch holds included. The
     processes of one launch share a machine's memory."""
     if device.type == "cpu":
-        available: int = psutil.virtual_memory().available
-        return available // processes_here()
+        return main_memory().available // processes_here()
     free, total = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device()))
@@ -83,7 +83,7 @@ def processes_here() -> int:
 def used_and_total(device: torch.device) -> tuple[int, int]:
     """Bytes that this process holds and that the device has: resident memory on a CPU, torch's tensors on a GPU."""
     if device.type == "cpu":
-        return psutil.Process().memory_info().rss, psutil.virtual_memory().total
+        return psutil.Process().memory_info().rss, main_memory().total
     return torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
     {"errors", "targets"},
-    {"safe_text", "config_files"},
+    {"safe_text", "config_files", "main_memory"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites"},
     {"formats", "footprint", "judging", "mtbench_result"},
