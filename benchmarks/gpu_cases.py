@@ -29,6 +29,37 @@ MODELS: dict[str, Callable[[], Any]] = {
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
     ),
+    "qwen2.5-7b": lambda: transformers.Qwen2Config(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-8b": lambda: transformers.Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+    ),
+    "gemma-2-9b": lambda: transformers.Gemma2Config(
+        vocab_size=256000,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        max_position_embeddings=8192,
+    ),
 }
 BATCH = 16  # pairs a step
 NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
@@ -80,6 +111,18 @@ CASES = {
     }),
     "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
         "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+    "qspin, Qwen3 8B": Case("qwen3-8b", "unsloth", {
+        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+    "qspin, Gemma 2 9B": Case("gemma-2-9b", "unsloth", {
+        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+    }),
+    "qspin, Qwen2.5 7B": Case("qwen2.5-7b", "unsloth", {
+        "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
 }  # fmt: skip

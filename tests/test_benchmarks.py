@@ -10,11 +10,16 @@ import statistics
 from pathlib import Path
 
 import costs
+import gpu_cases
 import pytest
 import table
+import torch
+import transformers
 from conftest import ROOT
 
+from qspin.config import load_config
 from qspin.panel import Figure
+from qspin.shape import read_shape
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
@@ -24,6 +29,27 @@ def test_tables_of_speed_are_the_results(page: str) -> None:
     shown = table.table()
     assert len(shown.splitlines()) == 10
     assert shown in (ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("made", "preset"),
+    [
+        ("mistral-7b", "mistral-7b"),  # but for 768 tokens that version 0.3 added
+        ("llama-3.1-8b", "llama-3.1-8b"),
+        ("qwen2.5-7b", "qwen2.5-7b-instruct"),
+        ("qwen3-8b", "qwen3-8b"),
+        ("gemma-2-9b", "gemma-2-9b-it"),
+    ],
+)
+def test_the_models_made_for_a_gpu_have_the_shapes_of_the_real_ones(made: str, preset: str) -> None:
+    config, real = gpu_cases.MODELS[made](), load_config(preset).model.architecture
+    assert real is not None
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    if made == "mistral-7b":
+        real = real.model_copy(update={"vocabulary": 32000, "parameters": real.parameters - 2 * 768 * 4096})
+    assert sum(parameter.numel() for parameter in model.parameters()) == real.parameters
+    assert read_shape(config.to_dict(), made) == real
 
 
 def test_the_readme_shows_the_gpu_too() -> None:
