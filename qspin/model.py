@@ -287,7 +287,9 @@ class SlotModel:
             ) from None
         first, _, later = ours.chunk(3)
         # 16-bit rounding adds up over layers; a wrong scale or formula is far beyond it
-        known, apart = (1e-3, 1e-3) if self.dtype == torch.float32 else (0.1, 0.02)
+        known = apart = 1e-3 if self.dtype == torch.float32 else 0.1
+        if self.device.type == "cpu":  # where a text's place in a row does not change how its sums are rounded
+            apart /= 2
         largest = reference.abs().max()
         if not bool((first - reference).abs().max() <= known * largest):
             raise QspinError(
