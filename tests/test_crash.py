@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,6 @@ CRASHED, KILLED = 99, -9
 # what two runs of the same settings need not have in common: times, places, who worked there
 PASSING = {".lock", ".holder", "status.json", "seconds.json", "memory.json", "SUMMARY.md", "verdict.json"}
 DAY = datetime.date.today().toordinal()
-RUN_SECONDS = 1.5  # about what a whole run takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +183,16 @@ def test_every_moment(
 def killed(victim: Victim, expected: dict[str, bytes], out: Path, times: int, seed: int) -> int:
     """Kill runs at random moments, up to three times each before it may end; how many kills came before the end."""
     moments, hits = random.Random(seed), 0
+    started = time.monotonic()
+    victim.finish(out)
+    whole = time.monotonic() - started  # seconds of a run, on a machine as busy as this one is
+    shutil.rmtree(out)
     for _ in range(times):
         if moments.random() < 1 / 3:
             victim.finish(out)
             assert results(out) == expected, f"seed {seed}"
             shutil.rmtree(out)
-        hits += victim.play(out, kill_after=moments.uniform(0, RUN_SECONDS))["code"] == KILLED
+        hits += victim.play(out, kill_after=moments.uniform(0, whole))["code"] == KILLED
         check_unharmed(out, expected)
     victim.finish(out)
     assert results(out) == expected, f"seed {seed}"
