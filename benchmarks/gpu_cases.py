@@ -7,7 +7,6 @@ import datetime
 import json
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,51 +14,15 @@ import torch
 import transformers
 from table import FIXED_STEPS
 
+from qspin.config import Architecture, load_config
 from qspin.records import Pair
 
-MODELS: dict[str, Callable[[], Any]] = {
-    "mistral-7b": lambda: transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768),
-    "llama-3.1-8b": lambda: transformers.LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-    ),
-    "qwen2.5-7b": lambda: transformers.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-        tie_word_embeddings=False,
-    ),
-    "qwen3-8b": lambda: transformers.Qwen3Config(
-        vocab_size=151936,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        tie_word_embeddings=False,
-    ),
-    "gemma-2-9b": lambda: transformers.Gemma2Config(
-        vocab_size=256000,
-        hidden_size=3584,
-        intermediate_size=14336,
-        num_hidden_layers=42,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=256,
-        max_position_embeddings=8192,
-    ),
+MODELS = {  # as results call them → the preset whose shape they have
+    "mistral-7b": "zephyr-7b-sft",
+    "llama-3.1-8b": "llama-3.1-8b",
+    "qwen2.5-7b": "qwen2.5-7b-instruct",
+    "qwen3-8b": "qwen3-8b",
+    "gemma-2-9b": "gemma-2-9b-it",
 }
 BATCH = 16  # pairs a step
 NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
@@ -134,11 +97,30 @@ PEERS = {
 }
 
 
+def model_config(shape: Architecture) -> Any:
+    """A transformers configuration of this shape; what the shape does not tell is the family's default."""
+    return transformers.AutoConfig.for_model(
+        shape.family,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied_embeddings,
+    )
+
+
 def make_model(name: str, folder: Path) -> float:
     """Random 16-bit weights, written as any model is; seconds taken."""
     started = time.perf_counter()
-    config = MODELS[name]()
-    config.dtype = "bfloat16"
+    shape = load_config(MODELS[name]).model.architecture
+    assert shape is not None
+    config = model_config(shape)
+    config.dtype, config.max_position_embeddings = "bfloat16", 32768
+    if shape.family == "mistral":
+        config.sliding_window = None  # as from version 0.2 on
     with torch.device("cuda"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -167,7 +149,6 @@ def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> st
 
 def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
     """Of the first 192 good rows; generated completions are as long as other rows' real ones."""
-    from qspin.config import load_config
     from qspin.prepare import prepare
 
     settings = {"data.source": str(data), "data.limit": 200, "data.heldout_rows": 8}

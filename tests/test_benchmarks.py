@@ -13,8 +13,6 @@ import costs
 import gpu_cases
 import pytest
 import table
-import torch
-import transformers
 from conftest import ROOT
 
 from qspin.config import load_config
@@ -31,25 +29,11 @@ def test_tables_of_speed_are_the_results(page: str) -> None:
     assert shown in (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("made", "preset"),
-    [
-        ("mistral-7b", "mistral-7b"),  # but for 768 tokens that version 0.3 added
-        ("llama-3.1-8b", "llama-3.1-8b"),
-        ("qwen2.5-7b", "qwen2.5-7b-instruct"),
-        ("qwen3-8b", "qwen3-8b"),
-        ("gemma-2-9b", "gemma-2-9b-it"),
-    ],
-)
-def test_the_models_made_for_a_gpu_have_the_shapes_of_the_real_ones(made: str, preset: str) -> None:
-    config, real = gpu_cases.MODELS[made](), load_config(preset).model.architecture
-    assert real is not None
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    if made == "mistral-7b":
-        real = real.model_copy(update={"vocabulary": 32000, "parameters": real.parameters - 2 * 768 * 4096})
-    assert sum(parameter.numel() for parameter in model.parameters()) == real.parameters
-    assert read_shape(config.to_dict(), made) == real
+@pytest.mark.parametrize("case", [*gpu_cases.CASES.values(), *gpu_cases.PEERS.values()], ids=lambda case: case.model)
+def test_a_model_made_for_a_gpu_has_the_shape_of_a_real_one(case: gpu_cases.Case | gpu_cases.Peer) -> None:
+    shape = load_config(gpu_cases.MODELS[case.model]).model.architecture
+    assert shape is not None
+    assert read_shape(gpu_cases.model_config(shape).to_dict(), case.model) == shape
 
 
 def test_the_readme_shows_the_gpu_too() -> None:

@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from conftest import ARCHITECTURES, MULTI_TURN, ROOT
+from gpu_cases import model_config
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -90,19 +91,8 @@ def test_a_wrong_shape_counts_up_to_something_else() -> None:
 @cache
 def count_parameters(architecture: Architecture) -> int:
     """What transformers builds from the numbers, without memory for it; tied weights once."""
-    config = transformers.AutoConfig.for_model(
-        architecture.family,
-        num_hidden_layers=architecture.layers,
-        hidden_size=architecture.hidden,
-        intermediate_size=architecture.intermediate,
-        num_attention_heads=architecture.heads,
-        num_key_value_heads=architecture.kv_heads,
-        head_dim=architecture.head_size,
-        vocab_size=architecture.vocabulary,
-        tie_word_embeddings=architecture.tied_embeddings,
-    )
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(model_config(architecture))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
