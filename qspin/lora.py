@@ -26,14 +26,14 @@ from qspin.errors import QspinError
 from qspin.kernels import Kernels
 
 Linear = Callable[[Tensor], Tensor]
-MakeAgain = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
+MakeAgain = Callable[..., Tensor]
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def remade(tensor: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+def remade(tensor: Tensor, make: MakeAgain, *parts: Tensor) -> Tensor:
     """The tensor, with what it can be made from again: a layer that reads it keeps the parts instead."""
     tensor.make_again = (make, parts)  # type: ignore[attr-defined]
     return tensor
@@ -114,14 +114,12 @@ class FusedLayers:
         if x is not self._input or self._outputs[index] is None:
             self._input = None  # if memory runs out now, nothing of an unfinished pass is held
             if torch.is_grad_enabled():
-                make_again = getattr(x, "make_again", (_itself, (x,)))
-                outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
-                    x, make_again, self, *self.a, *self.b
-                )
+                outputs = self._differentiable_product(x)
             elif self._unpacked is not None:
                 outputs = self._unpacked_product(x, *self._unpacked)
             else:
-                outputs, _ = self.product(x, *self.low_rank(x.dtype, training=False))
+                a, bs = self.low_rank(x.dtype, training=False)
+                outputs = self.product(x, x.reshape(-1, x.shape[-1]) @ a.t(), bs)
             self._input, self._outputs = x, list(outputs)
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
@@ -129,17 +127,28 @@ class FusedLayers:
         assert output is not None
         return output
 
-    def product(self, x: Tensor, a: Tensor, bs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(…, in) → (…, out) for each layer, and x·Aᵀ of all of them, (N, Σ r)."""
+    def product(self, x: Tensor, low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(…, in), and x·Aᵀ of all layers, (N, Σ r) → (…, out) for each layer."""
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        low = flat @ a.t()
         outputs = []
         for matrix, bias, part, b in zip(
             self.matrices(), self.biases, torch.split(low, self.ranks, 1), bs, strict=True
         ):
             y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
             outputs.append(y.addmm_(part, b).view(*x.shape[:-1], -1))
-        return tuple(outputs), low
+        return tuple(outputs)
+
+    def _differentiable_product(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(…, in) → (…, out) for each layer."""
+        make, parts = getattr(x, "make_again", (_itself, (x,)))
+        a, bs = self.low_rank(x.dtype, training=True)
+        with torch.no_grad():
+            low = x.reshape(-1, x.shape[-1]) @ a.t()
+        kept = _Kept.apply(self.a[0], low, a, *bs, *parts).grad_fn  # type: ignore[no-untyped-call]
+        outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
+            x, low, bs, kept, make, self, *self.a, *self.b
+        )
+        return outputs
 
     def _unpacked_product(self, x: Tensor, linear: Linear, b: Tensor) -> tuple[Tensor, ...]:
         """(…, in) → (…, out) for each layer."""
@@ -172,26 +181,36 @@ class FusedLayers:
         return a, b
 
 
+class _Kept(torch.autograd.Function):
+    """A node that keeps tensors for LoraLinear4bit's, and leads nowhere.
+
+    A node's tensors are kept once its output is there, and gradient checkpointing computes a layer again until all
+    that it kept is: with a node of their own that is before the layer's last product, a quarter of its work.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, master: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return master.new_empty(0)
+
+
 class LoraLinear4bit(torch.autograd.Function):
     """x (…, in) in the compute type → (…, out) for each layer; every A (r, in) and B (out, r) fp32 masters, as are
     their gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, make_again: MakeAgain, layers: FusedLayers, *_masters: Tensor
-    ) -> tuple[Tensor, ...]:
-        a, bs = layers.low_rank(x.dtype, training=True)
-        outputs, low = layers.product(x, a, bs)
-        # the parts are saved as tensors, so that gradient checkpointing sees them and lets them go
-        ctx.make, parts = make_again
-        ctx.save_for_backward(low, a, *bs, *parts)
-        ctx.layers = layers
-        return outputs
+        ctx: Any, x: Tensor, low: Tensor, bs: list[Tensor], kept: Any, make: MakeAgain, layers: FusedLayers,
+        *_masters: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.kept, ctx.make, ctx.layers = kept, make, layers
+        return layers.product(x, low, bs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: FusedLayers = ctx.layers
-        low, a, *rest = ctx.saved_tensors
+        low, a, *rest = ctx.kept.saved_tensors
+        ctx.kept = None  # the only reference to what is kept
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
@@ -209,7 +228,7 @@ class LoraLinear4bit(torch.autograd.Function):
             (part.t() @ grad).t().float().contiguous().mul_(scaling)  # the faster order: r rows of long dot products
             for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
-        return grad_x, None, None, *grad_a, *grad_b
+        return grad_x, None, None, None, None, None, *grad_a, *grad_b
 
 
 def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from qspin.fused import fuse_gated_mlp, fuse_norm
 from qspin.kernels import Kernels
+from qspin.lora import FusedLayers
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair
@@ -77,6 +78,28 @@ def test_gradient_checkpointing_lets_go_of_what_they_keep(tiny_model: LoadModel)
         real, _ = pair_logps(model, pack_row(PAIRS, CPU))
         assert real.requires_grad
         assert [gate.expired() for gate in gates] == [wanted] * 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_layers_last_product_is_not_computed_again(
+    architecture: str, tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture)
+    products: list[int] = []
+    own = FusedLayers.product
+    monkeypatch.setattr(FusedLayers, "product", lambda *args: products.append(1) or own(*args))
+    computed = []
+    for wanted in (False, True):
+        model.use_gradient_checkpointing(wanted)
+        real, _ = pair_logps(model, pack_row(PAIRS, CPU))
+        real.sum().backward()
+        computed.append(len(products))
+        products.clear()
+    layers = 3
+    assert computed[0] % layers == 0
+    # a norm after the MLP keeps what it is given
+    again = computed[0] if architecture in ("gemma2", "olmo2") else computed[0] - layers
+    assert computed[1] == computed[0] + again
 
 
 class BiasedRMSNorm(nn.Module):
