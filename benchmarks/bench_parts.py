@@ -19,7 +19,8 @@ from contestants import DEVICE, make_config, opponents_pairs, prepared, slot_mod
 from harness import arguments, in_fresh_process, say, write
 
 from qspin.config import RunConfig
-from qspin.kv_cache import Decode, KVCache
+from qspin.decoding import Decoder
+from qspin.kv_cache import KVCache
 from qspin.model import SlotModel
 from qspin.packing import Row, common_prefix, pack_row
 from qspin.scoring import pair_logps
@@ -46,7 +47,7 @@ def main() -> None:
         "scoring": _parts(config, lambda: _score(model, row)),
         "training": _parts(config, lambda: _train(model, row)),
     }
-    with torch.inference_mode(), model.unpacked():
+    with torch.inference_mode(), model.decoding():
         for width in WIDTHS:
             tables[f"decoding, {width} rows"] = _parts(config, _decoding(model, width))
     for name, table in tables.items():
@@ -74,12 +75,11 @@ def _train(model: SlotModel, row: Row) -> None:
 
 def _decoding(model: SlotModel, width: int) -> Callable[[], None]:
     cache = KVCache(slots=width, device=DEVICE)
-    ids = torch.zeros(width, dtype=torch.long, device=DEVICE)
-    positions = torch.full((width,), PLACES, device=DEVICE)
+    decoder = Decoder(model, cache)
 
     def step() -> None:
         cache.lengths[:] = PLACES
-        model.logits(model.hidden(ids, positions, Decode(cache, width)))
+        decoder.step([0] * width)
 
     return step
 

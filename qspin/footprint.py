@@ -252,7 +252,7 @@ class Footprint:
     # --- generation
 
     def unpacked(self) -> int:
-        """The base in the compute type, which generation on a CPU holds if there is room (`SlotModel.unpacked`)."""
+        """The base in the compute type, which generation on a CPU holds if there is room (`SlotModel.decoding`)."""
         if self.device != "cpu":
             return 0
         return (self.linear_weights + self.shape.vocabulary * self.shape.hidden) * self.itemsize

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qspin.decoding import Decoder
 from qspin.footprint import PREFILL_TOKENS
-from qspin.kv_cache import Decode, KVCache, Prefill
+from qspin.kv_cache import KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import common_prefix
 from qspin.sampling import sample, uniform
@@ -60,14 +61,15 @@ def generate(
     """Complete each request, `width` at a time; `on_step` hears of the new tokens of each step, and of the rows' worth
     of work done by it: a token is 1/max_new_tokens of a row, and a row that ends early counts whole at its end.
     `on_done` hears of each completion as it ends, and `on_token` of each token, and which request it is for. `ends`
-    says of the tokens sampled so far whether they are a whole completion, as they are after a stop token.
-    `unpacked` is as for `SlotModel.unpacked`.
+    says of the tokens sampled so far whether they are a whole completion, as after a stop token. `unpacked`: as for
+    `SlotModel.decoding`.
 
     The result does not depend on `width` or on the order of the requests beyond rounding.
     """
     waiting = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # popped from the end
     width = min(width, len(requests))
     cache = KVCache(slots=width, device=model.device)
+    decoder = Decoder(model, cache)
     prefix = common_prefix([request.prompt_ids for request in requests])
     live: list[_Live] = []
     done: list[Completion | None] = [None] * len(requests)
@@ -84,16 +86,15 @@ def generate(
     def ended(row: _Live) -> bool:
         return row.ids[-1] in stop_ids or ends(row.ids)
 
-    with model.unpacked(unpacked):
+    with model.decoding(unpacked):
         while waiting or live:
             if waiting and _worth_prefilling(len(live), len(waiting), width):
                 admitted = _admit(waiting, requests, width - len(live), prefix)
-                prompts = [requests[row.index].prompt_ids for row in admitted]
-                choose(_prefill(model, cache, prompts, len(live), prefix), admitted)
+                choose(_prefill(model, cache, [requests[row.index] for row in admitted], len(live), prefix), admitted)
                 live += admitted
                 new = len(admitted)
             else:
-                choose(_decode(model, cache, requests, live), live)
+                choose(decoder.step([row.ids[-1] for row in live]), live)
                 new = len(live)
             spared = 0  # tokens that rows which ended early won't need
             for row in _retire(live, cache, lambda row: ended(row) or len(row.ids) == max_new_tokens):
@@ -136,9 +137,10 @@ def _admit(waiting: list[int], requests: Sequence[Request], free: int, prefix: i
 
 
 def _prefill(
-    model: SlotModel, cache: KVCache, prompts: Sequence[tuple[int, ...]], first_slot: int, prefix: int
+    model: SlotModel, cache: KVCache, requests: Sequence[Request], first_slot: int, prefix: int
 ) -> torch.Tensor:
     """Compute the prompts into slots first_slot, first_slot + 1, …; (B, V) logits after each."""
+    prompts = [request.prompt_ids for request in requests]
     own = [prompt[prefix:] for prompt in prompts]
     ids = torch.tensor([*prompts[0][:prefix], *itertools.chain(*own)], device=model.device)
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, len(prompt)) for prompt in prompts)])
@@ -146,11 +148,3 @@ def _prefill(
     hidden = model.hidden(ids, positions.to(model.device), layout)
     ends = torch.tensor([len(part) for part in own], device=model.device).cumsum(0) + (prefix - 1)
     return model.logits(hidden[ends])
-
-
-def _decode(model: SlotModel, cache: KVCache, requests: Sequence[Request], live: Sequence[_Live]) -> torch.Tensor:
-    """One step of every live row; (B, V) logits."""
-    ids = torch.tensor([row.ids[-1] for row in live], device=model.device)
-    positions = [len(requests[row.index].prompt_ids) + len(row.ids) - 1 for row in live]
-    layout = Decode(cache, len(live))
-    return model.logits(model.hidden(ids, torch.tensor(positions, device=model.device), layout))

@@ -39,6 +39,13 @@ class KVCache:
                 self._layers[index] = functional.pad(keys, padding), functional.pad(values, padding)
             self.places = grown
 
+    def advance(self, live: int) -> Tensor:
+        """Where the new token of each of the first `live` slots goes, (live,), on the CPU; there is room for it."""
+        places = self.lengths[:live].clone()
+        self.reserve(int(places.max()) + 1)
+        self.lengths[:live] += 1
+        return places
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, made when first needed."""
         if index not in self._layers:
@@ -84,14 +91,12 @@ class Decode:
     The live slots are the cache's first `live`, so that nothing is gathered and nothing copied.
     """
 
-    def __init__(self, cache: KVCache, live: int) -> None:
+    def __init__(self, cache: KVCache, places: Tensor) -> None:
+        """`places`: as `KVCache.advance` says, on the device."""
         self.cache = cache
-        self.live = live
-        self.places = cache.lengths[:live].clone().to(cache.device)  # a copy: the lengths grow below
-        self.rows = torch.arange(live, device=cache.device)
-        cache.reserve(int(cache.lengths[:live].max()) + 1)
+        self.places = places
+        self.rows = torch.arange(len(places), device=cache.device)
         self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
-        cache.lengths[:live] += 1
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         keys, values = self.cache.layer(layer, key)

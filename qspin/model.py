@@ -45,6 +45,7 @@ from qspin.shape import read_shape
 
 ALL = slice(None)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configurations
 SLOT = "default"  # PEFT's merging and saving read the adapter of this name
 
 transformers.AttentionInterface.register(IMPLEMENTATION, attend)
@@ -139,27 +140,44 @@ class SlotModel:
 
     @property
     def unpacked_bytes(self) -> int:
-        """What the base takes in the compute type, for `unpacked`; 0 where that is of no use, or too much."""
+        """What the base takes in the compute type, for `decoding`; 0 where that is of no use, or too much."""
         weights = sum(layers.weights for layers in self._layers) + self._head.weight.numel()
         size = weights * self.dtype.itemsize
         return size if self.device.type == "cpu" and size <= free_bytes(self.device) / 2 else 0
 
     @contextlib.contextmanager
-    def unpacked(self, wanted: bool | None = None) -> Iterator[None]:
-        """For generation, of whoever is in the slot: the base in the compute type beside its 4 bits; None: if there is
-        room for it. On a CPU making it from 4 bits takes as long as a decoding step does for the rest."""
-        if not (self.unpacked_bytes if wanted is None else wanted):
-            yield
-            return
+    def decoding(self, unpacked: bool | None = None) -> Iterator[None]:
+        """For generation, by whoever is in the slot: products of few rows.
+
+        On a GPU bitsandbytes multiplies by the 4 bits as they are, where that is faster there. On a CPU making W of
+        them takes as long as a decoding step does for the rest, so that the base is there in the compute type beside
+        its 4 bits if `unpacked`; None: if there is room for it.
+        """
         try:
-            for layers in self._layers:
-                layers.unpack(self.dtype)
-            self._unpacked_head = laid_out(self._head.weight, self._head.bias)
+            if self.device.type == "cuda":
+                for layers in self._layers:
+                    layers.packed_products = True
+            elif self.unpacked_bytes if unpacked is None else unpacked:
+                for layers in self._layers:
+                    layers.unpack(self.dtype)
+                self._unpacked_head = laid_out(self._head.weight, self._head.bias)
             yield
         finally:
             for layers in self._layers:
                 layers.pack()
+                layers.packed_products = False
             self._unpacked_head = None
+
+    @property
+    def replayable(self) -> bool:
+        """Whether a pass can be recorded as a CUDA graph: on a GPU, unless Python looks at tensors on the way, as it
+        does to stretch rotary embeddings by how long texts are and to send tokens to experts."""
+        if self.device.type != "cuda":
+            return False
+        config = self._causal_lm.config.get_text_config().to_dict()
+        kinds = [getattr(module, "rope_type", "") for module in self._decoder.modules()]
+        stretched = any(kind in str(found) for found in kinds for kind in ("dynamic", "longrope"))
+        return not stretched and not any(config.get(name) for name in EXPERTS)
 
     @property
     def footprint(self) -> Footprint:

@@ -20,6 +20,7 @@ from qspin.attention import Lengths as GroupLengths
 from qspin.attention import Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
+from qspin.decoding import padded_rows
 from qspin.generation import Completion, Request, generate
 from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
@@ -297,10 +298,33 @@ def test_logps_are_those_along_the_steps_of_decoding(
             logps = model.logits(hidden).log_softmax(-1)
             assert torch.equal(logps.argmax(-1), tokens)
             sums += logps.gather(1, tokens[:, None])[:, 0]
-            hidden = model.hidden(tokens, torch.tensor(lengths) + step, Decode(cache, len(requests)))
+            places = cache.advance(len(requests))
+            hidden = model.hidden(tokens, places, Decode(cache, places))
         pairs = [
             Pair(str(index), 0, request.prompt_ids, (1, 2, 3), completion.ids, completion.ended)
             for index, (request, completion) in enumerate(zip(requests, completions, strict=True))
         ]
         _, generated = pair_logps(model, pack_row(pairs, CPU))
     torch.testing.assert_close(generated, sums, rtol=1e-5, atol=1e-4)
+
+
+def test_few_numbers_of_rows_are_recorded() -> None:
+    padded = [padded_rows(live, 100) for live in range(1, 101)]
+    assert sorted(set(padded)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
+    assert all(live <= rows < 1.5 * live for live, rows in enumerate(padded, 1))
+
+
+@pytest.mark.parametrize(("architecture", "wanted"), [("llama", True), ("qwen3", True), ("gemma2", True)])
+def test_what_a_gpu_could_record(architecture: str, wanted: bool, tiny_model: LoadModel) -> None:
+    model = tiny_model(architecture)
+    assert not model.replayable  # on a CPU
+    model.device = torch.device("cuda")
+    assert model.replayable is wanted
+    rotary = next(module for module in model.peft_model.modules() if hasattr(module, "rope_type"))
+    for kind in ("dynamic", "longrope"):
+        rotary.rope_type = kind
+        assert not model.replayable
+    rotary.rope_type = "yarn"
+    assert model.replayable
+    model.peft_model.config.num_experts = 8
+    assert not model.replayable

@@ -125,6 +125,19 @@ def test_layers_that_read_the_same_input_compute_as_each_would_alone(double_quan
     assert all(torch.equal(layer.base_layer.weight.data, before) for layer, before in zip(layers, packed, strict=True))
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_bitsandbytes_own_product_is_the_same(bias: bool) -> None:
+    layer = fused_layer(bias=bias)
+    together = fuse_lora([layer], "default", Kernels())
+    x = torch.randn(2, 7, IN)
+    with torch.no_grad():
+        ours = layer(x)
+        together.packed_products = True
+        torch.testing.assert_close(layer(x.clone()), ours, rtol=1e-5, atol=1e-4)
+        b_of(layer).zero_()
+        assert float((layer(x.clone()) - ours).abs().max()) > 0.1
+
+
 @pytest.mark.parametrize("biases", [(False, False, False), (True, True, True), (True, False, True)])
 @pytest.mark.parametrize("rows", [1, 7, 200])
 def test_unpacked_layers_compute_as_packed_ones(biases: tuple[bool, ...], rows: int) -> None:

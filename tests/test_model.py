@@ -162,7 +162,7 @@ def test_unpacked_it_is_the_same_player(
     products: list[int] = []
     own = FusedLayers._unpacked_product
     monkeypatch.setattr(FusedLayers, "_unpacked_product", lambda *args: products.append(1) or own(*args))
-    with model.unpacked():
+    with model.decoding():
         torch.testing.assert_close(logits(model), packed, rtol=2e-2 if dtype == "bfloat16" else 1e-4, atol=2e-2)
     assert len(products) == 4 * SHAPE["num_hidden_layers"]
     assert torch.equal(logits(model), packed)
@@ -180,7 +180,7 @@ def test_the_base_stays_packed_where_memory_has_no_room(
     monkeypatch.setattr("qspin.model.free_bytes", lambda _device: 2 * size - 1)
     assert model.unpacked_bytes == 0
     monkeypatch.setattr(FusedLayers, "unpack", None)
-    with model.unpacked():
+    with model.decoding():
         logits(model)
 
 

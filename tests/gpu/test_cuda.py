@@ -28,10 +28,13 @@ from qspin.backends import unsloth_kernels
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import BackendName, LoraConfig, ModelConfig, load_config
+from qspin.decoding import Decoder
 from qspin.files import read_json, read_jsonl, remove
+from qspin.footprint import GROWTH
 from qspin.fused import _GatedByKernel
 from qspin.generation import Completion, Request, generate
 from qspin.kernels import Kernels
+from qspin.kv_cache import KVCache
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, pack_row, plan_batches
@@ -226,6 +229,36 @@ def test_who_is_swapped_in_plays(backend: BackendName, tiny_folder: Callable[[st
         played.append(greedy(model))
     assert played[0] == played[2] != played[1]
     assert played[1] == greedy(load(tiny_folder("llama"), backend, seed=4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ROUNDING)
+def test_replayed_steps_are_the_computed_ones(
+    backend: BackendName, architecture: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    """Rows leave and come, and the cache grows, as in generation."""
+    model = load(tiny_folder(architecture), backend)
+    assert model.replayable
+    chance = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 90, (150, 11), generator=chance).tolist()
+
+    def logits(replays: bool) -> list[Tensor]:
+        cache = KVCache(slots=11, device=CUDA)
+        decoder = Decoder(model, cache)
+        decoder._replays = replays
+        found = []
+        for step, row in enumerate(tokens):
+            live = 7 if step < 40 else 11 if step < 60 else 2
+            if step == 40:
+                cache.lengths[:] = 0
+            found.append(decoder.step(row[:live]).clone())
+        assert cache.places > GROWTH
+        assert [rows for rows, step in decoder._steps.items() if step is not None] == ([2] if replays else [])
+        return found
+
+    with torch.inference_mode(), model.decoding():
+        for one, other in zip(logits(replays=True), logits(replays=False), strict=True):
+            assert relative(one, other) < 2 * ROUNDING[architecture][0]
 
 
 # --- memory ---

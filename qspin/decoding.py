@@ -1,0 +1,75 @@
+"""Decoding steps of the live rows of a cache.
+
+A step of a 7B model is over a thousand small kernels, and a GPU is done with each before Python has launched the next.
+There a step is recorded once as a CUDA graph, and replayed in one launch for as long as the cache and the number of
+rows stay the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qspin.kv_cache import Decode, KVCache
+from qspin.model import SlotModel
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor  # (B, V), written anew at each replay
+
+
+class Decoder:
+    """Decodes with whoever is in the model's slot; the player and the base must stay while it is used."""
+
+    def __init__(self, model: SlotModel, cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        self._replays = model.replayable
+        self._inputs = torch.zeros(2, cache.slots, dtype=torch.long, device=cache.device)  # tokens; their places
+        self._steps: dict[int, _Step | None] = {}  # by rows; None: computed once, not recorded yet
+        self._places = cache.places  # that they were recorded with
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """The last token of each live row joins the cache; (B, V) fp32 logits after it, good until the next step."""
+        live = len(tokens)
+        places = self._cache.advance(live)
+        rows = padded_rows(live, self._cache.slots) if self._replays else live
+        inputs = torch.zeros(2, rows, dtype=torch.long)  # what slots that are free compute is never read
+        inputs[:, :live] = torch.stack([torch.tensor(tokens), places])
+        self._inputs[:, :rows] = inputs.to(self._cache.device)
+        return (self._replayed(rows) if self._replays else self._computed(rows))[:live]
+
+    def _computed(self, rows: int) -> Tensor:
+        tokens, places = self._inputs[:, :rows]
+        return self._model.logits(self._model.hidden(tokens, places, Decode(self._cache, places)))
+
+    def _replayed(self, rows: int) -> Tensor:
+        if self._places != self._cache.places:  # the cache lies elsewhere now
+            self._steps.clear()
+            self._places = self._cache.places
+        if rows not in self._steps:
+            self._steps[rows] = None
+            return self._computed(rows)  # kernels that were never used before can't be recorded
+        step = self._steps[rows]
+        if step is None:
+            step = self._steps[rows] = self._recorded(rows)
+        step.graph.replay()
+        return step.logits
+
+    def _recorded(self, rows: int) -> _Step:
+        # one pool for all: no two run at once, and what a step leaves there is read before the next
+        pool = next((step.graph.pool() for step in self._steps.values() if step is not None), None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._computed(rows)
+        return _Step(graph, logits)
+
+
+def padded_rows(live: int, slots: int) -> int:
+    """So many rows that few sizes need a graph: 1, 2, 3, 4, 6, 8, 12, 16, 24, …, at most all slots."""
+    power = 1 << (live - 1).bit_length()
+    return min(3 * power // 4 if 4 * live <= 3 * power else power, slots)
