@@ -73,15 +73,15 @@ CASES = {
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
     }),
     "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
-        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Qwen3 8B": Case("qwen3-8b", "unsloth", {
-        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Gemma 2 9B": Case("gemma-2-9b", "unsloth", {
-        "8 GiB": Share(8.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Qwen2.5 7B": Case("qwen2.5-7b", "unsloth", {

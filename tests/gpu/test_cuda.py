@@ -264,6 +264,25 @@ def test_replayed_steps_are_the_computed_ones(
 # --- memory ---
 
 
+def test_memory_refused_while_a_step_is_recorded(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_folder("llama"), "transformers")
+
+    def logits() -> Tensor:
+        decoder = Decoder(model, KVCache(slots=2, device=CUDA))
+        return torch.stack([decoder.step([5, 6]).clone() for _ in range(3)])
+
+    with torch.inference_mode(), model.decoding():
+        wanted = logits()
+        decoder = Decoder(model, KVCache(slots=2, device=CUDA))
+        decoder.step([5, 6])
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemory), refusals_told():
+            patch.setattr(model, "logits", lambda _hidden: torch.empty(2**42, dtype=torch.uint8, device=CUDA))
+            decoder.step([5, 6])
+        assert torch.equal(logits(), wanted)
+
+
 def test_work_stays_within_a_share_of_the_card(tiny_folder: Callable[[str], Path]) -> None:
     model = load(tiny_folder("llama"), "transformers")
     total = torch.cuda.get_device_properties(0).total_memory
