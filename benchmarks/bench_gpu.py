@@ -49,6 +49,7 @@ from table import peer_rates
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
+from qspin.errors import QspinError
 from qspin.footprint import Batch
 from qspin.generation import Request, generate
 from qspin.machine import GIB, copy_rate, product_rate
@@ -159,6 +160,8 @@ def ours(name: str, options: argparse.Namespace) -> None:
                         backend=case.backend,  # type: ignore[arg-type]
                     )  # fmt: skip
                     found["load"] = _peaks(started) | {"left, GiB": torch.cuda.memory_allocated() / GIB}
+                    free, total = torch.cuda.mem_get_info()
+                    found["load"]["context, GiB"] = (total - free - torch.cuda.memory_reserved()) / GIB
                 if share.generate:
                     results["generate"] = generations(model)
                     options.out.write_text(json.dumps(found))
@@ -168,7 +171,7 @@ def ours(name: str, options: argparse.Namespace) -> None:
                     options.out.write_text(json.dumps(found))
                 if options.profile:
                     _profile(model, pairs[: 2 * BATCH], share, label)
-        except OutOfMemory as error:
+        except (OutOfMemory, QspinError) as error:  # of one pair that does not fit
             results["out of memory"] = str(error)
             options.out.write_text(json.dumps(found))
             if model is None:
@@ -212,7 +215,9 @@ def generation(model: SlotModel, rows: int, width: int, new: int) -> dict[str, f
 
 
 def training(model: SlotModel, pairs: list[Pair], share: Share) -> dict[str, Any]:
-    config = TrainConfig(batch_size=BATCH, epochs=1, gradient_checkpointing=share.checkpointing)
+    config = TrainConfig(
+        batch_size=BATCH, epochs=1, gradient_checkpointing=share.checkpointing, optimizer=share.optimizer
+    )
     lengths = [lengths_of(pair) for pair in pairs]
     tokens = [length.total for length in lengths]
 

@@ -36,6 +36,7 @@ class Share:
     rows: tuple[str, ...]  # kinds of `make_rows` to train on
     checkpointing: bool
     generate: bool = False
+    optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,7 @@ FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
 BOTH = "both"  # a peer's: some of FIXED, then REAL
 CASES = {
     "qspin": Case("mistral-7b", "unsloth", {
+        "5 GiB": Share(5.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
         "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
@@ -73,15 +75,15 @@ CASES = {
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
     }),
     "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
-        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Qwen3 8B": Case("qwen3-8b", "unsloth", {
-        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Gemma 2 9B": Case("gemma-2-9b", "unsloth", {
-        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, Qwen2.5 7B": Case("qwen2.5-7b", "unsloth", {

@@ -29,7 +29,8 @@ SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what 
 # fp32 logits that exist at once: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**26}
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
-GROWTH = 64  # positions that a cache grows by
+# positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
+GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
 
 BLOCK, NESTED_BLOCK = 64, 256  # NF4 weights that share a constant, and such constants that share one of their own
 # sampling with a nucleus, bytes a logit: logits, weights, their share, sorted, order (8), sums twice, and a mask
@@ -263,7 +264,8 @@ class Footprint:
         Keys and values (2·L·K a place, in steps of GROWTH; one layer's are there twice while they grow), scores,
         and what sampling makes of V logits.
         """
-        grown = math.ceil(places / GROWTH) * GROWTH
+        growth = GROWTH[self.device]
+        grown = math.ceil(places / growth) * growth
         cache = 2 * (self.shape.layers + 1) * self._widths.keys * grown * self.itemsize
         scores = (2 * self.shape.heads + self.shape.kv_heads) * grown * self.itemsize
         return cache + scores + SAMPLING * self.shape.vocabulary

@@ -34,6 +34,11 @@ class Kernels:
         matrix: Tensor = bnb.dequantize_4bit(data, constants)
         return matrix
 
+    def packed_product(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Whether W is better left to bitsandbytes' own product by 4 bits when x, (…, in), are the few rows of a
+        decoding step. It makes W itself where it knows its kernel to be slower."""
+        return True
+
     def rms_norm(self, norm: nn.Module, *, one_plus: bool) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
         """x → x / rms(x) times weight, or 1 + weight, differentiable in x; None: nothing better than the module."""
         return None

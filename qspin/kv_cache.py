@@ -33,7 +33,8 @@ class KVCache:
     def reserve(self, length: int) -> None:
         """Make room for sequences of so many tokens."""
         if length > self.places:
-            grown = -(-length // GROWTH) * GROWTH
+            growth = GROWTH[self.device.type]
+            grown = -(-length // growth) * growth
             for index, (keys, values) in self._layers.items():
                 padding = (0, 0, 0, grown - self.places)
                 self._layers[index] = functional.pad(keys, padding), functional.pad(values, padding)

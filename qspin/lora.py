@@ -119,7 +119,7 @@ class FusedLayers:
                 outputs = self._differentiable_product(x)
             elif self._unpacked is not None:
                 outputs = self._unpacked_product(x, *self._unpacked)
-            elif self.packed_products:
+            elif self.packed_products and self._kernels.packed_product(x):
                 outputs = self._packed_product(x)
             else:
                 a, bs = self.low_rank(x.dtype, training=False)
@@ -138,8 +138,12 @@ class FusedLayers:
         for matrix, bias, part, b in zip(
             self.matrices(), self.biases, torch.split(low, self.ranks, 1), bs, strict=True
         ):
-            y = functional.linear(flat, matrix, None if bias is None else bias.to(x.dtype))
-            outputs.append(y.addmm_(part, b).view(*x.shape[:-1], -1))
+            bias = None if bias is None else bias.to(x.dtype)  # noqa: PLW2901
+            if x.is_cuda:  # what is written first is read where the large product is computed, and costs no time there
+                y = (part @ b if bias is None else torch.addmm(bias, part, b)).addmm_(flat, matrix.t())
+            else:
+                y = functional.linear(flat, matrix, bias).addmm_(part, b)
+            outputs.append(y.view(*x.shape[:-1], -1))
         return tuple(outputs)
 
     def _differentiable_product(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -148,9 +152,16 @@ class FusedLayers:
         a, bs = self.low_rank(x.dtype, training=True)
         with torch.no_grad():
             low = x.reshape(-1, x.shape[-1]) @ a.t()
-        kept = _Kept.apply(self.a[0], low, a, *bs, *parts).grad_fn  # type: ignore[no-untyped-call]
+        kept: Tensor = _Kept.apply(self.a[0], low, a, *bs, *parts)  # type: ignore[no-untyped-call]
         outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
-            x, low, bs, kept, make, self, *self.a, *self.b
+            x,
+            low,
+            bs,
+            [kept],
+            make,
+            self,
+            *self.a,
+            *self.b,  # in a list it is no input
         )
         return outputs
 
@@ -197,7 +208,7 @@ class FusedLayers:
 
 
 class _Kept(torch.autograd.Function):
-    """A node that keeps tensors for LoraLinear4bit's, and leads nowhere.
+    """A node that keeps tensors for LoraLinear4bit's, for as long as its output is there, and leads nowhere.
 
     A node's tensors are kept once its output is there, and gradient checkpointing computes a layer again until all
     that it kept is: with a node of their own that is before the layer's last product, a quarter of its work.
@@ -215,7 +226,7 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, low: Tensor, bs: list[Tensor], kept: Any, make: MakeAgain, layers: FusedLayers,
+        ctx: Any, x: Tensor, low: Tensor, bs: list[Tensor], kept: list[Tensor], make: MakeAgain, layers: FusedLayers,
         *_masters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.kept, ctx.make, ctx.layers = kept, make, layers
@@ -224,8 +235,7 @@ class LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: FusedLayers = ctx.layers
-        low, a, *rest = ctx.kept.saved_tensors
-        ctx.kept = None  # the only reference to what is kept
+        low, a, *rest = ctx.kept.pop().grad_fn.saved_tensors  # and nothing else refers to them any more
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
         flat = x.reshape(-1, x.shape[-1])  # (N, in)

@@ -218,6 +218,6 @@ def test_a_cache_has_the_bytes_that_were_counted() -> None:
     for layer in range(3):
         cache.layer(layer, torch.zeros(2, 7, 16))
     held = sum(keys.nbytes + values.nbytes for keys, values in cache._layers.values())
-    grown = math.ceil(100 / footprint.GROWTH) * footprint.GROWTH
+    grown = math.ceil(100 / footprint.GROWTH["cpu"]) * footprint.GROWTH["cpu"]
     other = (2 * 4 + 2) * grown * 4 + footprint.SAMPLING * 512
     assert 5 * (tiny().row(100) - other) * 3 / 4 == held
