@@ -235,7 +235,8 @@ class LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: FusedLayers = ctx.layers
-        low, a, *rest = ctx.kept.pop().grad_fn.saved_tensors  # and nothing else refers to them any more
+        kept = ctx.kept.pop()  # nothing else refers to what is kept
+        low, a, *rest = kept.grad_fn.saved_tensors
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
