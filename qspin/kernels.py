@@ -10,9 +10,12 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
+FEW_ROWS = 64
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -34,10 +37,20 @@ class Kernels:
         matrix: Tensor = bnb.dequantize_4bit(data, constants)
         return matrix
 
-    def packed_product(self, x: Tensor) -> bool:  # noqa: ARG002
-        """Whether W is better left to bitsandbytes' own product by 4 bits when x, (…, in), are the few rows of a
-        decoding step. It makes W itself where it knows its kernel to be slower."""
-        return True
+    def multiplies_packed(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Whether `few_rows_product` is the fastest for x, (…, in), in decoding on a GPU."""
+        return True  # bitsandbytes makes W where it knows its own kernel to be slower
+
+    def few_rows_product(
+        self, x: Tensor, data: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """(N, in) and x·Aᵀ, (N, r) → x·Wᵀ + x·Aᵀ·B + bias, (N, out), of few rows; B (r, out) is (α/r)·Bᵀ."""
+        if fast_memory(x) and few(x) and x.dtype != torch.float32:
+            from qspin.nf4_product import product  # it takes Triton, which there is for GPUs alone
+
+            return product(x, data, constants, low, b, bias)
+        y: Tensor = matmul_4bit(x, data.t(), constants, bias=bias)
+        return y.addmm_(low, b)
 
     def rms_norm(self, norm: nn.Module, *, one_plus: bool) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
         """x → x / rms(x) times weight, or 1 + weight, differentiable in x; None: nothing better than the module."""
@@ -50,3 +63,13 @@ class Kernels:
     def rotary(self, own: Rotate) -> Rotate | None:  # noqa: ARG002
         """What does as a model's own rotary embedding does; None: nothing better."""
         return None
+
+
+def fast_memory(x: Tensor) -> bool:
+    """On a GPU with HBM3: bitsandbytes' kernel is slower there than making W, but for a few rows."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
+
+
+def few(x: Tensor) -> bool:
+    """(…, in) of so few rows that our own product by 4 bits beats making W there."""
+    return x.numel() <= FEW_ROWS * x.shape[-1]

@@ -19,7 +19,6 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes import matmul_4bit
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,7 +85,7 @@ class FusedLayers:
         self._outputs: list[Tensor | None] = [None] * len(layers)
         self._low_rank: tuple[Any, Tensor, list[Tensor]] | None = None
         self._unpacked: tuple[Linear, Tensor] | None = None
-        self.packed_products = False  # for few rows on a GPU: let bitsandbytes multiply by 4 bits
+        self.few_rows = False  # on a GPU: these are the steps of decoding, and W need not be made for them
 
     @property
     def weights(self) -> int:
@@ -119,8 +118,8 @@ class FusedLayers:
                 outputs = self._differentiable_product(x)
             elif self._unpacked is not None:
                 outputs = self._unpacked_product(x, *self._unpacked)
-            elif self.packed_products and self._kernels.packed_product(x):
-                outputs = self._packed_product(x)
+            elif self.few_rows and self._kernels.multiplies_packed(x):
+                outputs = self._few_rows_product(x)
             else:
                 a, bs = self.low_rank(x.dtype, training=False)
                 outputs = self.product(x, x.reshape(-1, x.shape[-1]) @ a.t(), bs)
@@ -171,15 +170,17 @@ class FusedLayers:
         ys = both[:, : b.shape[1]].addmm_(both[:, b.shape[1] :], b)
         return tuple(y.view(*x.shape[:-1], -1) for y in torch.split(ys, self.outs, 1))
 
-    def _packed_product(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _few_rows_product(self, x: Tensor) -> tuple[Tensor, ...]:
         """(…, in) → (…, out) for each layer, of which each has been packed by itself."""
         a, bs = self.low_rank(x.dtype, training=False)
         flat = x.reshape(-1, x.shape[-1])
         lows = torch.split(flat @ a.t(), self.ranks, 1)
         outputs = []
         for (data, constants, _), bias, low, b in zip(self.packed, self.biases, lows, bs, strict=True):
-            y = matmul_4bit(flat, data.t(), constants, bias=None if bias is None else bias.to(x.dtype))
-            outputs.append(y.addmm_(low, b).view(*x.shape[:-1], -1))
+            y = self._kernels.few_rows_product(
+                flat, data, constants, low, b, None if bias is None else bias.to(x.dtype)
+            )
+            outputs.append(y.view(*x.shape[:-1], -1))
         return tuple(outputs)
 
     def matrices(self) -> Iterator[Tensor]:

@@ -149,14 +149,14 @@ class SlotModel:
     def decoding(self, unpacked: bool | None = None) -> Iterator[None]:
         """For generation, by whoever is in the slot: products of few rows.
 
-        On a GPU bitsandbytes multiplies by the 4 bits as they are, where that is faster there. On a CPU making W of
-        them takes as long as a decoding step does for the rest, so that the base is there in the compute type beside
-        its 4 bits if `unpacked`; None: if there is room for it.
+        On a GPU kernels multiply by the 4 bits as they are. On a CPU making W of them takes as long as a decoding step
+        does for the rest, so that the base is there in the compute type beside its 4 bits if `unpacked`; None: if
+        there is room for it.
         """
         try:
             if self.device.type == "cuda":
                 for layers in self._layers:
-                    layers.packed_products = True
+                    layers.few_rows = True
             elif self.unpacked_bytes if unpacked is None else unpacked:
                 for layers in self._layers:
                     layers.unpack(self.dtype)
@@ -165,7 +165,7 @@ class SlotModel:
         finally:
             for layers in self._layers:
                 layers.pack()
-                layers.packed_products = False
+                layers.few_rows = False
             self._unpacked_head = None
 
     @property

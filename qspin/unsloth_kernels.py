@@ -11,14 +11,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import unsloth.kernels as triton
 from torch import Tensor, nn
 
-from qspin.kernels import ActivationName, GatedKernel, Kernels, Rotate
-
-FEW_ROWS = 4  # for which bitsandbytes' product is the fastest everywhere
-FAST_MEMORY = (9, 10)  # capabilities of GPUs with HBM3
+from qspin.kernels import ActivationName, GatedKernel, Kernels, Rotate, fast_memory, few
 
 
 class _Gated:
@@ -45,11 +41,8 @@ class UnslothKernels(Kernels):
         matrix: Tensor = triton.fast_dequantize(data, constants, use_global_buffer=True)
         return matrix
 
-    def packed_product(self, x: Tensor) -> bool:
-        # where memory is as fast as on Hopper, making W in two launches and multiplying takes 78 to 80 µs for 8 rows of
-        # a 7B model's largest layers, bitsandbytes 70 to 110; for one row 81 and 33
-        rows = x.numel() // x.shape[-1]
-        return rows <= FEW_ROWS or torch.cuda.get_device_capability(x.device)[0] not in FAST_MEMORY
+    def multiplies_packed(self, x: Tensor) -> bool:
+        return not fast_memory(x) or few(x)  # Unsloth makes W faster than bitsandbytes does
 
     def rms_norm(self, norm: nn.Module, *, one_plus: bool) -> Callable[[Tensor], Tensor] | None:
         return functools.partial(triton.fast_rms_layernorm, norm, gemma=one_plus)

@@ -132,7 +132,7 @@ def test_bitsandbytes_own_product_is_the_same(bias: bool) -> None:
     x = torch.randn(2, 7, IN)
     with torch.no_grad():
         ours = layer(x)
-        together.packed_products = True
+        together.few_rows = True
         torch.testing.assert_close(layer(x.clone()), ours, rtol=1e-5, atol=1e-4)
         b_of(layer).zero_()
         assert float((layer(x.clone()) - ours).abs().max()) > 0.1

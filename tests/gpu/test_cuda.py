@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import moved_adapter
@@ -49,6 +50,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here was tried"),
 ]
 CUDA = torch.device("cuda")
+if torch.cuda.is_available():
+    from qspin import nf4_product
 BACKENDS = [
     "transformers",
     pytest.param(
@@ -102,6 +105,27 @@ def test_flash_attention_is_attention(prefix: int, window: int | None, heads: in
     for one, other, reference in zip(found, again, wanted, strict=True):
         assert relative(one, reference) < 1e-2
         assert torch.equal(one, other), "sums in order of arrival"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "ins", "outs", "rank"), [(1, 192, 80, 4), (16, 1024, 2048, 16), (64, 4096, 1024, 64)])
+def test_product_by_4_bits(
+    rows: int, ins: int, outs: int, rank: int, biased: bool, double_quant: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, device=CUDA, dtype=dtype)
+
+    data, constants = bnb.quantize_4bit(some(outs, ins), quant_type="nf4", compress_statistics=double_quant)
+    x, both, b, bias = some(rows, ins), some(rows, 2 * rank), some(rank, outs), some(outs) if biased else None
+    low = both[:, rank:]  # as of one of several layers
+    found = nf4_product.product(x, data, constants, low, b, bias)
+    wanted = x.float() @ bnb.dequantize_4bit(data, constants).float().t() + low.float() @ b.float()
+    assert relative(found, wanted if bias is None else wanted + bias) < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert torch.equal(found, nf4_product.product(x, data, constants, low, b, bias))
 
 
 @unsloth_only

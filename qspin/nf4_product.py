@@ -1,0 +1,138 @@
+"""y = x·Wᵀ + low·B of a decoding step's few rows, W in NF4 as bitsandbytes packs it, in one Triton kernel.
+
+W is never written out: each program reads the packed weights of some outputs once, and multiplies by them as it goes.
+Where memory is fast, as on Hopper, making W and multiplying by it is several times the traffic of that.
+
+Layout (bitsandbytes): row-major, two weights a byte, the first in the high half; a constant each 64 weights, in 8 bits
+with a constant and an offset of its own each 256 of them where quantisation is nested.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, NESTED_BLOCK = 64, 256
+OUTS = 32  # outputs of a program
+BLOCKS = 1  # of weights along a row of W, at once
+WARPS, STAGES = 4, 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(  # type: ignore[no-untyped-def]
+    x,
+    packed,
+    constants,
+    codes,
+    groups,
+    offset,
+    low,
+    b,
+    bias,
+    y,
+    rows,
+    outs,
+    ins,
+    rank,
+    stride,
+    NESTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED_BLOCK: tl.constexpr,
+    LOOK_UP: tl.constexpr,
+):
+    out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    known = out < outs
+    row = tl.arange(0, ROWS)
+    there = row < rows
+    byte = tl.arange(0, BLOCKS * BLOCK // 2)
+    column = tl.arange(0, BLOCKS * BLOCK)
+    own = tl.arange(0, BLOCKS)
+    total = tl.zeros((OUTS, ROWS), tl.float32)
+    if NESTED:
+        shift = tl.load(offset)
+    for start in range(0, ins // BLOCK, BLOCKS):
+        place = out * (ins // BLOCK) + start
+        pairs = tl.load(packed + place[:, None] * (BLOCK // 2) + byte[None, :], mask=known[:, None], other=0)
+        places = place[:, None] + own[None, :]
+        if NESTED:
+            code = tl.load(constants + places, mask=known[:, None], other=0)
+            group = tl.load(groups + places // NESTED_BLOCK, mask=known[:, None], other=0.0)
+            scale = tl.load(codes + code) * group + shift
+        else:
+            scale = tl.load(constants + places, mask=known[:, None], other=0.0)
+        scale = tl.broadcast_to(scale[:, :, None], (OUTS, BLOCKS, BLOCK // 2))
+        scale = tl.reshape(scale, (OUTS, BLOCKS * BLOCK // 2))
+        part = tl.load(x + row[:, None] * ins + start * BLOCK + column[None, :], mask=there[:, None], other=0.0)
+        even, odd = tl.split(tl.reshape(part, (ROWS, BLOCKS * BLOCK // 2, 2)))
+        first, second = tl.inline_asm_elementwise(
+            LOOK_UP, "=r,=r,=r,=r,r", [pairs], dtype=(part.dtype, part.dtype), is_pure=True, pack=4
+        )
+        total = tl.dot((first * scale).to(part.dtype), tl.trans(even), total)
+        total = tl.dot((second * scale).to(part.dtype), tl.trans(odd), total)
+    inner = tl.arange(0, RANK)
+    inside = inner < rank
+    lows = tl.load(low + row[:, None] * stride + inner[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+    bs = tl.load(b + inner[None, :] * outs + out[:, None], mask=known[:, None] & inside[None, :], other=0.0)
+    total = tl.dot(bs, tl.trans(lows), total)
+    if BIASED:
+        total += tl.load(bias + out, mask=known, other=0.0).to(tl.float32)[:, None]
+    tl.store(y + row[None, :] * outs + out[:, None], total.to(y.dtype.element_ty), mask=known[:, None] & there[None, :])
+
+
+@functools.cache
+def look_up(dtype: torch.dtype) -> str:
+    """PTX: four bytes of packed weights → the levels of their high halves, and of their low ones.
+
+    A level's two bytes are looked up apart, four weights at once, each in a table of 16 bytes that lies in four
+    registers: `prmt` picks bytes from two of them by three bits of a weight, and by its fourth bit from what both pairs
+    gave.
+    """
+    levels = bnb.get_4bit_type("nf4", device="cpu").to(dtype).view(torch.int16).tolist()
+    low, high = (
+        [sum((levels[4 * part + i] >> shift & 255) << 8 * i for i in range(4)) for part in range(4)] for shift in (0, 8)
+    )
+
+    def two(halves: str, first: str, second: str) -> str:
+        lines = [f"and.b32 sel, {halves}, 0x7777", f"and.b32 pick, {halves}, 0x8888", "shr.b32 pick, pick, 1"]
+        lines += ["or.b32 pick, pick, 0x3210"]
+        for name, table in (("low", low), ("high", high)):
+            lines += [f"prmt.b32 one, {table[0]}, {table[1]}, sel", f"prmt.b32 other, {table[2]}, {table[3]}, sel"]
+            lines += [f"prmt.b32 {name}, one, other, pick"]
+        lines += [f"prmt.b32 {first}, low, high, 0x7351", f"prmt.b32 {second}, low, high, 0x6240"]
+        return "; ".join(lines) + ";"
+
+    registers = ".reg .b32 sel, pick, one, other, low, high, upper;"
+    return f"{{ {registers} {two('$4', '$0', '$2')} shr.b32 upper, $4, 16; {two('upper', '$1', '$3')} }}"
+
+
+def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, in) and x·Aᵀ, (N, r) → (N, out); b (r, out) is (α/r)·Bᵀ. All of one 16-bit type, their
+    rows without gaps.
+
+    Args:
+        packed, constants: of bitsandbytes, in blocks of 64 along `in`.
+    """
+    rows, ins = x.shape
+    outs = constants.shape[0]
+    y = x.new_empty(rows, outs)
+    nested = constants.nested
+    second = constants.state2 if nested else constants
+    _product[(triton.cdiv(outs, OUTS),)](
+        x, packed, constants.absmax, second.code, second.absmax, constants.offset if nested else constants.absmax,
+        low, b, x if bias is None else bias, y, rows, outs, ins, low.shape[1], low.stride(0),
+        NESTED=nested, BIASED=bias is not None, ROWS=max(16, triton.next_power_of_2(rows)), OUTS=OUTS,
+        RANK=max(16, triton.next_power_of_2(low.shape[1])), BLOCK=BLOCK, BLOCKS=BLOCKS, NESTED_BLOCK=NESTED_BLOCK,
+        LOOK_UP=look_up(x.dtype), num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return y
