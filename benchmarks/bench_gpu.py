@@ -227,10 +227,10 @@ def training(model: SlotModel, pairs: list[Pair], share: Share) -> dict[str, Any
     found: dict[str, Any] = {}
     loaded = torch.cuda.memory_allocated()
     started = _fresh()
-    model.use_gradient_checkpointing(share.checkpointing)
-    budget = token_budget(model, pairs, plan, 0, config.optimizer)
-    found["budget"] = _peaks(started) | {"tokens": budget}
-    batches = plan(budget)
+    budget = token_budget(model, pairs, plan, 0, config)
+    found["budget"] = _peaks(started) | budget._asdict()
+    model.use_gradient_checkpointing(budget.recomputed)
+    batches = plan(budget.tokens)
     started = _fresh()
     scores = [score for part in score_pairs(model, pairs, [m for b in batches for m in b]) for score in part]
     found["score"] = _peaks(started)

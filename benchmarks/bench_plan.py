@@ -100,8 +100,10 @@ def training(case: Case, mapped: bool) -> Bytes:
     with tempfile.TemporaryDirectory() as scratch:
         config, lengths = _config(case, Path(scratch)), [case.lengths] * (2 * case.pairs)
         model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
-        parts = dict(_plan(config, model, lengths).phases[2].parts)
+        plan = _plan(config, model, lengths)
+        parts = dict(plan.phases[2].parts)
         planned = sum(parts[name] for name in TENSORS)
+        model.use_gradient_checkpointing(plan.recomputed)
         measured = _measured(model, some_pairs(lengths), config, Path(scratch))
     return Bytes(planned, planned + parts[HOLES], measured)
 

@@ -240,7 +240,9 @@ def _plan(model: SlotModel, config: RunConfig, pairs: Sequence[Pair]) -> Plan:
     def plan_for(budget: int) -> Plan:
         return plan_batches(lengths, batch_size=config.train.batch_size, token_budget=budget, seed=config.seed)
 
-    return plan_for(token_budget(model, pairs, plan_for, prefix, config.train.optimizer))
+    budget = token_budget(model, pairs, plan_for, prefix, config.train)
+    model.use_gradient_checkpointing(budget.recomputed)
+    return plan_for(budget.tokens)
 
 
 def _play(

@@ -14,7 +14,7 @@ import torch
 import transformers
 from table import FIXED_STEPS
 
-from qspin.config import Architecture, load_config
+from qspin.config import Architecture, Auto, load_config
 from qspin.records import Pair
 
 MODELS = {  # as results call them → the preset whose shape they have
@@ -34,7 +34,7 @@ class Share:
 
     cap: float  # GiB for torch's allocator
     rows: tuple[str, ...]  # kinds of `make_rows` to train on
-    checkpointing: bool
+    checkpointing: bool | Auto  # train.gradient_checkpointing
     generate: bool = False
     optimizer: Literal["adamw", "paged_adamw_8bit"] = "adamw"
 
@@ -68,6 +68,7 @@ CASES = {
         "5 GiB": Share(5.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
+        "22 GiB, auto": Share(22.0, (FIXED, REAL), checkpointing="auto"),
         "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),

@@ -1,16 +1,21 @@
 """How much is computed at once, from the memory that is free: tokens in training, rows in generation.
 
-Neither changes a result beyond rounding (architecture.md, invariants 7 and 8), so neither needs to be known by hand.
-What a piece of work takes is predicted by footprint.py, as `qspin plan` does, and then tried.
+Neither changes a result beyond rounding (architecture.md, invariants 7 and 8), and how many layers are recomputed not
+at all, so none needs to be known by hand. What a piece of work takes is predicted by footprint.py, as `qspin plan`
+does, and then tried.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from qspin.at_once import Budget, budgets, choose, recomputable
+from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.footprint import MOST_TOKENS, SHARE, Batch
+from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row
@@ -21,74 +26,100 @@ FIRST_PROBE = 8  # the first probe takes this part of the most
 
 
 def token_budget(
-    model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int, optimizer: str
-) -> int:
-    """The largest budget whose longest planned micro-batch fits into memory, forward and backward.
+    model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int, config: TrainConfig
+) -> Budget:
+    """The quickest budget whose longest planned micro-batch fits into memory, forward and backward.
 
-    A small micro-batch is tried first, halved until it fits, and tells how far the prediction is off. If the
-    prediction, set right by that, is less than half of the room, that is that; else the longest micro-batch is tried,
-    and halved until it fits.
+    What the settings leave open is found. A small micro-batch is tried first, with as many layers recomputed as may be,
+    halved until it fits, and tells how far the prediction is off. If the prediction for what `choose` takes, set right
+    by that, is less than half of the room, that is that; else its longest micro-batch is tried, and made smaller until
+    it fits.
 
     Args:
-        plan: budget → plan.
-        optimizer: whose state will be there too.
+        plan: tokens → plan.
 
     Raises:
         QspinError: not even the longest pair fits.
     """
-    most = MOST_TOKENS[model.device.type]
-    footprint = model.footprint
+    footprint, asked = model.footprint, config.tokens_per_micro_batch
+    most = recomputable(config.gradient_checkpointing, footprint.shape.layers)[-1]
+    if isinstance(asked, int) and config.gradient_checkpointing != "auto":
+        return Budget(asked, most)
+    plan = functools.cache(plan)
     give_back_freed_memory()
-    room = SHARE * free_bytes(model.device) - footprint.optimizer(optimizer)
+    room = SHARE * free_bytes(model.device) - footprint.optimizer(config.optimizer)
+    model.use_gradient_checkpointing(most)
+    first = MOST_TOKENS[footprint.device] // FIRST_PROBE
+    off = _measured_over_predicted(model, pairs, plan, prefix, config, min(first, asked) if asked != "auto" else first)
 
-    def predicted(members: Sequence[Pair]) -> int:
-        lengths = [lengths_of(pair, prefix) for pair in members]
-        batch = Batch.of([(group.prompt, group.real, group.generated) for group in lengths], prefix)
-        return footprint.gradients() + footprint.activations(batch)
+    def takes(with_it: Footprint, batch: Batch) -> float:
+        return off * _predicted(with_it, batch)
 
-    least = most // FIRST_PROBE
+    def micro_batches(tokens: int) -> list[Batch]:
+        return [_batch([pairs[index] for index in members], prefix) for members in itertools.chain(*plan(tokens))]
+
+    def fullest(tokens: int) -> Batch:
+        return _batch(_longest(pairs, plan(tokens), prefix), prefix)
+
+    longest = max(lengths_of(pair, prefix).total for pair in pairs)
+    candidates = budgets(config, footprint.device, longest)
+    found = choose(footprint, config, candidates, fullest, micro_batches, takes, room)
+    if takes(replace(footprint, recomputed=found.recomputed), fullest(found.tokens)) < room / 2:
+        return found
     while True:
-        small = _longest(pairs, plan(least), prefix)
+        model.use_gradient_checkpointing(found.recomputed)
+        tried = _longest(pairs, plan(found.tokens), prefix)
+        if _fits(model, tried, prefix, room):
+            return found
+        if found.recomputed < most:
+            found = found._replace(recomputed=min(most, 2 * found.recomputed + most // 4 + 1))
+        elif isinstance(asked, int):
+            return found
+        else:
+            _check_several(tried, config)
+            found = found._replace(tokens=found.tokens // 2)
+
+
+def _measured_over_predicted(
+    model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int, config: TrainConfig, tokens: int
+) -> float:
+    """Of what the longest micro-batch of a budget takes, or of a smaller one that fits."""
+    while True:
+        small = _longest(pairs, plan(tokens), prefix)
         try:
-            off = _need(model, small, prefix) / predicted(small)
-            break
+            return _need(model, small, prefix) / _predicted(model.footprint, _batch(small, prefix))
         except OutOfMemory:
-            _check_several(small)
-            least //= 2
-
-    def promised(budget: int) -> float:
-        return off * predicted(_longest(pairs, plan(budget), prefix))
-
-    budget = most
-    while budget > least and promised(budget) > room:
-        budget //= 2
-    if promised(budget) < room / 2:
-        return budget
-    while True:
-        longest = _longest(pairs, plan(budget), prefix)
-        if _fits(model, longest, prefix, room):
-            return budget
-        _check_several(longest)
-        budget //= 2
+            _check_several(small, config)
+            tokens //= 2
 
 
-def smaller(pairs: Sequence[Pair], plan: Plan, prefix: int) -> int:
-    """A budget that cuts the longest micro-batch of a plan in two, after it didn't fit.
+def _predicted(footprint: Footprint, batch: Batch) -> int:
+    return footprint.gradients() + footprint.activations(batch)
+
+
+def _batch(pairs: Sequence[Pair], prefix: int) -> Batch:
+    lengths = [lengths_of(pair, prefix) for pair in pairs]
+    return Batch.of([(group.prompt, group.real, group.generated) for group in lengths], prefix)
+
+
+def smaller(pairs: Sequence[Pair], plan: Plan, prefix: int, config: TrainConfig) -> int:
+    """Tokens at once that cut the longest micro-batch of a plan in two, after it didn't fit.
 
     Raises:
         QspinError: it is one pair.
     """
     longest = _longest(pairs, plan, prefix)
-    _check_several(longest)
+    _check_several(longest, config)
     return _tokens(longest, prefix) // 2
 
 
-def _check_several(refused: Sequence[Pair]) -> None:
+def _check_several(refused: Sequence[Pair], config: TrainConfig) -> None:
     """A micro-batch that did not fit can be cut; raises a QspinError if it is one pair."""
     if len(refused) == 1:
+        recompute = "" if config.gradient_checkpointing else "set train.gradient_checkpointing=true, or "
         raise QspinError(
-            f"{refused[0].record_id}: its {lengths_of(refused[0]).total} tokens alone are more than memory holds; set "
-            "train.gradient_checkpointing=true, or lower data.max_completion_tokens and generation.max_new_tokens"
+            f"{refused[0].record_id}: its {lengths_of(refused[0]).total} tokens alone are more than memory holds; "
+            f"{recompute}lower data.max_completion_tokens and generation.max_new_tokens"
         )
 
 

@@ -175,8 +175,8 @@ class TrainConfig(_Part):
     tokens_per_micro_batch: Annotated[Tokens | Auto, _FREE] = Field(
         "auto", description="tokens computed at once; auto tries what memory holds; never changes the effective batch"
     )
-    gradient_checkpointing: Annotated[bool, _FREE] = Field(
-        False, description="memory: recompute each layer in the backward pass"
+    gradient_checkpointing: Annotated[bool | Auto, _FREE] = Field(
+        "auto", description="layers recomputed in the backward pass, which saves memory; auto: as many as it has to be"
     )
     snapshot_minutes: Annotated[float, _FREE] = Field(
         5.0, ge=0, description="training lost in a crash, at most; 0 keeps every step"

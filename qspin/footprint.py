@@ -79,7 +79,7 @@ class Footprint:
     targets: frozenset[str] | None  # names of adapted layers; None: all but the head
     device: Device
     itemsize: int  # s: 2 or 4
-    checkpointing: bool  # of gradients: a layer keeps its input alone
+    recomputed: int  # layers, the first ones, which keep their input alone for the backward pass
 
     # --- what is there all the time
 
@@ -131,22 +131,25 @@ class Footprint:
         return self.kept(batch) + self.working(batch)
 
     def kept(self, batch: Batch) -> int:
-        """What is kept for the backward pass: of every layer, or its input alone with gradient checkpointing.
+        """What is kept for the backward pass: of every layer, or of those that are recomputed the input alone.
 
         Beside that the last layer's output and the hidden state that the norm makes of it, what the head's backward
         pass takes (a direction a predicted token), positions as cosine and sine, and the masks.
         """
-        layers, width = self.shape.layers, self.shape.hidden
-        a_layer = self.itemsize * width * batch.tokens if self.checkpointing else self._kept_by_layer(batch)
+        width = self.shape.hidden
+        inputs = self.recomputed * self.itemsize * width * batch.tokens
+        whole = (self.shape.layers - self.recomputed) * self._kept_by_layer(batch)
         around = width * (2 * batch.tokens + batch.predicted) + 2 * self.shape.head_size * batch.tokens
-        return layers * a_layer + self.itemsize * around + self._masks(batch)
+        return inputs + whole + self.itemsize * around + self._masks(batch)
 
     def working(self, batch: Batch) -> int:
         """What is held for a moment while all of that is: by the head, or by the last layer's backward pass.
 
-        With gradient checkpointing the layer's forward pass is made again first, and kept.
+        A layer that is recomputed keeps for a moment what the others keep: on top of all that where it is the last one;
+        before the first ones are recomputed, those that kept more are done with.
         """
-        layer = self._backward(batch) + (self._kept_by_layer(batch) if self.checkpointing else 0)
+        again = self._kept_by_layer(batch) if self.recomputed == self.shape.layers else 0
+        layer = self._backward(batch) + again
         return max(self._head(batch.predicted, training=True), layer)
 
     def holes(self, batch: Batch) -> int:
@@ -288,12 +291,12 @@ class Footprint:
     def training_work(self, batch: Batch) -> int:
         """Forward and backward: as much again for W and its gradient of x, twice for A, B and attention.
 
-        The head's gradient is summed in its forward pass: as much again. Gradient checkpointing makes the layers'
-        forward pass twice.
+        The head's gradient is summed in its forward pass: as much again. The forward pass of recomputed layers is made
+        twice.
         """
         base = 2 * self.linear_weights * batch.tokens
         others = self._layers_work(batch) - base
-        again = self._layers_work(batch) if self.checkpointing else 0
+        again = self._layers_work(batch) * self.recomputed // self.shape.layers
         return 2 * base + 3 * others + again + 2 * self._head_work(batch.predicted)
 
     def step_work(self, rows: int) -> int:

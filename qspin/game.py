@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from qspin.adapters import Adapter, load_adapter, load_own
+from qspin.at_once import Budget
 from qspin.backends import choose_backend, unsloth_missing
 from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
@@ -61,7 +62,7 @@ class Game:
     crew: Crew  # the processes that share the work
     start: Adapter  # whom the first training begins with: the base itself, or model.init_adapter
     width: int  # completions decoded side by side
-    budget: int | None = None  # tokens trained on at once, once found
+    budget: Budget | None = None  # what training holds at once, once found
 
     @staticmethod
     def open(prepared: Prepared, run_dir: RunDir, progress: Progress) -> Game:
@@ -97,6 +98,11 @@ class Game:
         if iteration > 0:
             return load_own(self.dir.iteration(iteration - 1).adapter)
         return load_own(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
+
+    def recompute(self, layers: int) -> None:
+        """So many layers in training, here and in every helper."""
+        self.model.use_gradient_checkpointing(layers)
+        self.crew.share("recompute", [layers] * (self.crew.count - 1), lambda: layers)
 
     @contextlib.contextmanager
     def counted(self, folder: IterationDir, phase: str) -> Iterator[Callable[[], None]]:

@@ -59,7 +59,7 @@ class _Helper:
 def _load(piece: dict[str, Any]) -> SlotModel:
     config = RunConfig.model_validate(piece["config"])
     torch.set_num_threads(piece["threads"])
-    model = SlotModel.load(
+    return SlotModel.load(
         Base.from_json(piece["base"]),
         config.model,
         config.lora,
@@ -67,8 +67,6 @@ def _load(piece: dict[str, Any]) -> SlotModel:
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
         backend=piece["backend"],
     )
-    model.use_gradient_checkpointing(config.train.gradient_checkpointing)
-    return model
 
 
 def _generate(model: SlotModel, piece: dict[str, Any]) -> list[tuple[tuple[int, ...], bool]]:
@@ -110,6 +108,7 @@ def _pairs(piece: dict[str, Any]) -> tuple[list[Pair], list[MicroBatch]]:
 JOBS: dict[str, Callable[[SlotModel, Any], Any]] = {
     "base_hash": lambda model, _piece: model.base_hash(),
     "generate": _generate,
+    "recompute": lambda model, layers: model.use_gradient_checkpointing(layers),
     "score": _score,
     "train": _train,
     "supervise": _supervise,

@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 from qspin.adapters import Adapter
+from qspin.at_once import Budget, recomputable
 from qspin.budget import smaller, token_budget
 from qspin.config import RunConfig
 from qspin.dealing import work_together
 from qspin.errors import QspinError
-from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_jsonl
+from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.game import Game
 from qspin.memory import ATTEMPTS, OutOfMemory, refusals_told
 from qspin.optimisation import Metrics, step_order, steps_kept
@@ -166,28 +167,33 @@ def _fit(
         work: what to do, given the plan and how many tokens all prompts begin with.
         start: who is put into the slot.
     """
-    prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    prefix, config = common_prefix([pair.prompt_ids for pair in pairs]), game.config.train
     _heed_other_pairs(game, folder, pairs)
     _heed_lower_budget(game, folder, pairs, prefix)
     failures, reached = 0, steps_kept(folder.snapshots)
     while not folder.adapter.is_dir():
         game.model.set_adapter(start)
-        plan = _plan(game, folder, pairs, prefix)
+        plan, recomputed = _plan(game, folder, pairs, prefix)
+        game.recompute(recomputed)
         try:
             with refusals_told():
                 work(plan, prefix)
         except OutOfMemory as error:
+            if recomputed < _recomputable(game)[-1]:
+                _recompute_all(game, folder)
+                continue
             failures = 1 if steps_kept(folder.snapshots) > reached else failures + 1
             reached = steps_kept(folder.snapshots)
             if failures == ATTEMPTS:
+                assert game.budget is not None
+                recompute = "" if config.gradient_checkpointing else "set train.gradient_checkpointing=true, "
                 raise QspinError(
-                    f"{folder.path.name}: out of memory {failures} times in a row, with {game.budget} tokens at once "
-                    f"in the end ({error}); close other programs, set train.gradient_checkpointing=true, or take a "
-                    "smaller model"
+                    f"{folder.path.name}: out of memory {failures} times in a row, with {game.budget.tokens} tokens at "
+                    f"once in the end ({error}); close other programs, {recompute}or take a smaller model"
                 ) from None
-            game.budget = smaller(pairs, plan, prefix)
+            game.budget = Budget(smaller(pairs, plan, prefix, config), recomputed)
             _forget_plan(folder)
-            game.progress.note(f"memory does not hold so many tokens; on with {game.budget} at once")
+            game.progress.note(f"memory does not hold so many tokens; on with {game.budget.tokens} at once")
     remove(folder.snapshots)
 
 
@@ -217,12 +223,26 @@ def _heed_lower_budget(game: Game, folder: IterationDir, pairs: Sequence[Pair], 
     asked, config = game.config.train.tokens_per_micro_batch, game.config.train
     if folder.adapter.is_dir() or not isinstance(asked, int) or not folder.training_plan.is_file():
         return
-    kept: Plan = read_json(folder.training_plan)["batches"]
+    kept, recomputed = _plan(game, folder, pairs, prefix)
     lengths = [lengths_of(pair, prefix) for pair in pairs]
     wanted = plan_batches(lengths, batch_size=config.batch_size, token_budget=asked, seed=game.config.seed)
     if sum(map(len, wanted)) > sum(map(len, kept)):
+        game.budget = game.budget or Budget(asked, recomputed)  # no fewer layers, which would take what is gained
         _forget_plan(folder)
         game.progress.note(f"on with {asked} tokens at once (train.tokens_per_micro_batch)")
+
+
+def _recompute_all(game: Game, folder: IterationDir) -> None:
+    """By the same plan, with its scores and snapshots: what they say does not depend on it."""
+    most = _recomputable(game)[-1]
+    write_json(folder.training_plan, read_json(folder.training_plan) | {"recomputed": most})
+    if game.budget is not None:
+        game.budget = game.budget._replace(recomputed=most)
+    game.progress.note("memory does not hold what some layers keep; on with all of them recomputed")
+
+
+def _recomputable(game: Game) -> range:
+    return recomputable(game.config.train.gradient_checkpointing, game.model.footprint.shape.layers)
 
 
 def _forget_plan(folder: IterationDir) -> None:
@@ -230,8 +250,9 @@ def _forget_plan(folder: IterationDir) -> None:
     remove(folder.training_plan)
 
 
-def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> Plan:
-    """Effective batches and micro-batches, kept."""
+def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) -> tuple[Plan, int]:
+    """Effective batches and micro-batches, and how many layers are recomputed: kept, the latter while the settings
+    leave it open. Plans of versions that did not choose it lack it: all are recomputed, which takes least."""
     lengths, config = [lengths_of(pair, prefix) for pair in pairs], game.config.train
 
     def plan(budget: int) -> Plan:
@@ -244,16 +265,14 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
         )
 
     def make() -> dict[str, Any]:
-        asked = config.tokens_per_micro_batch
         if game.budget is None:
-            game.model.use_gradient_checkpointing(config.gradient_checkpointing)
-            game.budget = (
-                asked if isinstance(asked, int) else token_budget(game.model, pairs, plan, prefix, config.optimizer)
-            )
-        return {"pairs": _fingerprint(pairs), "batches": plan(game.budget)}
+            game.budget = token_budget(game.model, pairs, plan, prefix, config)
+        tokens, recomputed = game.budget
+        return {"pairs": _fingerprint(pairs), "recomputed": recomputed, "batches": plan(tokens)}
 
-    batches: Plan = kept_json(folder.training_plan, make)["batches"]
-    return batches
+    kept, allowed = kept_json(folder.training_plan, make), _recomputable(game)
+    recomputed: int = kept.get("recomputed", allowed[-1])
+    return kept["batches"], recomputed if recomputed in allowed else allowed[-1]
 
 
 def _score(game: Game, folder: IterationDir, task: Task) -> Task:

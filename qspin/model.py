@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
@@ -189,7 +190,7 @@ class SlotModel:
             targets=frozenset(name.rpartition(".")[2] for name in lora.target_modules),
             device="cpu" if self.device.type == "cpu" else "cuda",
             itemsize=self.dtype.itemsize,
-            checkpointing=self._causal_lm.is_gradient_checkpointing,
+            recomputed=sum(layer.gradient_checkpointing for layer in self._recomputable),
         )
 
     @property
@@ -276,13 +277,19 @@ class SlotModel:
                     digest.update(_bytes(tensor))
         return digest.hexdigest()
 
-    def use_gradient_checkpointing(self, wanted: bool) -> None:
-        if wanted == self._causal_lm.is_gradient_checkpointing:  # each time it is enabled, transformers adds a hook
-            return
-        if wanted:
+    def use_gradient_checkpointing(self, recomputed: int) -> None:
+        """Let the first so many decoder layers keep their input alone, and compute them again in the backward pass."""
+        # not the last ones: of those the first would be recomputed while all that the others keep is still there
+        if recomputed:
             self._causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self._causal_lm.gradient_checkpointing_disable()
+            self._causal_lm.disable_input_require_grads()  # which reentrant recomputation alone would need
+        for index, layer in enumerate(self._recomputable):
+            layer.gradient_checkpointing = index < recomputed
+
+    @property
+    def _recomputable(self) -> list[GradientCheckpointingLayer]:
+        """The decoder's layers."""
+        return [module for module in self._decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def _check_logits(self, reference: Tensor) -> None:
         """What we compute must be what the model computes: some families scale, cap or mix in a way of theirs."""

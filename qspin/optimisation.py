@@ -51,7 +51,8 @@ def optimise(
     """Train the adapter in the slot from the last snapshot if there is one, with a fresh optimiser if not.
 
     Args:
-        config: optimiser, warmup, weight decay, clipping, checkpointing and how often to keep a snapshot.
+        model: recomputes as many layers as it was told to (`use_gradient_checkpointing`).
+        config: optimiser, warmup, weight decay, clipping and how often to keep a snapshot.
         lr: peak rate.
         order: which effective batch of the plan each step takes (`step_order`).
         record_ids: of the pairs that the plan's indices name, for errors.
@@ -67,7 +68,6 @@ def optimise(
         WorkerLost, SystemExit, KeyboardInterrupt: a helper is gone, or the run is asked to stop; the steps that were
             finished are in a snapshot.
     """
-    model.use_gradient_checkpointing(config.gradient_checkpointing)
     parameters = list(model.parameters.values())
     optimizer = make_optimizer(config, parameters, model.device)
     metrics = _restore(model, optimizer, snapshots)

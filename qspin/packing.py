@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qspin.at_once import first_fit
 from qspin.attention import Lengths, Packed, group_positions
 from qspin.records import Pair
 
@@ -46,23 +47,10 @@ def plan_batches(
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shares = [-(-sum(lengths[i].total for i in batch) // workers) for batch in batches]
-    return [_pack(batch, lengths, min(token_budget, share)) for batch, share in zip(batches, shares, strict=True)]
-
-
-def _pack(batch: list[int], lengths: Sequence[Lengths], token_budget: int) -> list[MicroBatch]:
-    """First fit, longest first: within 11/9 of the fewest micro-batches that would do."""
-    bins: list[MicroBatch] = []
-    free: list[int] = []
-    for index in sorted(batch, key=lambda i: (-lengths[i].total, i)):
-        need = lengths[index].total
-        place = next((i for i, room in enumerate(free) if room >= need), None)
-        if place is None:
-            bins.append([index])
-            free.append(token_budget - need)
-        else:
-            bins[place].append(index)
-            free[place] -= need
-    return bins
+    return [
+        first_fit(batch, lambda index: lengths[index].total, min(token_budget, share))
+        for batch, share in zip(batches, shares, strict=True)
+    ]
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -4,7 +4,7 @@
     change = None if plan.fits else nearest_change(plan)
 
 footprint.py has the formulas; here they are added up as `budget.py` and `spin.py` go about it: the model is loaded,
-SHARE of what it leaves is filled with tokens and rows, halved until they fit. Free of torch where the machine and the
+SHARE of what it leaves is filled with tokens and rows, as many as fit. Free of torch where the machine and the
 rows' lengths are given.
 """
 
@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qspin.at_once import Budget, budgets, choose, first_fit
 from qspin.config import Architecture, RunConfig, load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
-from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.footprint import SHARE, Batch, Footprint
 from qspin.machine import Machine
 from qspin.plan_rows import Rows
 from qspin.shape import read_shape
@@ -31,6 +32,7 @@ PASSES = {"cpu": 0.55, "cuda": 0.4}
 DECODING = {"cpu": 0.4, "cuda": 0.4}
 PAIR_BYTES = 6.5  # a token in a file of pairs
 EVALUATION_SHARD = 64  # held-out rows answered at once
+SAMPLE = 256  # rows by which micro-batches are chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Plan:
     rows: Rows
     shape: Architecture
     tokens: int  # a micro-batch
+    recomputed: int  # layers
     longest: int  # tokens of the longest pair, which may be more
     width: int
     phases: tuple[Phase, ...]
@@ -95,7 +98,8 @@ def make_plan(config: RunConfig, machine: Machine, rows: Rows) -> Plan:
         machine=machine,
         rows=load.rows,
         shape=load.footprint.shape,
-        tokens=load.tokens,
+        tokens=load.budget.tokens,
+        recomputed=load.budget.recomputed,
         longest=load.rows.prefix + sum(load.longest_groups[0]),
         width=load.width,
         phases=load.phases,
@@ -169,7 +173,7 @@ def _steps(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
     if config.generation.width != "auto":
         yield {"generation.width": "auto"}
     if not config.train.gradient_checkpointing:
-        yield {"train.gradient_checkpointing": True}
+        yield {"train.gradient_checkpointing": "auto"}
     if machine.device == "cuda" and config.train.optimizer == "adamw":
         yield {"train.optimizer": "paged_adamw_8bit"}
     real, generated = config.data.max_completion_tokens, config.generation.max_new_tokens
@@ -227,7 +231,7 @@ class _Load:
             targets=None if isinstance(targets, str) else frozenset(targets),
             device=machine.device,
             itemsize=machine.itemsize,
-            checkpointing=config.train.gradient_checkpointing,
+            recomputed=0,
         )
         self.loaded = (
             ("4-bit weights and their constants", self.footprint.quantised(config.model.double_quant)),
@@ -238,9 +242,10 @@ class _Load:
         self.free = max(0, machine.memory - sum(size for _, size in self.loaded))
         self.groups = [(prompt - rows.prefix, real, self.new_tokens) for prompt, real in rows.lengths]
         self.longest_groups = self._longest_groups()
-        self.tokens = self._tokens()
+        self.budget = self._budget()
+        self.footprint = replace(self.footprint, recomputed=self.budget.recomputed)
         self.width = self._width()
-        self.phases = self._phases(self._batch(self.tokens))
+        self.phases = self._phases(self._fullest(self.budget.tokens))
 
     @property
     def fits(self) -> bool:
@@ -258,29 +263,29 @@ class _Load:
             return [(data.max_prompt_tokens, data.max_completion_tokens, self.new_tokens)] * size
         return sorted(self.groups, key=sum, reverse=True)[:size]
 
-    def _batch(self, budget: int) -> Batch:
+    def _fullest(self, tokens: int) -> Batch:
         """The fullest micro-batch of a budget: the longest pairs that fit, or the longest alone."""
-        members, room = [self.longest_groups[0]], budget - sum(self.longest_groups[0])
-        for group in self.longest_groups[1:]:
-            if sum(group) <= room:
-                members.append(group)
-                room -= sum(group)
-        return Batch.of(members, self.rows.prefix)
+        return Batch.of(first_fit(self.longest_groups, sum, tokens)[0], self.rows.prefix)
 
-    def _tokens(self) -> int:
-        """A micro-batch, as `budget.token_budget` finds it."""
-        asked = self.config.train.tokens_per_micro_batch
-        if isinstance(asked, int):
-            return asked
-        room = SHARE * self.free - self.footprint.optimizer(self.config.train.optimizer) - self.footprint.gradients()
-        budget, longest = MOST_TOKENS[self.machine.device], sum(self.longest_groups[0])
+    def _micro_batches(self, tokens: int) -> list[Batch]:
+        """Of some rows, as `packing.plan_batches` cuts them."""
+        some, size = self.groups[:: max(1, len(self.groups) // SAMPLE)], self.config.train.batch_size
+        batches = [some[start : start + size] for start in range(0, len(some), size)]
+        return [Batch.of(members, self.rows.prefix) for batch in batches for members in first_fit(batch, sum, tokens)]
 
-        def takes(batch: Batch) -> int:
-            return self.footprint.activations(batch) + self.footprint.holes(batch)
-
-        while budget > longest and takes(self._batch(budget)) > room:
-            budget //= 2
-        return budget
+    def _budget(self) -> Budget:
+        """As `budget.token_budget` finds it."""
+        config = self.config.train
+        room = SHARE * self.free - self.footprint.optimizer(config.optimizer) - self.footprint.gradients()
+        return choose(
+            self.footprint,
+            config,
+            budgets(config, self.machine.device, sum(self.longest_groups[0])),
+            self._fullest,
+            self._micro_batches,
+            lambda footprint, batch: footprint.activations(batch) + footprint.holes(batch),
+            room,
+        )
 
     def unpacked(self) -> int:
         """As `SlotModel.unpacked_bytes`: the base in the compute type, if it takes at most half of what is free."""

@@ -95,19 +95,19 @@ def _settings_table(plan: Plan) -> Table:
     auto = "auto" if tokens == "auto" else ""
     table.add_row("train.tokens_per_micro_batch", str(plan.tokens), "; ".join(filter(None, (auto, longest))))
     table.add_row("generation.width", str(plan.width), "auto" if width == "auto" else "")
-    checkpointing = config.train.gradient_checkpointing
-    table.add_row("train.gradient_checkpointing", _yaml(checkpointing), _without_checkpointing(plan))
+    table.add_row("train.gradient_checkpointing", _yaml(config.train.gradient_checkpointing), _recomputed(plan))
     table.add_row("train.optimizer", config.train.optimizer, "")
     table.add_row("lora.rank", str(config.lora.rank), "")
     return table
 
 
-def _without_checkpointing(plan: Plan) -> str:
-    """What leaving it out would spare, where it fits too."""
-    if not plan.config.train.gradient_checkpointing or not plan.fits:
-        return ""
-    without = make_plan(with_settings(plan.config, {"train.gradient_checkpointing": False}), plan.machine, plan.rows)
-    return f"fits without, {_duration(plan.seconds - without.seconds)} less" if without.fits else ""
+def _recomputed(plan: Plan) -> str:
+    """What was chosen, or where it is set, what leaving it to qspin would spare."""
+    if plan.config.train.gradient_checkpointing == "auto":
+        return f"{plan.recomputed} of {plan.shape.layers} layers recomputed"
+    auto = make_plan(with_settings(plan.config, {"train.gradient_checkpointing": "auto"}), plan.machine, plan.rows)
+    spared = plan.seconds - auto.seconds
+    return f"auto: {_duration(spared)} less" if auto.fits and spared > 0 else ""
 
 
 def _time_table(plan: Plan) -> Table:

@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from qspin import answering, budget, memory, spin, training
+from qspin.at_once import A_PASS, Budget
 from qspin.budget import rows_at_once, smaller, token_budget
-from qspin.config import load_config
+from qspin.config import TrainConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
-from qspin.footprint import MOST_ROWS, SHARE, Footprint
+from qspin.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, plan_batches
@@ -30,6 +31,7 @@ from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 
 CPU = torch.device("cpu")
+KEPT, RECOMPUTED, AUTO = (TrainConfig(gradient_checkpointing=value) for value in (False, True, "auto"))
 MOST = 2048  # whatever a CPU's is: the rows above are cut for this one
 PAIRS = [Pair(str(n), 0, (1,) * 10, (2,) * (20 + n), (3,) * 30, ended=True) for n in range(200)]  # 60 to 259 tokens
 
@@ -60,19 +62,29 @@ def longest(plan: Plan) -> int:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
-    """A device with so many free bytes, where a token takes 1,000 and more than `refused` tokens are out of memory."""
+    """A device with so many free bytes, where a token takes 1,000, a quarter less for each layer that is recomputed,
+    and more than `refused` tokens are out of memory."""
+
+    def taken(recomputed: int, tokens: int) -> int:
+        return tokens * (1000 - 250 * recomputed)
 
     def make(free: float, refused: float = float("inf")) -> list[int]:
         tried: list[int] = []
 
-        def need(_model: SlotModel, pairs: Sequence[Pair], _prefix: int) -> int:
+        def need(model: SlotModel, pairs: Sequence[Pair], _prefix: int) -> int:
             tried.append(sum(lengths_of(pair).total for pair in pairs))
-            if tried[-1] > refused:
+            need = taken(model.footprint.recomputed, tried[-1])
+            if need > 1000 * refused:
                 raise OutOfMemory
-            return 1000 * tried[-1]
+            return need
 
-        monkeypatch.setattr(budget, "MOST_TOKENS", {"cpu": MOST})
+        def activations(footprint: Footprint, batch: Batch) -> int:
+            return taken(footprint.recomputed, batch.tokens)
+
+        monkeypatch.setitem(MOST_TOKENS, "cpu", MOST)
         monkeypatch.setattr(budget, "_need", need)
+        monkeypatch.setattr(Footprint, "activations", activations)
+        monkeypatch.setattr(Footprint, "gradients", lambda _self: 0)
         # beside the room for activations, that for the optimiser's state
         monkeypatch.setattr(Footprint, "optimizer", lambda _self, _name: 7e9)
         monkeypatch.setattr(budget, "free_bytes", lambda _device: (free + 7e9) / SHARE)
@@ -83,7 +95,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
 def test_with_plenty_of_memory_one_small_try_is_enough(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     tried = machine(free=1e9)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT) == Budget(MOST, 0)
     assert len(tried) == 1
     assert tried[0] <= MOST // 8 + 3  # the longest pair has 259 tokens
 
@@ -95,7 +107,7 @@ def test_the_longest_micro_batch_fits(
     free_tokens: int, found: int, tiny_model: Any, machine: Callable[..., list[int]]
 ) -> None:
     tried = machine(free=1000 * free_tokens)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == found
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT) == Budget(found, 0)
     assert tried[-1] == longest(plan_for(found)) <= free_tokens
 
 
@@ -105,14 +117,14 @@ def test_a_prediction_that_is_far_off_is_set_right_by_the_small_try(
     right = Footprint.activations
     tried = machine(free=1e9)
     monkeypatch.setattr(Footprint, "activations", lambda self, batch: 1e6 * right(self, batch))
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT) == Budget(MOST, 0)
     assert len(tried) == 1
 
 
 def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     # the small try promised more than there is
     tried = machine(free=1000 * 3000, refused=700)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw") == MOST // 4
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT) == Budget(MOST // 4, 0)
     assert tried[1:] == [longest(plan_for(MOST)), longest(plan_for(MOST // 2)), longest(plan_for(MOST // 4))]
 
 
@@ -120,7 +132,77 @@ def test_a_refusal_halves_the_budget(tiny_model: Any, machine: Callable[..., lis
 def test_a_pair_that_never_fits_is_named(refused: int, tiny_model: Any, machine: Callable[..., list[int]]) -> None:
     machine(free=1000 * 600, refused=refused)
     with pytest.raises(QspinError, match=r"^\d+: its 2\d\d tokens alone are more than memory holds; set train\.grad"):
-        token_budget(tiny_model(), PAIRS, plan_for, 0, "adamw")
+        token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT)
+
+
+@pytest.mark.parametrize("config", [RECOMPUTED, AUTO])
+def test_a_pair_that_never_fits_is_told_to_recompute_only_where_that_is_left(
+    config: TrainConfig, tiny_model: Any, machine: Callable[..., list[int]]
+) -> None:
+    machine(free=1000 * 600, refused=20)
+    with pytest.raises(QspinError, match=r"^\d+: its 2\d\d tokens alone are more than memory holds; lower data\.max_c"):
+        token_budget(tiny_model(), PAIRS, plan_for, 0, config)
+
+
+@pytest.mark.parametrize(
+    ("free_tokens", "found"),
+    [(2500, Budget(MOST, 0)), (1600, Budget(MOST, 1)), (1100, Budget(MOST, 2)), (600, Budget(MOST, 3))],
+)
+def test_as_many_layers_are_recomputed_as_a_large_budget_wants(
+    free_tokens: int,
+    found: Budget,
+    tiny_model: Any,
+    machine: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(A_PASS, "cpu", 10**6)  # nothing is worth another micro-batch
+    machine(free=1000 * free_tokens)
+    model = tiny_model()
+    assert token_budget(model, PAIRS, plan_for, 0, AUTO) == found
+    assert model.footprint.recomputed == found.recomputed, "tried as it was found"
+
+
+@pytest.mark.parametrize(
+    ("free_tokens", "found"),
+    [(1600, Budget(MOST // 2, 0)), (300, Budget(MOST // 8, 0)), (200, Budget(MOST // 8, 1)), (70, Budget(256, 3))],
+)
+def test_smaller_micro_batches_come_before_recomputing_where_they_cost_less(
+    free_tokens: int, found: Budget, tiny_model: Any, machine: Callable[..., list[int]]
+) -> None:
+    machine(free=1000 * free_tokens)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == found
+
+
+def test_the_first_try_of_auto_is_the_one_that_takes_least(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    tried = machine(free=1e9, refused=70)  # a pair of 259 tokens takes as much as 65 when all is recomputed
+    model = tiny_model()
+    assert token_budget(model, PAIRS, plan_for, 0, AUTO) == Budget(MOST, 0)
+    assert (len(tried), model.footprint.recomputed) == (1, 3)
+
+
+def test_a_refusal_raises_what_is_recomputed_before_it_halves_the_budget(
+    tiny_model: Any, machine: Callable[..., list[int]]
+) -> None:
+    tried = machine(free=1000 * 3000, refused=700)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST, 3)
+    assert tried[1:] == [longest(plan_for(MOST))] * 3  # none, one, all
+    tried = machine(free=1000 * 3000, refused=200)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 4, 3)
+    assert tried[1:] == [longest(plan_for(tokens)) for tokens in (MOST, MOST, MOST, MOST // 2, MOST // 4)]
+
+
+def test_what_is_set_is_not_looked_for(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    tried, model = machine(free=1000 * 300), tiny_model()
+
+    def found(**settings: Any) -> Budget:
+        return token_budget(model, PAIRS, plan_for, 0, TrainConfig(**settings))
+
+    assert found(tokens_per_micro_batch=999, gradient_checkpointing=True) == Budget(999, 3)
+    assert found(tokens_per_micro_batch=999, gradient_checkpointing=False) == Budget(999, 0)
+    assert tried == []
+    assert found(gradient_checkpointing=True) == Budget(MOST // 2, 3)
+    assert found(tokens_per_micro_batch=512) == Budget(512, 2)
+    assert found(tokens_per_micro_batch=MOST) == Budget(MOST, 3), "asked for, and the most that can be done for it"
 
 
 def test_where_even_the_small_try_is_refused_it_is_halved_until_it_fits(
@@ -133,7 +215,7 @@ def test_where_even_the_small_try_is_refused_it_is_halved_until_it_fits(
         return plan_batches([lengths_of(pair) for pair in short], batch_size=32, token_budget=tokens, seed=0)
 
     tried = machine(free=1000 * 70, refused=100)
-    assert token_budget(tiny_model(), short, plan, 0, "adamw") == MOST // 32
+    assert token_budget(tiny_model(), short, plan, 0, KEPT) == Budget(MOST // 32, 0)
     assert tried == [240, 120, 60, 60]
 
 
@@ -147,11 +229,11 @@ def test_budgets_change_micro_batches_and_never_effective_batches() -> None:
 
 def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
     plan = plan_for(MOST)
-    cut = plan_for(smaller(PAIRS, plan, 0))
+    cut = plan_for(smaller(PAIRS, plan, 0, KEPT))
     assert longest(cut) <= longest(plan) // 2
     singles = [[[index] for index in range(len(PAIRS))]]
     with pytest.raises(QspinError, match=r"^199: its 259 tokens alone"):
-        smaller(PAIRS, singles, 0)
+        smaller(PAIRS, singles, 0, KEPT)
 
 
 def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
@@ -159,7 +241,7 @@ def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
     pairs = [replace(pair, prompt_ids=(9,) * 2000 + pair.prompt_ids) for pair in PAIRS]
     lengths = [lengths_of(pair, 2000) for pair in pairs]
     plan = plan_batches(lengths, batch_size=50, token_budget=MOST, seed=0)
-    cut = plan_batches(lengths, batch_size=50, token_budget=smaller(pairs, plan, 2000), seed=0)
+    cut = plan_batches(lengths, batch_size=50, token_budget=smaller(pairs, plan, 2000, KEPT), seed=0)
     assert longest(cut) <= longest(plan) // 2
 
 
@@ -267,8 +349,9 @@ def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
     monkeypatch.setattr(training, "pair_logps", pair_logps)
     progress = Notes()
     spin.run(prepared, tmp_path / "little", progress)
-    assert len(progress.notes) == 1
-    assert progress.notes[0].startswith("memory does not hold so many tokens; on with ")
+    assert len(progress.notes) == 2
+    assert progress.notes[0] == "memory does not hold what some layers keep; on with all of them recomputed"
+    assert progress.notes[1].startswith("memory does not hold so many tokens; on with ")
 
     little, enough = (tmp_path / name / "iteration-0" for name in ("little", "enough"))
     plans = [read_json(folder / "training.json")["batches"] for folder in (little, enough)]

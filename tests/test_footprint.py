@@ -30,10 +30,8 @@ PAIRS = [
 ]
 
 
-def tiny(
-    *, device: footprint.Device = "cpu", itemsize: int = 4, checkpointing: bool = False, **shape: Any
-) -> Footprint:
-    return Footprint(TINY.model_copy(update=shape), 4, None, device, itemsize, checkpointing)
+def tiny(*, device: footprint.Device = "cpu", itemsize: int = 4, recomputed: int = 0, **shape: Any) -> Footprint:
+    return Footprint(TINY.model_copy(update=shape), 4, None, device, itemsize, recomputed)
 
 
 # --- by hand
@@ -53,7 +51,7 @@ def test_weights_by_hand() -> None:
 def test_adapters_by_hand() -> None:
     # r·(inputs + outputs)
     assert tiny().adapter_weights == 3 * 4 * (2 * 128 + 2 * 96 + 3 * 192)
-    some = Footprint(TINY, 4, frozenset({"q_proj", "v_proj"}), "cuda", 2, checkpointing=False)
+    some = Footprint(TINY, 4, frozenset({"q_proj", "v_proj"}), "cuda", 2, recomputed=0)
     assert some.adapter_weights == 3 * 4 * (128 + 96)
     assert some.adapter() == some.gradients() == 4 * some.adapter_weights
     assert some.optimizer("adamw") == 8 * some.adapter_weights
@@ -81,12 +79,14 @@ def test_activations_by_hand() -> None:
     around = 64 * (2 * 60 + 50) + 2 * 16 * 60
     masks = 2 * 2100
     assert tiny().kept(batch) == 4 * (3 * a_layer + around + masks)
-    assert tiny(checkpointing=True).kept(batch) == 4 * (3 * 64 * 60 + around + masks)
+    assert tiny(recomputed=1).kept(batch) == 4 * (64 * 60 + 2 * a_layer + around + masks)
+    assert tiny(recomputed=3).kept(batch) == 4 * (3 * 64 * 60 + around + masks)
     # the head: all 512 logits of 50 tokens at once, and their directions; the MLP: gate and up, two gradients, both W
     head = 4 * 512 * 50 + 18 * 50 * 64
     layer = 4 * (2 * 128 * 60 + 2 * 64 * 128 + 2 * 64 * 60)
     assert tiny().working(batch) == max(head, layer) == head
-    assert tiny(checkpointing=True).working(batch) == layer + 4 * a_layer
+    assert tiny(recomputed=2).working(batch) == head  # at the last layer; at those before it, what that kept is gone
+    assert tiny(recomputed=3).working(batch) == layer + 4 * a_layer
 
 
 def test_a_gpus_kernel_keeps_no_weights_of_attention() -> None:
@@ -129,7 +129,8 @@ def test_work_by_hand() -> None:
     assert tiny().forward_work(batch) == base + adapter + attention + head
     training = 2 * base + 3 * (adapter + attention) + 2 * head
     assert tiny().training_work(batch) == training
-    assert tiny(checkpointing=True).training_work(batch) == training + base + adapter + attention
+    assert tiny(recomputed=3).training_work(batch) == training + base + adapter + attention
+    assert tiny(recomputed=1).training_work(batch) == training + (base + adapter + attention) // 3
 
 
 # --- against real models
@@ -183,15 +184,15 @@ def test_an_optimizers_state_has_the_bytes_that_were_counted(name: str, tiny_mod
     assert sum(state) == model.footprint.optimizer(name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 1, 2, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_forward_pass_keeps_the_bytes_that_were_counted(
-    architecture: str, checkpointing: bool, tiny_model: Callable[..., SlotModel]
+    architecture: str, recomputed: int, tiny_model: Callable[..., SlotModel]
 ) -> None:
     model = tiny_model(architecture, moved=True)
-    model.use_gradient_checkpointing(checkpointing)
+    model.use_gradient_checkpointing(recomputed)
     counted = model.footprint
-    assert counted.checkpointing is checkpointing
+    assert counted.recomputed == recomputed
     batch = Batch.of([(g.prompt, g.real, g.generated) for g in (lengths_of(pair, PREFIX) for pair in PAIRS)], PREFIX)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.peft_model.parameters()}
     found: dict[int, Tensor] = {}
@@ -206,8 +207,8 @@ def test_a_forward_pass_keeps_the_bytes_that_were_counted(
         real, generated = pair_logps(model, pack_row(PAIRS, CPU, PREFIX))
     kept = sum(tensor.untyped_storage().nbytes() for tensor in found.values())
     del real, generated
-    # masks are the layout's, the hidden state is a variable's, and so are positions where layers are checkpointed
-    elsewhere = counted.shape.hidden + (2 * counted.shape.head_size if checkpointing else 0)
+    # masks are the layout's, the hidden state is a variable's, and so are positions where all layers are recomputed
+    elsewhere = counted.shape.hidden + (2 * counted.shape.head_size if recomputed == 3 else 0)
     expected = counted.kept(batch) - counted._masks(batch) - 4 * elsewhere * batch.tokens
     assert kept == pytest.approx(expected, rel=0.02)
 

@@ -15,7 +15,7 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites"},
     {"formats", "footprint", "judging", "mtbench_result"},
-    {"data", "chat", "run_dir", "memory", "unsloth_kernels", "plots"},
+    {"data", "chat", "run_dir", "memory", "at_once", "unsloth_kernels", "plots"},
     {
         "adapters",
         "recipe",

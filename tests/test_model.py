@@ -184,13 +184,15 @@ def test_the_base_stays_packed_where_memory_has_no_room(
         logits(model)
 
 
-def test_gradient_checkpointing_is_enabled_once(tiny_model: Callable[..., SlotModel]) -> None:
+def test_the_first_layers_are_recomputed_and_embeddings_left_alone(tiny_model: Callable[..., SlotModel]) -> None:
     """Every training asks for it, and transformers would hook the embeddings anew each time."""
     model = tiny_model()
-    for wanted in (False, True, True, True):
-        model.use_gradient_checkpointing(wanted)
-        assert model.footprint.checkpointing is wanted
-    assert len(model.peft_model.get_input_embeddings()._forward_hooks) <= 1
+    for recomputed in (0, 3, 3, 1, 0, 2):
+        model.use_gradient_checkpointing(recomputed)
+        layers = model._decoder.layers
+        assert [layer.gradient_checkpointing for layer in layers] == [index < recomputed for index in range(3)]
+        assert model.footprint.recomputed == recomputed
+    assert not model.peft_model.get_input_embeddings()._forward_hooks
 
 
 def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:

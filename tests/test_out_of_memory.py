@@ -48,6 +48,7 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
         "generation.width": 8,
         "train.batch_size": 16,
         "train.tokens_per_micro_batch": 100_000,
+        "train.gradient_checkpointing": True,
         "train.lr": 0.001,
         "sft.epochs": 1,
         "iterations": 1,

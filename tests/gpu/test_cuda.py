@@ -28,7 +28,7 @@ from qspin.attention import Lengths, Packed, Rules, _SpanAttention
 from qspin.backends import unsloth_kernels
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
-from qspin.config import BackendName, LoraConfig, ModelConfig, load_config
+from qspin.config import BackendName, LoraConfig, ModelConfig, TrainConfig, load_config
 from qspin.decoding import Decoder
 from qspin.files import read_json, read_jsonl, remove
 from qspin.footprint import GROWTH
@@ -200,14 +200,14 @@ def test_rotary_kernel() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ROUNDING)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
 def test_log_probs_and_gradients(
-    backend: BackendName, architecture: str, checkpointing: bool, tiny_folder: Callable[[str], Path]
+    backend: BackendName, architecture: str, recomputed: int, tiny_folder: Callable[[str], Path]
 ) -> None:
     """16 bits with every kernel are about as far from fp32 with none as 16 bits on a CPU are."""
 
     def work(model: SlotModel) -> tuple[Tensor, Tensor]:
-        model.use_gradient_checkpointing(checkpointing)
+        model.use_gradient_checkpointing(recomputed)
         real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
         (real - generated).sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
@@ -224,8 +224,8 @@ def test_scores_are_what_training_starts_from(backend: BackendName, tiny_folder:
     model = load(tiny_folder("llama"), backend)
     micro_batches = [[0, 1, 2], [3, 4, 5]]
     scores = [score for part in score_pairs(model, PAIRS, micro_batches) for score in part]
-    for checkpointing in (False, True):
-        model.use_gradient_checkpointing(checkpointing)
+    for recomputed in (0, 1, 3):
+        model.use_gradient_checkpointing(recomputed)
         for micro_batch, offset in zip(micro_batches, (0, 3), strict=True):
             real, generated = pair_logps(model, pack_row([PAIRS[i] for i in micro_batch], CUDA))
             own = scores[offset : offset + 3]
@@ -320,9 +320,10 @@ def test_work_stays_within_a_share_of_the_card(tiny_folder: Callable[[str], Path
         many = [replace(pair, record_id=str(n)) for n in range(400) for pair in PAIRS[:1]]
         lengths = [lengths_of(pair) for pair in many]
         budget = token_budget(
-            model, many, lambda b: plan_batches(lengths, batch_size=400, token_budget=b, seed=0), 0, "adamw"
+            model, many, lambda b: plan_batches(lengths, batch_size=400, token_budget=b, seed=0), 0, TrainConfig()
         )
-        (longest,) = plan_batches(lengths, batch_size=400, token_budget=budget, seed=0)
+        model.use_gradient_checkpointing(budget.recomputed)
+        (longest,) = plan_batches(lengths, batch_size=400, token_budget=budget.tokens, seed=0)
         for micro_batch in longest:  # runs out of memory if the budget was too large
             real, _ = pair_logps(model, pack_row([many[i] for i in micro_batch], CUDA))
             real.sum().backward()

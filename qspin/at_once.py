@@ -1,0 +1,103 @@
+"""How many tokens training computes at once, and how many layers it recomputes for them: of what is predicted to fit,
+what is predicted to take the least time.
+
+    found = choose(footprint, config, budgets(config, "cuda", longest), fullest, micro_batches, takes, room)
+
+`budget.py` asks for a model that is loaded, `plan.py` for one that is not here. Free of torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
+
+from qspin.config import Auto, TrainConfig
+from qspin.footprint import MOST_TOKENS, Batch, Device, Footprint
+
+# What a pass over a micro-batch takes whatever its size, dequantising above all, as the work of so many tokens. On a
+# CPU dequantising alone takes as long as 36 tokens' products (benchmarks/results/parts-cpu.json). On an H100 passes of
+# 1,536 and 12,288 tokens differ as if it were 1,100 (gpu-cuda.json, scoring); reading and writing the weights alone
+# would be 60 to 130 by the published rates of the cards in machine.py.
+A_PASS: dict[str, int] = {"cpu": 36, "cuda": 256}
+
+T = TypeVar("T", int, tuple[int, int, int])
+
+
+class Budget(NamedTuple):
+    """How much training holds at once."""
+
+    tokens: int  # of a micro-batch
+    recomputed: int  # layers, the first ones, of which the input alone is kept for the backward pass
+
+
+def recomputable(wanted: bool | Auto, layers: int) -> range:
+    """How many layers may be recomputed by `train.gradient_checkpointing`."""
+    return range(layers + 1) if wanted == "auto" else range(layers, layers + 1) if wanted else range(1)
+
+
+def budgets(config: TrainConfig, device: Device, longest: int) -> list[int]:
+    """Tokens to choose from, the most first, down to where the longest pair, of so many, goes alone."""
+    asked = config.tokens_per_micro_batch
+    if isinstance(asked, int):
+        return [asked]
+    found = [MOST_TOKENS[device]]
+    while found[-1] > longest:
+        found.append(found[-1] // 2)
+    return found
+
+
+def choose(
+    footprint: Footprint,
+    config: TrainConfig,
+    tokens: Sequence[int],
+    fullest: Callable[[int], Batch],
+    micro_batches: Callable[[int], Sequence[Batch]],
+    takes: Callable[[Footprint, Batch], float],
+    room: float,
+) -> Budget:
+    """The quickest of some budgets, each with the fewest layers recomputed with which it fits; where none does, the
+    last of them with the most.
+
+    Args:
+        tokens: budgets, the one to take of equal ones first.
+        fullest: budget → the micro-batch that takes the most memory.
+        micro_batches: budget → all that there would be, or some that stand for them.
+        takes: bytes, which must not be more than `room`.
+    """
+    allowed = recomputable(config.gradient_checkpointing, footprint.shape.layers)
+    best, least = Budget(tokens[-1], allowed[-1]), math.inf
+    for budget in tokens:
+        batch = fullest(budget)
+        for recomputed in allowed:
+            with_it = replace(footprint, recomputed=recomputed)
+            if takes(with_it, batch) <= room:
+                work = _work(with_it, micro_batches(budget))
+                if work < least:
+                    best, least = Budget(budget, recomputed), work
+                break
+    return best
+
+
+def _work(footprint: Footprint, micro_batches: Sequence[Batch]) -> float:
+    """Of forward and backward, in floating-point operations."""
+    passes = 2 + footprint.recomputed / footprint.shape.layers
+    aside = passes * 2 * footprint.linear_weights * A_PASS[footprint.device]
+    return sum(footprint.training_work(batch) + aside for batch in micro_batches)
+
+
+def first_fit(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:
+    """First fit, longest first: within 11/9 of the fewest bins that would do. What is too large goes alone."""
+    bins: list[list[T]] = []
+    free: list[int] = []
+    for member in sorted(members, key=lambda member: (-size(member), member)):
+        need = size(member)
+        place = next((i for i, left in enumerate(free) if left >= need), None)
+        if place is None:
+            bins.append([member])
+            free.append(room - need)
+        else:
+            bins[place].append(member)
+            free[place] -= need
+    return bins
