@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 LARGEST_HEAD = 256  # features of a head, a multiple of 8
 
@@ -121,12 +122,15 @@ class FlashAttention(torch.autograd.Function):
 @contextlib.contextmanager
 def in_one_order() -> Iterator[None]:
     """Sums that several threads of a GPU add to are made in a fixed order, not in that of arrival."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
+    # else each new tensor is filled first, which costs 1% of training; kernels write all that they ask for
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
 
 
 def _lengths(spans: Spans) -> tuple[Tensor, Tensor, int, int]:

@@ -6,6 +6,7 @@ fused kernels for a GPU. Layers are told which, and nothing else knows.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,8 @@ from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
-FEW_ROWS = 64
+TRITON = importlib.util.find_spec("triton") is not None  # beside torch, where it is of use
+VERY_FEW_ROWS, FEW_ROWS = 4, 64
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -45,8 +47,9 @@ class Kernels:
         self, x: Tensor, data: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor:
         """(N, in) and x·Aᵀ, (N, r) → x·Wᵀ + x·Aᵀ·B + bias, (N, out), of few rows; B (r, out) is (α/r)·Bᵀ."""
-        if fast_memory(x) and few(x) and x.dtype != torch.float32:
-            from qspin.nf4_product import product  # it takes Triton, which there is for GPUs alone
+        ours = TRITON and fast_memory(x) and VERY_FEW_ROWS < len(x) <= FEW_ROWS
+        if ours and x.dtype != torch.float32 and x.shape[-1] % 256 == 0:
+            from qspin.nf4_product import product
 
             return product(x, data, constants, low, b, bias)
         y: Tensor = matmul_4bit(x, data.t(), constants, bias=bias)
@@ -71,5 +74,5 @@ def fast_memory(x: Tensor) -> bool:
 
 
 def few(x: Tensor) -> bool:
-    """(…, in) of so few rows that our own product by 4 bits beats making W there."""
+    """(…, in) of so few rows that a product by 4 bits beats making W there."""
     return x.numel() <= FEW_ROWS * x.shape[-1]

@@ -10,8 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qspin"
 
 LAYERS = [  # each may import what stands above it
-    {"errors", "targets"},
-    {"safe_text", "config_files", "main_memory"},
+    {"errors", "targets", "nf4_levels"},
+    {"safe_text", "config_files", "main_memory", "nf4_product"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites"},
     {"formats", "footprint", "judging", "mtbench_result"},
@@ -53,7 +53,8 @@ LAYERS = [  # each may import what stands above it
 HEAVY = {
     "transformers": {"base", "model", "compare", "export"},
     "peft": {"model"},
-    "bitsandbytes": {"lora", "kernels", "optimisation", "doctor_device", "merge"},
+    "bitsandbytes": {"kernels", "nf4_levels", "lora", "optimisation", "doctor_device", "merge"},
+    "triton": {"nf4_product"},
     "unsloth": {"unsloth_kernels"},
     "gguf": {"gguf_file"},
     "lm_eval": {"harness", "tasks"},
