@@ -30,10 +30,9 @@ def token_budget(
 ) -> Budget:
     """The quickest budget whose longest planned micro-batch fits into memory, forward and backward.
 
-    What the settings leave open is found. A small micro-batch is tried first, with as many layers recomputed as may be,
-    halved until it fits, and tells how far the prediction is off. If the prediction for what `choose` takes, set right
-    by that, is less than half of the room, that is that; else its longest micro-batch is tried, and made smaller until
-    it fits.
+    What the settings leave open is found. A small micro-batch is tried first, halved until it fits, and tells how far
+    the prediction is off. If the prediction for what `choose` takes, set right by that, is less than half of the room,
+    that is that; else its longest micro-batch is tried, and made smaller until it fits.
 
     Args:
         plan: tokens → plan.
@@ -48,12 +47,8 @@ def token_budget(
     plan = functools.cache(plan)
     give_back_freed_memory()
     room = SHARE * free_bytes(model.device) - footprint.optimizer(config.optimizer)
-    model.use_gradient_checkpointing(most)
     first = MOST_TOKENS[footprint.device] // FIRST_PROBE
-    off = _measured_over_predicted(model, pairs, plan, prefix, config, min(first, asked) if asked != "auto" else first)
-
-    def takes(with_it: Footprint, batch: Batch) -> float:
-        return off * _predicted(with_it, batch)
+    takes = _set_right(model, pairs, plan, prefix, config, first if asked == "auto" else min(first, asked), room)
 
     def micro_batches(tokens: int) -> list[Batch]:
         return [_batch([pairs[index] for index in members], prefix) for members in itertools.chain(*plan(tokens))]
@@ -80,17 +75,46 @@ def token_budget(
             found = found._replace(tokens=found.tokens // 2)
 
 
-def _measured_over_predicted(
-    model: SlotModel, pairs: Sequence[Pair], plan: Callable[[int], Plan], prefix: int, config: TrainConfig, tokens: int
-) -> float:
-    """Of what the longest micro-batch of a budget takes, or of a smaller one that fits."""
+def _set_right(
+    model: SlotModel,
+    pairs: Sequence[Pair],
+    plan: Callable[[int], Plan],
+    prefix: int,
+    config: TrainConfig,
+    tokens: int,
+    room: float,
+) -> Callable[[Footprint, Batch], float]:
+    """The prediction as measured on the longest micro-batch of a budget, or of a smaller one that fits.
+
+    Recomputing as many layers as may be, which takes the least, and where the settings leave that open and there is
+    room, as few: what is kept is not as far off as what is there for a moment. Of what is kept, the least is known.
+    """
+    allowed = recomputable(config.gradient_checkpointing, model.footprint.shape.layers)
+    fewest, most = (replace(model.footprint, recomputed=recomputed) for recomputed in (allowed[0], allowed[-1]))
+    model.use_gradient_checkpointing(most.recomputed)
     while True:
         small = _longest(pairs, plan(tokens), prefix)
         try:
-            return _need(model, small, prefix) / _predicted(model.footprint, _batch(small, prefix))
+            need = _need(model, small, prefix)
+            break
         except OutOfMemory:
             _check_several(small, config)
             tokens //= 2
+    batch = _batch(small, prefix)
+    off = off_kept = need / _predicted(most, batch)
+    kept = _predicted(fewest, batch) - _predicted(most, batch)
+    if kept and off * _predicted(fewest, batch) <= room:
+        model.use_gradient_checkpointing(fewest.recomputed)
+        try:
+            off_kept = max(1.0, (_need(model, small, prefix) - need) / kept)
+        except OutOfMemory:
+            off_kept = max(1.0, (room - need) / kept)
+
+    def takes(footprint: Footprint, batch: Batch) -> float:
+        least = _predicted(most, batch)
+        return off * least + off_kept * (_predicted(footprint, batch) - least)
+
+    return takes
 
 
 def _predicted(footprint: Footprint, batch: Batch) -> int:

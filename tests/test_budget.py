@@ -174,10 +174,31 @@ def test_smaller_micro_batches_come_before_recomputing_where_they_cost_less(
 
 
 def test_the_first_try_of_auto_is_the_one_that_takes_least(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
-    tried = machine(free=1e9, refused=70)  # a pair of 259 tokens takes as much as 65 when all is recomputed
-    model = tiny_model()
-    assert token_budget(model, PAIRS, plan_for, 0, AUTO) == Budget(MOST, 0)
-    assert (len(tried), model.footprint.recomputed) == (1, 3)
+    tried = machine(free=1000 * 250, refused=70)  # a pair of 259 tokens takes as much as 65 when all is recomputed
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 8, 3)
+    assert tried == [259] * 3  # all recomputed; one, as there should be room for; all again
+
+
+def test_what_is_kept_is_set_right_by_a_try_that_keeps_it(
+    tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there beside it is further off where all layers are recomputed: by three times here."""
+    tried = machine(free=1000 * 1800)
+    own = budget._need
+
+    def more_for_a_moment(*args: Any) -> int:
+        tokens = sum(lengths_of(pair).total for pair in args[1])
+        return own(*args) + 500 * tokens
+
+    monkeypatch.setattr(budget, "_need", more_for_a_moment)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 2, 0)  # 1,500 a token, not 3,000
+    assert len(tried) == 3
+
+
+def test_what_is_refused_in_small_is_not_taken_in_large(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
+    tried = machine(free=1e9, refused=200)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 8, 1)  # the only one of 200 or less
+    assert tried[:2] == [259, 259]
 
 
 def test_a_refusal_raises_what_is_recomputed_before_it_halves_the_budget(
@@ -185,10 +206,10 @@ def test_a_refusal_raises_what_is_recomputed_before_it_halves_the_budget(
 ) -> None:
     tried = machine(free=1000 * 3000, refused=700)
     assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST, 3)
-    assert tried[1:] == [longest(plan_for(MOST))] * 3  # none, one, all
-    tried = machine(free=1000 * 3000, refused=200)
-    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 4, 3)
-    assert tried[1:] == [longest(plan_for(tokens)) for tokens in (MOST, MOST, MOST, MOST // 2, MOST // 4)]
+    assert tried[2:] == [longest(plan_for(MOST))] * 3  # none, one, all
+    tried = machine(free=1000 * 3000, refused=300)
+    assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST // 2, 3)
+    assert tried[2:] == [longest(plan_for(tokens)) for tokens in (MOST, MOST, MOST, MOST // 2)]
 
 
 def test_what_is_set_is_not_looked_for(tiny_model: Any, machine: Callable[..., list[int]]) -> None:

@@ -19,8 +19,9 @@ import psutil
 import pytest
 from conftest import small_run
 
-from qspin import spin, workers
+from qspin import learning, spin, workers
 from qspin.adapters import load_adapter
+from qspin.at_once import Budget
 from qspin.attention import Lengths
 from qspin.config import dump_config, load_config
 from qspin.dealing import deal
@@ -40,7 +41,8 @@ WEIGHTS_BOUND, NATS_BOUND = 2e-4, 2e-3
 BUSY = 300  # seconds that a process may take to start, or to end, on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-# A helper as it is, but for jobs that it is told to fail at once: by a file of the job's name.
+# A helper as it is, but for jobs that it is told to fail at once, or in which to tell how many layers it recomputes: by a
+# file of the job's name.
 HELPER = """
 import sys, torch
 from pathlib import Path
@@ -57,6 +59,9 @@ def failing(name, job):
             return job(model, piece)
         if how == "error":
             raise QspinError("a row that no helper can do")
+        if how == "tell":
+            (Path(sys.argv[1]) / "recomputed").write_text(str(model.footprint.recomputed))
+            return job(model, piece)
         return torch.empty(1 << 60, dtype=torch.uint8)
     return do
 
@@ -234,8 +239,8 @@ def test_memory_that_runs_out_in_a_helper(
 ) -> None:
     for job in ("generate", "supervise", "score", "train"):
         (helpers.told / job).touch()
-    progress = Notes()
-    spin.run(prepared(iterations=1, **{"train.tokens_per_micro_batch": 90}), tmp_path / "run", progress)
+    progress, changes = Notes(), {"train.tokens_per_micro_batch": 90, "train.gradient_checkpointing": True}
+    spin.run(prepared(iterations=1, **changes), tmp_path / "run", progress)
     assert list(helpers.told.iterdir()) == []
     assert progress.notes[0] == f"{COUNT} processes share the work"
     # the base is the first that is generated from, and scored
@@ -243,6 +248,22 @@ def test_memory_that_runs_out_in_a_helper(
     assert [note.split()[4:6] for note in refused] == [["the", "evaluation;"]] * 2 + [["so", "many"]] * 2
     for folder in (RunDir(tmp_path / "run").warm_start, RunDir(tmp_path / "run").iteration(0)):
         assert apart(folder, IterationDir(one.path / folder.path.name)) < WEIGHTS_BOUND
+
+
+@pytest.mark.parametrize("job", ["supervise", "train"])
+def test_helpers_recompute_as_many_layers_as_the_first_process(
+    job: str, prepared: Callable[..., Prepared], two: RunDir, helpers: Helpers, tmp_path: Path
+) -> None:
+    (helpers.told / job).write_text("tell")
+    run = RunDir(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning, "token_budget", lambda *_: Budget(40, 2))
+        play(prepared(iterations=1), run.path)
+    told = helpers.told / "recomputed"
+    assert told.read_text() == "2"
+    told.unlink()
+    weights = [folder.adapter / "adapter_model.safetensors" for folder in (run.iteration(0), two.iteration(0))]
+    assert weights[0].read_bytes() == weights[1].read_bytes(), "not a bit is otherwise"
 
 
 def test_an_error_in_a_helper_is_the_runs_which_goes_on_to_the_same_bytes(
