@@ -155,8 +155,9 @@ def ours(name: str, options: argparse.Namespace) -> None:
             with refusals_told():
                 if model is None:
                     started = time.perf_counter()
+                    lora = LoraConfig(rank=case.rank, alpha=2 * case.rank)
                     model = SlotModel.load(
-                        find_base(config), config, LoraConfig(), seed=0, device=device,
+                        find_base(config), config, lora, seed=0, device=device,
                         backend=case.backend,  # type: ignore[arg-type]
                     )  # fmt: skip
                     found["load"] = _peaks(started) | {"left, GiB": torch.cuda.memory_allocated() / GIB}

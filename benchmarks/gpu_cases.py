@@ -46,6 +46,7 @@ class Case:
     model: str
     backend: str
     shares: dict[str, Share]
+    rank: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,6 @@ FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
 BOTH = "both"  # a peer's: some of FIXED, then REAL
 CASES = {
     "qspin": Case("mistral-7b", "unsloth", {
-        "5 GiB": Share(5.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
         "22 GiB, auto": Share(22.0, (FIXED, REAL), checkpointing="auto"),
@@ -75,6 +75,9 @@ CASES = {
     "qspin, torch's kernels": Case("mistral-7b", "transformers", {
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
     }),
+    "qspin, rank 8": Case("mistral-7b", "unsloth", {
+        "5 GiB": Share(5.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
+    }, rank=8),
     "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
         "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
@@ -86,7 +89,7 @@ CASES = {
     "qspin, Gemma 2 9B": Case("gemma-2-9b", "unsloth", {
         "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
-    }),
+    }, rank=8),
     "qspin, Qwen2.5 7B": Case("qwen2.5-7b", "unsloth", {
         "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),

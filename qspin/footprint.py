@@ -26,8 +26,8 @@ MOST_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 16384}
 MOST_ROWS: dict[str, int] = {"cpu": 128, "cuda": 256}
 SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what is not counted, and for others
 
-# fp32 logits that exist at once: on a CPU what its cache holds, on a GPU what keeps it busy
-LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**26}
+# fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
+LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}

@@ -153,14 +153,7 @@ class FusedLayers:
             low = x.reshape(-1, x.shape[-1]) @ a.t()
         kept: Tensor = _Kept.apply(self.a[0], low, a, *bs, *parts)  # type: ignore[no-untyped-call]
         outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
-            x,
-            low,
-            bs,
-            [kept],
-            make,
-            self,
-            *self.a,
-            *self.b,  # in a list it is no input
+            x, kept, low, bs, make, self, *self.a, *self.b
         )
         return outputs
 
@@ -209,7 +202,7 @@ class FusedLayers:
 
 
 class _Kept(torch.autograd.Function):
-    """A node that keeps tensors for LoraLinear4bit's, for as long as its output is there, and leads nowhere.
+    """A node that keeps tensors for LoraLinear4bit's backward pass, and gives no gradient.
 
     A node's tensors are kept once its output is there, and gradient checkpointing computes a layer again until all
     that it kept is: with a node of their own that is before the layer's last product, a quarter of its work.
@@ -220,6 +213,10 @@ class _Kept(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         return master.new_empty(0)
 
+    @staticmethod
+    def backward(ctx: Any, _grad: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
 
 class LoraLinear4bit(torch.autograd.Function):
     """x (…, in) in the compute type → (…, out) for each layer; every A (r, in) and B (out, r) fp32 masters, as are
@@ -227,7 +224,7 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, low: Tensor, bs: list[Tensor], kept: list[Tensor], make: MakeAgain, layers: FusedLayers,
+        ctx: Any, x: Tensor, kept: Tensor, low: Tensor, bs: list[Tensor], make: MakeAgain, layers: FusedLayers,
         *_masters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.kept, ctx.make, ctx.layers = kept, make, layers
@@ -236,8 +233,7 @@ class LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: FusedLayers = ctx.layers
-        kept = ctx.kept.pop()  # nothing else refers to what is kept
-        low, a, *rest = kept.grad_fn.saved_tensors
+        low, a, *rest = ctx.kept.grad_fn.saved_tensors
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
         flat = x.reshape(-1, x.shape[-1])  # (N, in)

@@ -41,8 +41,8 @@ WEIGHTS_BOUND, NATS_BOUND = 2e-4, 2e-3
 BUSY = 300  # seconds that a process may take to start, or to end, on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-# A helper as it is, but for jobs that it is told to fail at once, or in which to tell how many layers it recomputes: by a
-# file of the job's name.
+# A helper as it is, but for jobs that it is told to fail at once, or in which to tell how many layers it recomputes:
+# by a file of the job's name.
 HELPER = """
 import sys, torch
 from pathlib import Path
