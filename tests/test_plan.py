@@ -21,14 +21,20 @@ from conftest import HOUSE_STYLE, ROOT
 from harness import in_fresh_process
 from test_cli import call
 
+from qspin import budget
+from qspin.at_once import A_PASS
+from qspin.attention import Lengths
 from qspin.base import find_base
 from qspin.config import load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
+from qspin.footprint import SHARE, Footprint
 from qspin.machine import GIB, Machine, card
 from qspin.model import SlotModel
+from qspin.packing import plan_batches
 from qspin.plan import Plan, make_plan, nearest_change, with_settings
 from qspin.plan_rows import Rows, assumed_rows, rows_of_data
+from qspin.records import Pair
 
 CPU = torch.device("cpu")
 CARDS = (8, 12, 16, 24)
@@ -103,6 +109,37 @@ def test_what_takes_more_memory_takes_more_in_the_plan() -> None:
     wider = planned("llama-3.1-8b-instruct", 24, **as_it_is | {"generation__width": 16})
     assert wider.phases[0].total > plan.phases[0].total
     assert wider.phases[2].total == train
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "a_pass", "recomputed"),  # what a pass costs, as many tokens; layers of 3
+    [(300, 36, 0), (12, 36, 0), (8, 10**6, 2), (5, 36, 0), (5, 10**6, 1), (3, 36, 0), (3, 10**6, 3), (2, 36, 2)],
+)
+def test_the_engine_chooses_what_was_planned(
+    megabytes: int, a_pass: int, recomputed: int, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For rows of one length and the same room, where a measurement is what was predicted."""
+    lengths = Lengths(20, 60, 50)
+    config = load_config(None, {"model.id": str(tiny_folder("llama")), "generation.max_new_tokens": 50})
+    rows = Rows(((20, 60),) * 64, 0, "made up")
+    monkeypatch.setitem(A_PASS, "cpu", a_pass)
+    monkeypatch.setattr(Footprint, "holes", lambda *_: 0)  # which show in measurements alone
+    free = replace(HERE, memory=10**9)
+    loaded = free.memory - make_plan(config, free, rows).phases[2].parts[-1][1] / (1 - SHARE)  # margin
+    plan = make_plan(config, replace(free, memory=int(loaded) + megabytes * 10**6), rows)
+    assert plan.recomputed == recomputed
+
+    model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
+    pairs = [Pair(str(n), 0, (1,) * 20, (2,) * 60, (3,) * 50, ended=True) for n in range(64)]
+    monkeypatch.setattr(budget, "free_bytes", lambda _device: megabytes * 10**6)
+    monkeypatch.setattr(
+        budget, "_need", lambda model, pairs, prefix: budget._predicted(model.footprint, budget._batch(pairs, prefix))
+    )
+
+    def cut(tokens: int) -> list[list[list[int]]]:
+        return plan_batches([lengths] * 64, batch_size=16, token_budget=tokens, seed=0)
+
+    assert budget.token_budget(model, pairs, cut, 0, config.train) == (plan.tokens, plan.recomputed)
 
 
 def test_a_pair_is_never_cut() -> None:
