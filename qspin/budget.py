@@ -87,7 +87,7 @@ def _set_right(
     """The prediction as measured on the longest micro-batch of a budget, or of a smaller one that fits.
 
     Recomputing as many layers as may be, which takes the least, and where the settings leave that open and there is
-    room, as few: what is kept is not as far off as what is there for a moment. Of what is kept, the least is known.
+    room, as few: what layers keep is closer to what was counted than what is there for a moment, and never less.
     """
     allowed = recomputable(config.gradient_checkpointing, model.footprint.shape.layers)
     fewest, most = (replace(model.footprint, recomputed=recomputed) for recomputed in (allowed[0], allowed[-1]))

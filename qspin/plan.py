@@ -4,8 +4,8 @@
     change = None if plan.fits else nearest_change(plan)
 
 footprint.py has the formulas; here they are added up as `budget.py` and `spin.py` go about it: the model is loaded,
-SHARE of what it leaves is filled with tokens and rows, as many as fit. Free of torch where the machine and the
-rows' lengths are given.
+SHARE of what it leaves is filled with tokens and rows, as many as fit. Free of torch where the machine and the rows'
+lengths are given.
 """
 
 from __future__ import annotations

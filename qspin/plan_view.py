@@ -107,7 +107,7 @@ def _recomputed(plan: Plan) -> str:
         return f"{plan.recomputed} of {plan.shape.layers} layers recomputed"
     auto = make_plan(with_settings(plan.config, {"train.gradient_checkpointing": "auto"}), plan.machine, plan.rows)
     spared = plan.seconds - auto.seconds
-    return f"auto: {_duration(spared)} less" if auto.fits and spared > 0 else ""
+    return f"auto: {_duration(spared)} less" if auto.fits and spared >= 1 else ""
 
 
 def _time_table(plan: Plan) -> Table:

@@ -268,6 +268,22 @@ def test_the_command_says_what_the_page_shows() -> None:
         assert max(map(len, said)) <= 80
 
 
+@pytest.mark.parametrize(
+    ("setting", "gigabytes", "said"),
+    [
+        ("auto", 12, r"auto +9 of 32 layers recomputed"),
+        ("true", 12, r"true +auto: [\d.]+ (min|h) less"),
+        ("true", 4, r"true"),  # which does not fit with auto either
+        ("false", 24, r"false"),  # as auto would have it
+    ],
+)
+def test_the_command_says_what_is_recomputed(setting: str, gigabytes: int, said: str) -> None:
+    changes = ("--set", f"train.gradient_checkpointing={setting}")
+    shown = call("plan", "zephyr-7b-sft", "--vram", gigabytes, *changes, columns=80).out
+    [line] = [line.strip() for line in shown.splitlines() if line.startswith("train.gradient_checkpointing")]
+    assert re.fullmatch(rf"train\.gradient_checkpointing +{said}", line)
+
+
 def test_the_command_plans_for_a_folder_and_its_data(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text(f"model:\n  id: {tiny_folder('qwen3')}\ndata:\n  heldout_rows: 4\n")
