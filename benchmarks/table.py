@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,20 +123,17 @@ def planned_seconds() -> str:
 def gpu() -> str:
     """A 7B model's work on one GPU beside TRL on Unsloth, for README.md and docs/performance.md."""
     cases = _read("gpu", "cuda")["cases"]
-    ours, plain, peer = (cases[name] for name in ("qspin", "qspin, torch's kernels", "TRL on Unsloth"))
-    theirs, measured = peer_rates(peer), ours["measured"]
-    memory = peer["measured"]["training"]["peak_allocated_bytes"] / GIB
+    measured, peer = cases["qspin"]["measured"], cases["TRL on Unsloth"]
+    theirs, memory = peer_rates(peer), peer["measured"]["training"]["peak_allocated_bytes"] / GIB
     rows = [("", "qspin", "GiB", "TRL on Unsloth", "GiB", "ratio"), ("---",) * 6]
     trained = {
-        "256 + 256 + 256 tokens": (measured["22 GiB"], "256+256+256"),
-        "the same, in 6 GiB": (measured["6 GiB"], "256+256+256"),
-        "the same, without Unsloth's kernels": (plain["measured"]["22 GiB"], "256+256+256"),
-        "the same, qspin recomputing nothing": (measured["22 GiB, all kept"], "256+256+256"),
-        "real lengths": (measured["22 GiB"], "real"),
-        "the same, qspin recomputing nothing ": (measured["22 GiB, all kept"], "real"),
+        "256 + 256 + 256 tokens": ("22 GiB", "256+256+256"),
+        "the same, as `auto` has it": ("22 GiB, auto", "256+256+256"),
+        "real lengths": ("22 GiB", "real"),
+        "the same, as `auto` has it ": ("22 GiB, auto", "real"),
     }
     for label, (share, kind) in trained.items():
-        found = share[kind]["train"]
+        found = measured[share][kind]["train"]
         rows.append(_beside(f"train, pairs a second: {label.strip()}", found, "pairs/s", theirs[kind], memory))
     generation = peer["measured"]["generation"]
     speed, memory = generation["new_tokens_a_second"], generation["peak_allocated_bytes"] / GIB
@@ -153,19 +151,25 @@ def gpu_like_for_like() -> str:
 
 def gpu_memory() -> str:
     """What phases take under caps on one GPU against what was planned, for docs/fitting.md."""
-    measured = _read("gpu", "cuda")["cases"]["qspin"]["measured"]
-    rows = [("cap on the allocator", "phase", "planned, GiB", "measured", "reserved"), ("---",) * 5]
-    for share, results in measured.items():
-        if share == "load":
-            continue
-        phases = {}
-        if "generate" in results:
-            phases[f"generate, {results['generate']['width']} rows"] = results["generate"]["wide"]
-        phases |= {f"train, {kind}": found["train"] for kind, found in results.items() if kind != "generate"}
-        for phase, found in phases.items():
-            figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
-            rows.append((share, phase, *(f"{size:.2f}" for size in figures)))
+    rows = [("model's shape", "cap on the allocator", "phase", "planned, GiB", "measured", "reserved"), ("---",) * 6]
+    cases = {name: case for name, case in _read("gpu", "cuda")["cases"].items() if name.startswith("qspin")}
+    earlier = _read("gpu-h100", "cuda")["cases"]["qspin"]
+    cases["earlier"] = earlier | {"measured": {"11 GiB": earlier["measured"]["11 GiB"]}}
+    for case in cases.values():
+        for share, results in case["measured"].items():
+            for phase, found in _phases(results) if share != "load" else ():
+                figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
+                rows.append((case["model"], share, phase, *(f"{size:.2f}" for size in figures)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _phases(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of one share of a card."""
+    for kind, found in results.items():
+        if kind == "generate":
+            yield f"generate, {found['width']} rows", found["wide"]
+        else:
+            yield f"train, {kind}", found["train"]
 
 
 def _beside(what: str, found: dict[str, Any], key: str, theirs: float, memory: float) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """How many tokens training computes at once, and how many layers it recomputes for them: of what is predicted to fit,
 what is predicted to take the least time.
 
-    found = choose(footprint, config, budgets(config, "cuda", longest), fullest, micro_batches, takes, room)
+    found = choose(footprint, config, budgets(config, "cuda", longest), fullest, micro_batches, takes, room, launch)
 
 `budget.py` asks for a model that is loaded, `plan.py` for one that is not here. Free of torch.
 """
@@ -16,11 +16,14 @@ from typing import NamedTuple, TypeVar
 from qspin.config import Auto, TrainConfig
 from qspin.footprint import MOST_TOKENS, Batch, Device, Footprint
 
-# What a pass over a micro-batch takes whatever its size, dequantising above all, as the work of so many tokens. On a
-# CPU dequantising alone takes as long as 36 tokens' products (benchmarks/results/parts-cpu.json). On an H100 passes of
-# 1,536 and 12,288 tokens differ as if it were 1,100 (gpu-cuda.json, scoring); reading and writing the weights alone
-# would be 60 to 130 by the published rates of the cards in machine.py.
-A_PASS: dict[str, int] = {"cpu": 36, "cuda": 256}
+# What dequantising for a pass over a micro-batch takes, as the work of so many tokens: measured on a CPU
+# (benchmarks/results/parts-cpu.json); of 60 to 130 by the published rates of the cards in machine.py, which read and
+# write the weights once.
+A_PASS: dict[str, int] = {"cpu": 36, "cuda": 100}
+# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 4 to 5 ms, at half of that rate
+# (benchmarks/results: 5 pairs of 768 tokens at a time, and pairs of real lengths, on an H100 and an H200). What takes
+# the GPU less has to wait for it.
+LAUNCH = 2.5e-3
 
 T = TypeVar("T", int, tuple[int, int, int])
 
@@ -56,6 +59,7 @@ def choose(
     micro_batches: Callable[[int], Sequence[Batch]],
     takes: Callable[[Footprint, Batch], float],
     room: float,
+    launch: float,
 ) -> Budget:
     """The quickest of some budgets, each with the fewest layers recomputed with which it fits; where none does, the
     last of them with the most.
@@ -65,6 +69,7 @@ def choose(
         fullest: budget → the micro-batch that takes the most memory.
         micro_batches: budget → all that there would be, or some that stand for them.
         takes: bytes, which must not be more than `room`.
+        launch: work that the device could do while a layer's pass is launched, in floating-point operations.
     """
     allowed = recomputable(config.gradient_checkpointing, footprint.shape.layers)
     best, least = Budget(tokens[-1], allowed[-1]), math.inf
@@ -73,18 +78,18 @@ def choose(
         for recomputed in allowed:
             with_it = replace(footprint, recomputed=recomputed)
             if takes(with_it, batch) <= room:
-                work = _work(with_it, micro_batches(budget))
+                work = _work(with_it, micro_batches(budget), launch)
                 if work < least:
                     best, least = Budget(budget, recomputed), work
                 break
     return best
 
 
-def _work(footprint: Footprint, micro_batches: Sequence[Batch]) -> float:
-    """Of forward and backward, in floating-point operations."""
-    passes = 2 + footprint.recomputed / footprint.shape.layers
-    aside = passes * 2 * footprint.linear_weights * A_PASS[footprint.device]
-    return sum(footprint.training_work(batch) + aside for batch in micro_batches)
+def _work(footprint: Footprint, micro_batches: Sequence[Batch], launch: float) -> float:
+    """Of forward and backward, in floating-point operations, or what the device could have done meanwhile."""
+    layers = 2 * footprint.shape.layers + footprint.recomputed  # that are passed through
+    aside = layers / footprint.shape.layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
+    return sum(max(footprint.training_work(batch) + aside, layers * launch) for batch in micro_batches)
 
 
 def first_fit(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qspin.kv_cache import Decode, KVCache
 from qspin.model import SlotModel
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configurations
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Decoder:
 
     def __init__(self, model: SlotModel, cache: KVCache) -> None:
         self._model, self._cache = model, cache
-        self._replays = model.replayable
+        self._replays = replayable(model)
         self._inputs = torch.zeros(2, cache.slots, dtype=torch.long, device=cache.device)  # tokens; their places
         self._steps: dict[int, _Step | None] = {}  # by rows; None: computed once, not recorded yet
         self._places = cache.places  # that they were recorded with
@@ -67,6 +70,16 @@ class Decoder:
         with torch.cuda.graph(graph, pool=pool):
             logits = self._computed(rows)
         return _Step(graph, logits)
+
+
+def replayable(model: SlotModel) -> bool:
+    """Whether a step can be recorded as a CUDA graph: on a GPU, unless Python looks at tensors on the way, as it does
+    to stretch rotary embeddings by how long texts are and to send tokens to experts."""
+    causal_lm: Any = model.peft_model.get_base_model()
+    kinds = [str(getattr(module, "rope_type", "")) for module in causal_lm.modules()]
+    stretched = any(kind in found for found in kinds for kind in ("dynamic", "longrope"))
+    config = causal_lm.config.get_text_config().to_dict()
+    return model.device.type == "cuda" and not stretched and not any(config.get(name) for name in EXPERTS)
 
 
 def padded_rows(live: int, slots: int) -> int:

@@ -39,6 +39,7 @@ SAMPLING = 33
 # layer's W would leave a hole of its size, gigabytes in all for a 7B model
 MAPPED = 32 << 20
 HOLES = 0.3  # what the heap of smaller ones holds between them, of the activations kept
+POST_NORMS = ("gemma2", "olmo2")  # families with norms after attention and MLP
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
 
 
@@ -179,7 +180,7 @@ class Footprint:
         family = self.shape.family
         if family in ("qwen3", "olmo2"):
             numbers += queries + keys
-        if family in ("gemma2", "olmo2"):
+        if family in POST_NORMS:
             numbers += 2 * width
         if family == "phi3":
             numbers += queries + keys + 2 * inner
@@ -292,11 +293,12 @@ class Footprint:
         """Forward and backward: as much again for W and its gradient of x, twice for A, B and attention.
 
         The head's gradient is summed in its forward pass: as much again. The forward pass of recomputed layers is made
-        twice.
+        twice, but for the product with W that ends a layer, unless a norm after it keeps what it gives.
         """
         base = 2 * self.linear_weights * batch.tokens
         others = self._layers_work(batch) - base
-        again = self._layers_work(batch) * self.recomputed // self.shape.layers
+        last = 0 if self.shape.family in POST_NORMS else 2 * linears(self.shape)[-1].weights * batch.tokens
+        again = (self._layers_work(batch) // self.shape.layers - last) * self.recomputed
         return 2 * base + 3 * others + again + 2 * self._head_work(batch.predicted)
 
     def step_work(self, rows: int) -> int:

@@ -46,7 +46,6 @@ from qspin.shape import read_shape
 
 ALL = slice(None)
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configurations
 SLOT = "default"  # PEFT's merging and saving read the adapter of this name
 
 transformers.AttentionInterface.register(IMPLEMENTATION, attend)
@@ -168,17 +167,6 @@ class SlotModel:
                 layers.pack()
                 layers.few_rows = False
             self._unpacked_head = None
-
-    @property
-    def replayable(self) -> bool:
-        """Whether a pass can be recorded as a CUDA graph: on a GPU, unless Python looks at tensors on the way, as it
-        does to stretch rotary embeddings by how long texts are and to send tokens to experts."""
-        if self.device.type != "cuda":
-            return False
-        config = self._causal_lm.config.get_text_config().to_dict()
-        kinds = [getattr(module, "rope_type", "") for module in self._decoder.modules()]
-        stretched = any(kind in str(found) for found in kinds for kind in ("dynamic", "longrope"))
-        return not stretched and not any(config.get(name) for name in EXPERTS)
 
     @property
     def footprint(self) -> Footprint:

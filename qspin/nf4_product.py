@@ -23,31 +23,12 @@ STAGES = 3
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
-    x,
-    packed,
-    constants,
-    codes,
-    groups,
-    offset,
-    low,
-    b,
-    bias,
-    y,
-    rows,
-    outs,
-    ins,
-    rank,
-    stride,
-    NESTED: tl.constexpr,
-    BIASED: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NESTED_BLOCK: tl.constexpr,
-    LOOK_UP: tl.constexpr,
-):
+    x, packed, constants, codes, groups, offset, low, b, bias, y, rows, outs, ins, rank, stride,
+    NESTED: tl.constexpr, BIASED: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, LOOK_UP: tl.constexpr,
+):  # fmt: skip
+    # x (rows, ins), packed (outs·ins/2,), constants (outs·ins/64,), groups (outs·ins/64/256,), low (rows, rank) of a
+    # given stride, b (rank, outs), y (rows, outs); the sums of a program lie the other way round, (OUTS, ROWS)
     out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     known = out < outs
     row = tl.arange(0, ROWS)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qspin.at_once import Budget, budgets, choose, first_fit
+from qspin.at_once import LAUNCH, Budget, budgets, choose, first_fit
 from qspin.config import Architecture, RunConfig, load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
@@ -285,6 +285,7 @@ class _Load:
             self._micro_batches,
             lambda footprint, batch: footprint.activations(batch) + footprint.holes(batch),
             room,
+            LAUNCH * self.machine.flops if self.machine.device == "cuda" else 0.0,
         )
 
     def unpacked(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qspin.at_once import A_PASS, Budget, _work, budgets, choose, first_fit, recomputable
+from qspin.at_once import A_PASS, LAUNCH, Budget, _work, budgets, choose, first_fit, recomputable
 from qspin.config import TrainConfig, load_config
 from qspin.footprint import Batch, Device, Footprint
 from qspin.machine import GIB
@@ -28,7 +28,7 @@ def micro_batches(tokens: int) -> list[Batch]:
     return [Batch.of(members) for members in first_fit(PAIRS, sum, tokens)]
 
 
-def chosen(room: float, device: Device = "cuda", **settings: Any) -> Budget:
+def chosen(room: float, device: Device = "cuda", launch: float = 0.0, **settings: Any) -> Budget:
     config = TrainConfig(**settings)
     return choose(
         footprint(device),
@@ -38,11 +38,12 @@ def chosen(room: float, device: Device = "cuda", **settings: Any) -> Budget:
         micro_batches,
         Footprint.activations,
         room,
+        launch,
     )
 
 
 def work(budget: Budget) -> float:
-    return _work(replace(footprint(), recomputed=budget.recomputed), micro_batches(budget.tokens))
+    return _work(replace(footprint(), recomputed=budget.recomputed), micro_batches(budget.tokens), 0.0)
 
 
 def takes(budget: Budget) -> int:
@@ -107,13 +108,25 @@ def test_what_a_pass_takes_is_weighed_against_recomputing(monkeypatch: pytest.Mo
     assert 0 < chosen(room).recomputed < LAYERS
 
 
+def test_a_gpu_does_not_wait_for_launches_where_room_allows_it_more_at_once() -> None:
+    slow, fast = (LAUNCH * rate for rate in (30e12, 919e12))  # an RTX 4060's and an H100's
+    assert chosen(2 * GIB, launch=slow) == chosen(2 * GIB)
+    assert chosen(14 * GIB) == Budget(4096, 0)
+    quick = chosen(14 * GIB, launch=fast)
+    assert quick.tokens > 4096
+    assert 0 < quick.recomputed < LAYERS
+    assert chosen(40 * GIB, launch=fast) == Budget(16384, 0)
+
+
 def test_work_counts_a_third_pass_by_the_layers_that_make_it() -> None:
     """Forward and backward dequantise each weight once, and so does what is recomputed."""
     for recomputed, passes in ((0, 2), (8, 2.25), (LAYERS, 3)):
         with_it = replace(footprint(), recomputed=recomputed)
         batches = micro_batches(4096)
-        aside = len(batches) * passes * 2 * with_it.linear_weights * 256
-        assert _work(with_it, batches) == pytest.approx(sum(map(with_it.training_work, batches)) + aside, rel=1e-12)
+        aside = len(batches) * passes * 2 * with_it.linear_weights * 100
+        assert _work(with_it, batches, 0.0) == pytest.approx(
+            sum(map(with_it.training_work, batches)) + aside, rel=1e-12
+        )
 
 
 def test_first_fit_leaves_what_is_too_large_alone() -> None:

@@ -129,8 +129,12 @@ def test_work_by_hand() -> None:
     assert tiny().forward_work(batch) == base + adapter + attention + head
     training = 2 * base + 3 * (adapter + attention) + 2 * head
     assert tiny().training_work(batch) == training
-    assert tiny(recomputed=3).training_work(batch) == training + base + adapter + attention
-    assert tiny(recomputed=1).training_work(batch) == training + (base + adapter + attention) // 3
+    last = 2 * 64 * 128 * 60  # of a layer, from the MLP's width to the model's
+    again = (base + adapter + attention) // 3
+    assert tiny(recomputed=3).training_work(batch) == training + 3 * (again - last)
+    assert tiny(recomputed=1).training_work(batch) == training + again - last
+    with_norm = tiny(family="gemma2", recomputed=3).training_work(batch)
+    assert with_norm - tiny(family="gemma2").training_work(batch) == 3 * again
 
 
 # --- against real models

@@ -29,7 +29,7 @@ from qspin.backends import unsloth_kernels
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import BackendName, LoraConfig, ModelConfig, TrainConfig, load_config
-from qspin.decoding import Decoder
+from qspin.decoding import Decoder, replayable
 from qspin.files import read_json, read_jsonl, remove
 from qspin.footprint import GROWTH
 from qspin.fused import _GatedByKernel
@@ -265,7 +265,7 @@ def test_replayed_steps_are_the_computed_ones(
 ) -> None:
     """Rows leave and come, and the cache grows, as in generation."""
     model = load(tiny_folder(architecture), backend)
-    assert model.replayable
+    assert replayable(model)
     chance = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, 90, (220, 11), generator=chance).tolist()
 
