@@ -28,6 +28,7 @@ SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what 
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
+FEW_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
@@ -308,11 +309,14 @@ class Footprint:
     def step_bytes(self, rows: int, places: int, *, unpacked: bool) -> int:
         """What a decoding step reads and writes: the weights, the rows' keys and values, and their logits.
 
-        Where the base is not unpacked, each step reads its 4 bits, writes it in the compute type and reads that.
+        Where the base is not unpacked, each step reads its 4 bits, writes it in the compute type and reads that; on a
+        GPU few rows are multiplied by the 4 bits as they are.
         """
-        base = self.linear_weights * self.itemsize
-        if not unpacked:
-            base = 2 * base + self.linear_weights * 9 // 16
+        base, packed = self.linear_weights * self.itemsize, self.linear_weights * 9 // 16
+        if self.device == "cuda" and rows <= FEW_ROWS:
+            base = packed
+        elif not unpacked:
+            base = 2 * base + packed
         head = self.shape.vocabulary * self.shape.hidden * self.itemsize
         cache = 2 * self.shape.layers * self._widths.keys * places * self.itemsize
         return base + head + rows * (cache + 24 * self.shape.vocabulary)

@@ -193,9 +193,10 @@ class FusedLayers:
             return self._low_rank[1:]
         # normal tensors even when made in inference mode: a backward pass may keep them
         with torch.inference_mode(False), torch.no_grad():
-            a = torch.cat([part.to(dtype) for part in self.a])
+            a = torch.cat(self.a, out=self.a[0].new_empty(sum(self.ranks), self.a[0].shape[1], dtype=dtype))
             b = [
-                (part.t() * scaling).to(dtype).contiguous() for part, scaling in zip(self.b, self.scalings, strict=True)
+                torch.mul(part.t(), scaling, out=part.new_empty(part.shape[::-1], dtype=dtype))  # made and cast at once
+                for part, scaling in zip(self.b, self.scalings, strict=True)
             ]
         self._low_rank = None if training else (key, a, b)
         return a, b
@@ -248,7 +249,8 @@ class LoraLinear4bit(torch.autograd.Function):
             grad_x = grad_x.view(*grads[0].shape[:-1], -1)
         grad_a = torch.split((grad_low.t() @ flat).float(), layers.ranks)
         grad_b = [
-            (part.t() @ grad).t().float().contiguous().mul_(scaling)  # the faster order: r rows of long dot products
+            # the faster order: r rows of long dot products
+            (part.t() @ grad).t().to(torch.float32, memory_format=torch.contiguous_format).mul_(scaling)
             for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
         return grad_x, None, None, None, None, None, *grad_a, *grad_b

@@ -123,6 +123,15 @@ def test_generation_by_hand() -> None:
     assert tiny().rows_that_fit(1.0, 100) == 0
 
 
+def test_bytes_of_a_decoding_step_by_hand() -> None:
+    head, row = 512 * 64 * 4, 2 * 3 * 32 * 100 * 4 + 24 * 512
+    base, packed = 110_592 * 4, 110_592 * 9 // 16
+    assert tiny().step_bytes(70, 100, unpacked=True) == base + head + 70 * row
+    assert tiny().step_bytes(7, 100, unpacked=False) == 2 * base + packed + head + 7 * row
+    assert tiny(device="cuda").step_bytes(129, 100, unpacked=False) == 2 * base + packed + head + 129 * row
+    assert tiny(device="cuda").step_bytes(128, 100, unpacked=False) == packed + head + 128 * row
+
+
 def test_work_by_hand() -> None:
     batch = Batch.of([(10, 20, 30)])
     base, adapter, attention, head = 2 * 110_592 * 60, 2 * 12_288 * 60, 4 * 3 * 64 * 2100, 2 * 512 * 64 * 50
