@@ -339,8 +339,11 @@ def _explain(error: ValidationError) -> Iterator[str]:
     """A line for each setting that does not fit."""
     known = list(_keys(RunConfig))
     worst: dict[str, Mapping[str, Any]] = {}
+    automatic: set[str] = set()
     for item in error.errors():
         key = _key_of(item, {*known, *RunConfig.model_fields})
+        if item["type"] == "literal_error" and item["ctx"]["expected"] == "'auto'":
+            automatic.add(key)
         # a union tells what is wrong with each of its branches: the one that came furthest was meant
         if key not in worst or _came(item) > _came(worst[key]):
             worst[key] = item
@@ -353,7 +356,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
         else:
             member = "".join(f"[{part}]" for part in told["loc"] if isinstance(part, int))
             place = f"{key}{member} = {told['input']!r}: " if key else ""
-            yield place + told["msg"].removeprefix("Value error, ")
+            other = "; or auto" if key in automatic and told["type"] != "literal_error" else ""
+            yield place + told["msg"].removeprefix("Value error, ") + other
 
 
 def _key_of(item: Mapping[str, Any], places: Container[str]) -> str:

@@ -324,6 +324,7 @@ def test_every_problem_is_in_one_error() -> None:
             "train.warmup": 1,  # at a bound that is left out
             "data.limit": "many",  # of another type
             "generation.top_p": 1.5,  # above its bound
+            "train.gradient_checkpointing": "sometimes",  # neither true nor false nor auto
             "train.bta": 0.1,  # no such key
             "itertions": 3,
             "beta": 0.1,  # in another group
@@ -338,6 +339,8 @@ def test_every_problem_is_in_one_error() -> None:
         "  itertions: no such setting; did you mean iterations?",
         "  train.bta: no such setting; did you mean train.beta?",
         "  train.epochs = 0: Input should be greater than or equal to 1",
+        "  train.gradient_checkpointing = 'sometimes': Input should be a valid boolean, unable to interpret input;"
+        " or auto",
         "  train.loss = 'squared': Input should be 'logistic', 'hinge', 'exponential' or 'correlation'",
         "  train.warmup = 1: Input should be less than 1",
     ]
