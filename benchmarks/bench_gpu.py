@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from gpu_cases import (
     NEW,
     PEERS,
     PROMPT,
+    Case,
     Peer,
     Share,
     make_model,
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--measure-lengths", type=Path, help="file of prompts and answers to count the tokens of")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--shares", nargs="*", help="and of qspin's shares in them")
+    parser.add_argument("--together", action="store_true", help="side by side: for memory, speed then means nothing")
     parser.add_argument("--profile", action="store_true", help="tables of the kernels that took the time, here")
     parser.add_argument("--timeout", type=float, default=200, help="seconds a case may take")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
@@ -90,20 +93,24 @@ def main() -> None:
     }
     say(str(rates))
     torch.cuda.empty_cache()
-    for name, case in {**CASES, **PEERS}.items():
-        if options.only and name not in options.only:
-            continue
-        folder = options.scratch / case.model
-        if not folder.is_dir():
-            say(f"making {case.model}: {make_model(case.model, folder):.0f} s")
-        started = time.perf_counter()
-        out = options.scratch / f"{'-'.join(name.split())}.json"
-        command = _peer(case, options) if isinstance(case, Peer) else _ours(name, options)
-        measured = measured_by([*command, "--out", str(out)], out, options.timeout)
-        results[name] = dataclasses.asdict(case) | {"measured": measured}
-        say(f"{name}: {time.perf_counter() - started:.0f} s; {json.dumps(measured)}")
-        if options.write:
-            write("gpu", {**headline(results), "rates": rates, "cases": results})
+    chosen = {name: case for name, case in {**CASES, **PEERS}.items() if not options.only or name in options.only}
+    for model in {case.model: None for case in chosen.values()}:
+        if not (options.scratch / model).is_dir():
+            say(f"making {model}: {make_model(model, options.scratch / model):.0f} s")
+    with ThreadPoolExecutor(len(chosen) if options.together else 1) as pool:
+        waiting = {pool.submit(_measure, name, case, options): (name, case) for name, case in chosen.items()}
+        for done in as_completed(waiting):
+            name, case = waiting[done]
+            results[name] = dataclasses.asdict(case) | {"measured": done.result()}
+            say(f"{name}: {json.dumps(done.result())}")
+            if options.write:
+                write("gpu", {**headline(results), "rates": rates, "cases": results})
+
+
+def _measure(name: str, case: Case | Peer, options: argparse.Namespace) -> dict[str, Any]:
+    out = options.scratch / f"{'-'.join(name.split())}.json"
+    command = _peer(case, options) if isinstance(case, Peer) else _ours(name, options)
+    return measured_by([*command, "--out", str(out)], out, options.timeout)
 
 
 def headline(cases: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -145,7 +146,7 @@ def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> st
     else:
         shape = tuple(int(part) for part in kind.split("+"))
         shapes = [shape] * (BATCH * (6 if sum(shape) < 1024 else 3))
-    path, chance = scratch / f"rows-{kind}.jsonl", random.Random(0)
+    path, chance = scratch / f"rows-{kind}-{batch}-{os.getpid()}.jsonl", random.Random(0)
     with path.open("w") as file:
         for shape in shapes:
             sides = ([chance.randrange(5, 32000) for _ in range(count)] for count in shape)
