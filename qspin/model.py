@@ -269,7 +269,8 @@ class SlotModel:
         """Let the first so many decoder layers keep their input alone, and compute them again in the backward pass."""
         # not the last ones: of those the first would be recomputed while all that the others keep is still there
         if recomputed:
-            self._causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+            # nothing in a layer is random, and older torch can't read a GPU's random state while decoding is recorded
+            self._causal_lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             self._causal_lm.disable_input_require_grads()  # which reentrant recomputation alone would need
         for index, layer in enumerate(self._recomputable):
             layer.gradient_checkpointing = index < recomputed

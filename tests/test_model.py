@@ -195,6 +195,21 @@ def test_the_first_layers_are_recomputed_and_embeddings_left_alone(tiny_model: C
     assert not model.peft_model.get_input_embeddings()._forward_hooks
 
 
+def test_recomputed_layers_leave_random_states_alone(
+    tiny_model: Callable[..., SlotModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decoding step between two trainings may be recorded, and torch before 2.10 can't read a GPU's state then."""
+    model = tiny_model()
+    model.use_gradient_checkpointing(2)
+
+    def read(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "get_rng_state", read)
+    logits(model)
+    model.hidden(IDS, torch.arange(len(IDS)), Packed([Lengths(len(IDS))], model.device)).sum().backward()
+
+
 def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:
     model = tiny_model()
     kept = model.adapter()
