@@ -79,7 +79,10 @@ def replayable(model: SlotModel) -> bool:
     kinds = [str(getattr(module, "rope_type", "")) for module in causal_lm.modules()]
     stretched = any(kind in found for found in kinds for kind in ("dynamic", "longrope"))
     config = causal_lm.config.get_text_config().to_dict()
-    return model.device.type == "cuda" and not stretched and not any(config.get(name) for name in EXPERTS)
+    experts = any(config.get(name) for name in EXPERTS) or any(  # some families have names of their own in one of them
+        "Experts" in type(module).__name__ for module in causal_lm.modules()
+    )
+    return model.device.type == "cuda" and not stretched and not experts
 
 
 def padded_rows(live: int, slots: int) -> int:

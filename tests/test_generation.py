@@ -328,3 +328,13 @@ def test_what_a_gpu_could_record(architecture: str, tiny_model: LoadModel) -> No
     assert replayable(model)
     model.peft_model.config.num_experts = 8
     assert not replayable(model)
+
+
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "granitemoe"])
+def test_a_gpu_could_not_record_experts(family: str, tiny_model: LoadModel) -> None:
+    model = tiny_model()
+    model.device = torch.device("cuda")
+    config = transformers.AutoConfig.for_model(family, num_hidden_layers=2)
+    with torch.device("meta"):
+        model.peft_model.base_model.model = transformers.AutoModelForCausalLM.from_config(config)
+    assert not replayable(model)
