@@ -7,7 +7,11 @@ fused kernels for a GPU. Layers are told which, and nothing else knows.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import bitsandbytes.functional as bnb
@@ -16,8 +20,8 @@ from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
-TRITON = importlib.util.find_spec("triton") is not None  # beside torch, where it is of use
 VERY_FEW_ROWS, FEW_ROWS = 4, 64
+MOST_RANK = 256  # of which A's and B's parts fit into a processor's own memory
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -47,8 +51,7 @@ class Kernels:
         self, x: Tensor, data: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor:
         """(N, in) and x·Aᵀ, (N, r) → x·Wᵀ + x·Aᵀ·B + bias, (N, out), of few rows; B (r, out) is (α/r)·Bᵀ."""
-        ours = TRITON and fast_memory(x) and VERY_FEW_ROWS < len(x) <= FEW_ROWS
-        if ours and x.dtype != torch.float32 and x.shape[-1] % 256 == 0:
+        if TRITON and fast_memory(x) and multipliable(x, data, constants, low):
             from qspin.nf4_product import product
 
             return product(x, data, constants, low, b, bias)
@@ -66,6 +69,26 @@ class Kernels:
     def rotary(self, own: Rotate) -> Rotate | None:  # noqa: ARG002
         """What does as a model's own rotary embedding does; None: nothing better."""
         return None
+
+
+def compiles() -> bool:
+    """Whether Triton is beside torch, with what it builds its launcher with: a C compiler and Python's headers."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's, which has no headers
+    headers = Path(sysconfig.get_path("include", scheme), "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return os.name == "nt" or (compiler is not None and headers.is_file())
+
+
+TRITON = compiles()
+
+
+def multipliable(x: Tensor, data: Tensor, constants: Any, low: Tensor) -> bool:
+    """Whether `nf4_product` computes this. A base that came quantised may be in FP4, or packed in another type."""
+    shapes = VERY_FEW_ROWS < len(x) <= FEW_ROWS and x.shape[-1] % 256 == 0 and low.shape[1] <= MOST_RANK
+    packed = (data.dtype, constants.quant_type, constants.blocksize) == (torch.uint8, "nf4", 64)
+    return shapes and packed and x.dtype != torch.float32 and torch.version.hip is None  # its look-up is NVIDIA's
 
 
 def fast_memory(x: Tensor) -> bool:

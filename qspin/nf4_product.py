@@ -74,6 +74,7 @@ def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, b
     Args:
         packed, constants: of bitsandbytes, in blocks of 64 along `in`.
     """
+    x = x.contiguous()
     rows, ins = x.shape
     outs = constants.shape[0]
     y = x.new_empty(rows, outs)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sysconfig
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from qspin.kernels import compiles, multipliable
 from qspin.nf4_levels import look_up
 
 
@@ -49,3 +54,40 @@ def test_levels_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
         halves = [found[f"${register}"] >> shift & 0xFFFF for register in range(4) for shift in (0, 16)]
         assert halves[:4] == [levels[byte >> 4] for byte in packed]
         assert halves[4:] == [levels[byte & 15] for byte in packed]
+
+
+@pytest.mark.parametrize(
+    ("other", "computed"),
+    [
+        ({}, True),
+        ({"compress_statistics": True}, True),
+        ({"rows": 4}, False),
+        ({"rows": 64}, True),
+        ({"rows": 65}, False),
+        ({"ins": 320}, False),
+        ({"rank": 256}, True),
+        ({"rank": 257}, False),
+        ({"dtype": torch.float32}, False),
+        ({"quant_type": "fp4"}, False),
+        ({"blocksize": 128}, False),
+        ({"quant_storage": torch.bfloat16}, False),
+    ],
+)
+def test_what_our_kernel_computes(other: dict[str, Any], computed: bool) -> None:
+    asked = {"rows": 16, "ins": 512, "rank": 8, "dtype": torch.bfloat16, "quant_type": "nf4"} | other
+    rows, ins, rank, dtype = (asked.pop(name) for name in ("rows", "ins", "rank", "dtype"))
+    data, constants = bnb.quantize_4bit(torch.randn(64, ins, dtype=dtype), **asked)
+    x = torch.randn(rows, ins, dtype=dtype)
+    assert multipliable(x, data, constants, x.new_zeros(rows, rank)) == computed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Triton for Windows brings its own compiler")
+def test_triton_without_a_compiler_is_of_no_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "triton.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert not compiles()
+    (tmp_path / "gcc").write_text("#!/bin/sh\n")
+    (tmp_path / "gcc").chmod(0o755)
+    assert compiles() == (Path(sysconfig.get_path("include")) / "Python.h").is_file()
