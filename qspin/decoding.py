@@ -17,6 +17,9 @@ from torch import Tensor
 from qspin.kv_cache import Decode, KVCache
 from qspin.model import SlotModel
 
+# The driver keeps tens of MB for each, a hundred before CUDA 12.4, of which neither plans nor torch know
+# (github.com/vllm-project/vllm/issues/5517). Rows come and go between two or three sizes, and end through all once.
+MOST_GRAPHS = 4
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configurations
 
 
@@ -33,7 +36,7 @@ class Decoder:
         self._model, self._cache = model, cache
         self._replays = replayable(model)
         self._inputs = torch.zeros(2, cache.slots, dtype=torch.long, device=cache.device)  # tokens; their places
-        self._steps: dict[int, _Step | None] = {}  # by rows; None: computed once, not recorded yet
+        self._steps: dict[int, _Step | None] = {}  # by rows, the last used last; None: computed, not recorded
         self._places = cache.places  # that they were recorded with
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -57,11 +60,19 @@ class Decoder:
         if rows not in self._steps:
             self._steps[rows] = None
             return self._computed(rows)  # kernels that were never used before can't be recorded
-        step = self._steps[rows]
+        step = self._steps.pop(rows)
         if step is None:
-            step = self._steps[rows] = self._recorded(rows)
+            self._make_room()
+            step = self._recorded(rows)
+        self._steps[rows] = step
         step.graph.replay()
         return step.logits
+
+    def _make_room(self) -> None:
+        """For one more graph: those not used for the longest time go."""
+        recorded = [rows for rows, step in self._steps.items() if step is not None]
+        for rows in recorded[: 1 - MOST_GRAPHS]:
+            self._steps[rows] = None
 
     def _recorded(self, rows: int) -> _Step:
         # one pool for all: no two run at once, and what a step leaves there is read before the next

@@ -20,7 +20,7 @@ from qspin.attention import Lengths as GroupLengths
 from qspin.attention import Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
-from qspin.decoding import padded_rows, replayable
+from qspin.decoding import Decoder, padded_rows, replayable
 from qspin.generation import Completion, Request, generate
 from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
@@ -312,6 +312,35 @@ def test_few_numbers_of_rows_are_recorded() -> None:
     padded = [padded_rows(live, 100) for live in range(1, 101)]
     assert sorted(set(padded)) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100]
     assert all(live <= rows < 1.5 * live for live, rows in enumerate(padded, 1))
+
+
+def test_the_graphs_used_last_are_kept(tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they hold is the driver's, so that no plan knows of it. A CPU has none: only which are there is seen."""
+    done: list[str] = []
+
+    class Recorded:
+        logits = torch.zeros(1)
+        graph: Any
+
+        def __init__(self, rows: int) -> None:
+            self.graph, self.rows = self, rows
+            done.append(f"record {rows}")
+
+        def replay(self) -> None:
+            done.append(f"replay {self.rows}")
+
+    monkeypatch.setattr(Decoder, "_recorded", Recorded)
+    monkeypatch.setattr(Decoder, "_computed", lambda _decoder, rows: done.append(f"compute {rows}"))
+    decoder = Decoder(tiny_model(), KVCache(slots=16, device=CPU))
+    for rows in (16, 16, 12, 12, 8, 8, 16, 6, 6, 4, 4):
+        decoder._replayed(rows)
+    assert done[:3] == ["compute 16", "record 16", "replay 16"]
+    assert [rows for rows, step in decoder._steps.items() if step is not None] == [8, 16, 6, 4]
+    done.clear()
+    for rows in (12, 16):
+        decoder._replayed(rows)
+    assert done == ["record 12", "replay 12", "replay 16"]
+    assert [rows for rows, step in decoder._steps.items() if step is not None] == [6, 4, 12, 16]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
