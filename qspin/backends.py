@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import io
 import os
 import tempfile
@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.version import Version
 
 from qspin.config import BackendName
 from qspin.errors import QspinError
 from qspin.kernels import Kernels
+
+OLDEST_UNSLOTH = "2026.10.9"
 
 
 def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -> tuple[BackendName, str]:
@@ -36,8 +39,12 @@ def unsloth_missing(device: torch.device) -> str | None:
     """Why Unsloth's kernels can't be had, if they can't."""
     if device.type == "cpu":
         return "Unsloth needs a GPU"
-    if importlib.util.find_spec("unsloth") is None:
+    try:
+        have = importlib.metadata.version("unsloth")
+    except importlib.metadata.PackageNotFoundError:
         return "Unsloth is not installed: pip install unsloth"
+    if Version(have) < Version(OLDEST_UNSLOTH):  # not known to compute what is expected of it
+        return f"Unsloth {have} is older than {OLDEST_UNSLOTH}: pip install -U unsloth"
     return None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qspin.errors import QspinError
 from qspin.kv_cache import Decode, KVCache
 from qspin.model import SlotModel
 
@@ -78,8 +79,16 @@ class Decoder:
         # one pool for all: no two run at once, and what a step leaves there is read before the next
         pool = next((step.graph.pool() for step in self._steps.values() if step is not None), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._computed(rows)
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                logits = self._computed(rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise QspinError(
+                f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "
+                f"({' '.join(str(error).split())}); please report the model"
+            ) from None
         return _Step(graph, logits)
 
 

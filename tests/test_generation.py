@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, HOUSE_STYLE, SHAPE, moved_adapter
 from test_scoring import plain_twin
+from torch import Tensor
 
 from qspin import generation
 from qspin.attention import Lengths as GroupLengths
@@ -21,6 +23,7 @@ from qspin.attention import Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.decoding import Decoder, padded_rows, replayable
+from qspin.errors import QspinError
 from qspin.generation import Completion, Request, generate
 from qspin.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
@@ -341,6 +344,23 @@ def test_the_graphs_used_last_are_kept(tiny_model: LoadModel, monkeypatch: pytes
         decoder._replayed(rows)
     assert done == ["record 12", "replay 12", "replay 16"]
     assert [rows for rows, step in decoder._steps.items() if step is not None] == [6, 4, 12, 16]
+
+
+def test_a_step_that_cannot_be_recorded_is_one_line(tiny_model: LoadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch says it where a layer asks for a tensor's value. A CPU has no graphs to record."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _graph, pool: contextlib.nullcontext(pool))
+    decoder = Decoder(tiny_model(), KVCache(slots=2, device=CPU))
+    refused = RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for")
+    for error, raised in ((refused, QspinError), (torch.OutOfMemoryError("2 TiB"), torch.OutOfMemoryError)):
+
+        def computed(_decoder: Decoder, _rows: int, error: Exception = error) -> Tensor:
+            raise error
+
+        monkeypatch.setattr(Decoder, "_computed", computed)
+        with pytest.raises(raised) as caught:
+            decoder._recorded(2)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])

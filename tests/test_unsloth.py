@@ -13,7 +13,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+
+from qspin.backends import OLDEST_UNSLOTH, choose_backend, unsloth_missing
+from qspin.errors import QspinError
 
 # what it imports, beside what qspin itself needs
 NEEDS = (
@@ -69,3 +73,24 @@ def test_what_we_call_is_there(site: Path, tmp_path: Path) -> None:
     for name, arguments in CALLED.items():
         assert [argument for argument in found[name] if argument in arguments] == arguments, name
     assert found["fast_dequantize"][:2] == ["W", "quant_state"]  # given by position
+
+
+def test_an_older_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["unsloth"] == [f"unsloth>={OLDEST_UNSLOTH}"]
+    gpu = torch.device("cuda")
+    assert unsloth_missing(gpu) == "Unsloth is not installed: pip install unsloth"
+    about = tmp_path / "unsloth.dist-info" / "METADATA"
+    about.parent.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    for version, missing in (
+        (OLDEST_UNSLOTH, None),
+        ("2027.1.1", None),
+        ("2026.2.10", "Unsloth 2026.2.10 is older than"),
+    ):
+        about.write_text(f"Metadata-Version: 2.1\nName: unsloth\nVersion: {version}\n")
+        told = unsloth_missing(gpu)
+        assert told is None if missing is None else (told or "").startswith(missing)
+    assert choose_backend("auto", gpu)[0] == "transformers"
+    with pytest.raises(QspinError, match=r"no unsloth here: Unsloth 2026\.2\.10 is older"):
+        choose_backend("unsloth", gpu)
