@@ -82,6 +82,7 @@ CASES = {
     "qspin, 8B": Case("llama-3.1-8b", "unsloth", {
         "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
+        "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
     }),
     "qspin, Qwen3 8B": Case("qwen3-8b", "unsloth", {
         "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
@@ -100,6 +101,8 @@ PEERS = {
     "TRL on Unsloth": Peer("mistral-7b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
     "TRL on Unsloth, plain": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16, generate=False),
     "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4, generate=False),
+    # its generation has CUDA graphs for Llama's class, and not for Mistral's
+    "TRL on Unsloth, 8B": Peer("llama-3.1-8b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
     "TRL on transformers": Peer("mistral-7b", "transformers", 22.0, BOTH, "plain", batch=8, generate=True),
 }
 
