@@ -18,6 +18,7 @@ from qspin.at_once import LAUNCH, Budget, budgets, choose, recomputable
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.machine import nominal_rate
 from qspin.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row
@@ -25,9 +26,6 @@ from qspin.records import Pair
 from qspin.scoring import pair_logps
 
 FIRST_PROBE = 8  # the first probe takes this part of the most
-# 16-bit products with fp32 sums, in operations a clock of one multiprocessor, by capability; and clocks a second
-A_CLOCK = {(7, 5): 1024, (8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
-OTHERS, CLOCK = 512, 1.7e9
 
 
 def token_budget(
@@ -63,7 +61,10 @@ def token_budget(
 
     longest = max(lengths_of(pair, prefix).total for pair in pairs)
     candidates = budgets(config, footprint.device, longest)
-    found = choose(footprint, config, candidates, fullest, micro_batches, takes, room, _launch(model.device))
+    launch = (
+        LAUNCH * nominal_rate(torch.cuda.get_device_properties(model.device)) if footprint.device == "cuda" else 0.0
+    )
+    found = choose(footprint, config, candidates, fullest, micro_batches, takes, room, launch)
     if takes(replace(footprint, recomputed=found.recomputed), fullest(found.tokens)) < room / 2:
         return found
     while True:
@@ -78,15 +79,6 @@ def token_budget(
         else:
             _check_several(tried, config)
             found = found._replace(tokens=found.tokens // 2)
-
-
-def _launch(device: torch.device) -> float:
-    """See `choose`. Reckoned from what a GPU says of itself: were it measured, two runs could choose otherwise."""
-    if device.type == "cpu":
-        return 0.0
-    properties = torch.cuda.get_device_properties(device)
-    a_clock = A_CLOCK.get((properties.major, properties.minor), OTHERS)
-    return LAUNCH * properties.multi_processor_count * a_clock * CLOCK
 
 
 def _set_right(

@@ -124,7 +124,7 @@ def in_one_order() -> Iterator[None]:
     """Sums that several threads of a GPU add to are made in a fixed order, not in that of arrival."""
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    # else each new tensor is filled first, which costs 1% of training; kernels write all that they ask for
+    # else each new tensor is filled first; kernels write all that they ask for
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield

@@ -28,7 +28,7 @@ SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what 
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
-FEW_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
+PACKED_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
@@ -313,7 +313,7 @@ class Footprint:
         GPU few rows are multiplied by the 4 bits as they are.
         """
         base, packed = self.linear_weights * self.itemsize, self.linear_weights * 9 // 16
-        if self.device == "cuda" and rows <= FEW_ROWS:
+        if self.device == "cuda" and rows <= PACKED_ROWS:
             base = packed
         elif not unpacked:
             base = 2 * base + packed

@@ -20,7 +20,7 @@ from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
-VERY_FEW_ROWS, FEW_ROWS = 4, 64
+ROWS = range(5, 65)  # for which `nf4_product` is the fastest where memory is fast; bitsandbytes is for fewer
 MOST_RANK = 256  # of which A's and B's parts fit into a processor's own memory
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 
@@ -86,7 +86,7 @@ TRITON = compiles()
 
 def multipliable(x: Tensor, data: Tensor, constants: Any, low: Tensor) -> bool:
     """Whether `nf4_product` computes this. A base that came quantised may be in FP4, or packed in another type."""
-    shapes = VERY_FEW_ROWS < len(x) <= FEW_ROWS and x.shape[-1] % 256 == 0 and low.shape[1] <= MOST_RANK
+    shapes = len(x) in ROWS and x.shape[-1] % 256 == 0 and low.shape[1] <= MOST_RANK
     packed = (data.dtype, constants.quant_type, constants.blocksize) == (torch.uint8, "nf4", 64)
     return shapes and packed and x.dtype != torch.float32 and torch.version.hip is None  # its look-up is NVIDIA's
 
@@ -98,4 +98,4 @@ def fast_memory(x: Tensor) -> bool:
 
 def few(x: Tensor) -> bool:
     """(…, in) of so few rows that a product by 4 bits beats making W there."""
-    return x.numel() <= FEW_ROWS * x.shape[-1]
+    return x.numel() < ROWS.stop * x.shape[-1]

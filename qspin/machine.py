@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -53,6 +53,10 @@ CARDS = {
     24: ("RTX 3090", 936e9, 71e12),
 }
 
+# 16-bit products with fp32 sums, in operations a clock of one multiprocessor, by capability; and clocks a second
+A_CLOCK = {(7, 5): 1024, (8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
+OTHERS, CLOCK = 512, 1.7e9
+
 
 def card(gigabytes: float, model: ModelConfig) -> Machine:
     """An NVIDIA card of so many GiB, as fast as the largest one listed that has no more."""
@@ -81,6 +85,13 @@ def this_machine(model: ModelConfig) -> Machine:
     memory = free_bytes(device) + psutil.Process().memory_info().rss
     name = f"{torch.get_num_threads()} CPU threads"
     return Machine(name, "cpu", memory, dtype.itemsize, flops, bandwidth, measured=True)
+
+
+def nominal_rate(properties: Any) -> float:
+    """Floating-point operations a second of 16-bit products at best, reckoned from what a GPU says of itself
+    (`torch.cuda.get_device_properties`): for what two runs must choose alike, as they would not by a measurement."""
+    a_clock = A_CLOCK.get((properties.major, properties.minor), OTHERS)
+    return float(properties.multi_processor_count * a_clock * CLOCK)
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

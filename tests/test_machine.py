@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qspin.config import ModelConfig, load_config
-from qspin.machine import CARDS, GIB, card, copy_rate, product_rate, this_machine
+from qspin.machine import CARDS, GIB, card, copy_rate, nominal_rate, product_rate, this_machine
 from qspin.memory import free_bytes
 from qspin.model import compute_dtype
 
@@ -26,6 +28,19 @@ def test_figures_of_cards_are_of_the_right_size() -> None:
     for _, bandwidth, flops in CARDS.values():
         assert 2e11 < bandwidth < 1e12  # bytes a second
         assert 2e13 < flops < 1e14
+
+
+@pytest.mark.parametrize(
+    ("capability", "multiprocessors", "published"),
+    [((8, 6), 28, CARDS[12][2]), ((8, 6), 82, CARDS[24][2]), ((8, 9), 34, CARDS[16][2]), ((9, 0), 132, 989e12)],
+    ids=["RTX 3060", "RTX 3090", "RTX 4060 Ti", "H100"],
+)
+def test_a_nominal_rate_is_near_the_published_one(
+    capability: tuple[int, int], multiprocessors: int, published: float
+) -> None:
+    major, minor = capability
+    rate = nominal_rate(SimpleNamespace(major=major, minor=minor, multi_processor_count=multiprocessors))
+    assert rate == pytest.approx(published, rel=0.35)
 
 
 def test_fp32_takes_twice_the_bytes_and_time_on_a_card() -> None:
