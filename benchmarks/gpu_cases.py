@@ -68,10 +68,11 @@ BOTH = "both"  # a peer's: some of FIXED, then REAL
 CASES = {
     "qspin": Case("mistral-7b", "unsloth", {
         "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB, auto": Share(7.0, (FIXED, REAL), checkpointing="auto"),  # what TRL on Unsloth takes
+        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
         "22 GiB, auto": Share(22.0, (FIXED, REAL), checkpointing="auto"),
         "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),
-        "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
     "qspin, torch's kernels": Case("mistral-7b", "transformers", {
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import threading
+import traceback
 from collections.abc import Iterator
 
 import psutil
@@ -31,12 +32,18 @@ class OutOfMemory(Exception):
 
 @contextlib.contextmanager
 def refusals_told() -> Iterator[None]:
-    """Raise `OutOfMemory` where torch, or Python, raises one of its errors for a refused allocation."""
+    """Raise `OutOfMemory` where torch, or Python, raises one of its errors for a refused allocation.
+
+    Whoever holds the error, nothing of the work is left: its functions' tensors, and in torch 2.11 and before what its
+    checkpointing has put between autograd and what that saves. It is taken away with a function's frame, and were that
+    in the midst of the next try, what a layer saves then would go to the refused one.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if known or any(refusal in str(error) for refusal in _REFUSALS):
+            traceback.clear_frames(error.__traceback__)
             raise OutOfMemory(str(error).partition("\n")[0] or type(error).__name__) from None
         raise
 

@@ -8,6 +8,7 @@ import json
 import platform
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from qspin.config import TrainConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
 from qspin.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.lora import FusedLayers
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, plan_batches
@@ -283,6 +285,30 @@ def test_a_try_that_is_refused_leaves_no_gradients(tiny_model: Any, monkeypatch:
 
 
 # --- real memory
+
+
+def test_a_refused_forward_pass_leaves_nothing_to_the_next(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if somebody holds the error, and lets it go in the midst of it."""
+    model = tiny_model()
+    model.use_gradient_checkpointing(3)
+    product, held, calls = FusedLayers.product, [torch.OutOfMemoryError("no")], itertools.count()
+    inputs: list[weakref.ref[torch.Tensor]] = []
+
+    def refused(self: FusedLayers, x: torch.Tensor, *rest: Any) -> Any:
+        call = next(calls)
+        inputs.append(weakref.ref(x))
+        if call == 2:  # in the first layer, after its attention
+            raise held[0]
+        if call == 4:  # in the first layer of the next try
+            held.clear()
+        return product(self, x, *rest)
+
+    wanted = budget._need(model, PAIRS[:4], 0)
+    monkeypatch.setattr(FusedLayers, "product", refused)
+    assert not budget._fits(model, PAIRS[:4], 0, 10 * wanted)
+    assert [x() for x in inputs] == [None] * 3
+    assert budget._fits(model, PAIRS[:4], 0, 10 * wanted)
+    assert not held
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is the allocator's business")

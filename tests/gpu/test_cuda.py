@@ -27,7 +27,7 @@ from qspin import spin
 from qspin.attention import Lengths, Packed, Rules, _SpanAttention
 from qspin.backends import unsloth_kernels
 from qspin.base import find_base
-from qspin.budget import rows_at_once, token_budget
+from qspin.budget import _fits, rows_at_once, token_budget
 from qspin.config import BackendName, LoraConfig, ModelConfig, TrainConfig, load_config
 from qspin.decoding import Decoder, replayable
 from qspin.files import read_json, read_jsonl, remove
@@ -309,6 +309,20 @@ def test_memory_refused_while_a_step_is_recorded(
             patch.setattr(model, "logits", lambda _hidden: torch.empty(2**42, dtype=torch.uint8, device=CUDA))
             decoder.step([5, 6])
         assert torch.equal(logits(), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_refused_work_leaves_nothing_to_the_next(backend: BackendName, tiny_folder: Callable[[str], Path]) -> None:
+    model = load(tiny_folder("llama"), backend)
+    model.use_gradient_checkpointing(3)
+    share = torch.cuda.memory_reserved() + 600 * 2**20
+    torch.cuda.set_per_process_memory_fraction(share / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        for copies in (10**5, 3 * 10**4, 10**4, 3000):  # which are refused in one place or another
+            assert not _fits(model, PAIRS * (copies // len(PAIRS)), 0, 0)
+            assert _fits(model, PAIRS, 0, 2**30)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_work_stays_within_a_share_of_the_card(tiny_folder: Callable[[str], Path]) -> None:
