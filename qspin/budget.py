@@ -26,6 +26,7 @@ from qspin.records import Pair
 from qspin.scoring import pair_logps
 
 FIRST_PROBE = 8  # the first probe takes this part of the most
+REFUSED = 1.25  # of the room: what work is taken for that was refused; it was more than 1 / SHARE
 
 
 def token_budget(
@@ -35,7 +36,8 @@ def token_budget(
 
     What the settings leave open is found. A small micro-batch is tried first, halved until it fits, and tells how far
     the prediction is off. If the prediction for what `choose` takes, set right by that, is less than half of the room,
-    that is that; else its longest micro-batch is tried, and made smaller until it fits.
+    that is that; else its longest micro-batch is tried, and if it doesn't fit, predictions are set right by that too,
+    and it chooses again.
 
     Args:
         plan: tokens → plan.
@@ -64,21 +66,30 @@ def token_budget(
     launch = (
         LAUNCH * nominal_rate(torch.cuda.get_device_properties(model.device)) if footprint.device == "cuda" else 0.0
     )
-    found = choose(footprint, config, candidates, fullest, micro_batches, takes, room, launch)
-    if takes(replace(footprint, recomputed=found.recomputed), fullest(found.tokens)) < room / 2:
-        return found
+    short = 1.0  # how many times what was predicted the tries have taken
+
+    def has_taken(footprint: Footprint, batch: Batch) -> float:
+        return short * takes(footprint, batch)
+
     while True:
+        found = choose(footprint, config, candidates, fullest, micro_batches, has_taken, room, launch)
+        predicted = has_taken(replace(footprint, recomputed=found.recomputed), fullest(found.tokens))
+        if predicted < room / 2:
+            return found
         model.use_gradient_checkpointing(found.recomputed)
         tried = _longest(pairs, plan(found.tokens), prefix)
-        if _fits(model, tried, prefix, room):
+        try:
+            need = float(_need(model, tried, prefix))
+        except OutOfMemory:
+            need = REFUSED * room
+        if need <= room:
             return found
-        if found.recomputed < most:
-            found = found._replace(recomputed=min(most, 2 * found.recomputed + most // 4 + 1))
-        elif isinstance(asked, int):
-            return found
-        else:
+        if found == Budget(candidates[-1], most):  # nothing takes less
+            if isinstance(asked, int):
+                return found
             _check_several(tried, config)
-            found = found._replace(tokens=found.tokens // 2)
+            candidates.append(found.tokens // 2)
+        short *= max(1.0, need / predicted)
 
 
 def _set_right(
@@ -167,13 +178,6 @@ def _longest(pairs: Sequence[Pair], plan: Plan, prefix: int) -> list[Pair]:
 def _tokens(pairs: Sequence[Pair], prefix: int) -> int:
     """As a budget counts them: without what all prompts begin with."""
     return sum(lengths_of(pair, prefix).total for pair in pairs)
-
-
-def _fits(model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> bool:
-    try:
-        return _need(model, pairs, prefix) <= room
-    except OutOfMemory:
-        return False
 
 
 def _need(model: SlotModel, pairs: Sequence[Pair], prefix: int) -> int:
