@@ -25,6 +25,8 @@ from qspin.packing import Plan, lengths_of, pack_row
 from qspin.records import Pair
 from qspin.scoring import pair_logps
 
+Takes = Callable[[Footprint, Batch], float]  # bytes
+
 FIRST_PROBE = 8  # the first probe takes this part of the most
 REFUSED = 1.25  # of the room: what work is taken for that was refused; it was more than 1 / SHARE
 
@@ -66,30 +68,36 @@ def token_budget(
     launch = (
         LAUNCH * nominal_rate(torch.cuda.get_device_properties(model.device)) if footprint.device == "cuda" else 0.0
     )
+
+    def chosen(short: float) -> tuple[Budget, float]:
+        def will_take(footprint: Footprint, batch: Batch) -> float:
+            return short * takes(footprint, batch)
+
+        found = choose(footprint, config, candidates, fullest, micro_batches, will_take, room, launch)
+        return found, will_take(replace(footprint, recomputed=found.recomputed), fullest(found.tokens))
+
+    least = Budget(candidates[-1], most)
     short = 1.0  # how many times what was predicted the tries have taken
-
-    def has_taken(footprint: Footprint, batch: Batch) -> float:
-        return short * takes(footprint, batch)
-
     while True:
-        found = choose(footprint, config, candidates, fullest, micro_batches, has_taken, room, launch)
-        predicted = has_taken(replace(footprint, recomputed=found.recomputed), fullest(found.tokens))
+        found, predicted = chosen(short)
         if predicted < room / 2:
             return found
-        model.use_gradient_checkpointing(found.recomputed)
         tried = _longest(pairs, plan(found.tokens), prefix)
-        try:
-            need = float(_need(model, tried, prefix))
-        except OutOfMemory:
-            need = REFUSED * room
-        if need <= room:
+        need = _need_of(found, model, tried, prefix, room)
+        if need <= room or (found == least and isinstance(asked, int)):
             return found
-        if found == Budget(candidates[-1], most):  # nothing takes less
-            if isinstance(asked, int):
-                return found
+        if found == least:  # whose longest micro-batch is the longest pair
             _check_several(tried, config)
-            candidates.append(found.tokens // 2)
         short *= max(1.0, need / predicted)
+
+
+def _need_of(found: Budget, model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> float:
+    """As `_need`, also of what is refused: more than the room."""
+    model.use_gradient_checkpointing(found.recomputed)
+    try:
+        return _need(model, pairs, prefix)
+    except OutOfMemory:
+        return REFUSED * room
 
 
 def _set_right(
@@ -100,7 +108,7 @@ def _set_right(
     config: TrainConfig,
     tokens: int,
     room: float,
-) -> Callable[[Footprint, Batch], float]:
+) -> Takes:
     """The prediction as measured on the longest micro-batch of a budget, or of a smaller one that fits.
 
     Recomputing as many layers as may be, which takes the least, and where the settings leave that open and there is
@@ -172,7 +180,7 @@ def rows_at_once(model: SlotModel, places: int) -> int:
 
 def _longest(pairs: Sequence[Pair], plan: Plan, prefix: int) -> list[Pair]:
     micro_batches = ([pairs[index] for index in micro_batch] for micro_batch in itertools.chain(*plan))
-    return max(micro_batches, key=lambda members: _tokens(members, prefix))
+    return max(micro_batches, key=lambda members: (_tokens(members, prefix), -len(members)))  # one pair of equals
 
 
 def _tokens(pairs: Sequence[Pair], prefix: int) -> int:
