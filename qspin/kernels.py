@@ -20,7 +20,7 @@ from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
-ROWS = range(5, 65)  # for which `nf4_product` is the fastest where memory is fast; bitsandbytes is for fewer
+ROWS = range(2, 129)  # for which `nf4_product` is the fastest where memory is fast; bitsandbytes is for one
 MOST_RANK = 256  # of which A's and B's parts fit into a processor's own memory
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
 

@@ -22,7 +22,6 @@ from qspin.nf4_levels import look_up
 
 BLOCK, NESTED_BLOCK = 64, 256
 STAGES = 3
-PROGRAMS = 1024  # at most, where inputs are cut
 SUMMED = 256  # outputs that a program of the second kernel adds up
 
 
@@ -100,9 +99,10 @@ def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, b
     y = x.new_empty(rows, outs)
     nested = constants.nested
     second = constants.state2 if nested else constants
-    at_once, blocks, warps = _tile(rows, outs)
+    at_once, blocks, warps, most = _tile(rows)
     programs, steps = triton.cdiv(outs, at_once), ins // (blocks * BLOCK)
-    share = triton.cdiv(steps, max(1, min(PROGRAMS // programs, steps)))  # steps of a program
+    most *= torch.cuda.get_device_properties(x.device).multi_processor_count
+    share = triton.cdiv(steps, max(1, min(most // programs, steps)))  # steps of a program
     shares = triton.cdiv(steps, share)
     sums = y if shares == 1 else x.new_empty(shares, rows, outs, dtype=torch.float32)
     _product[(programs, shares)](
@@ -117,9 +117,7 @@ def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, b
     return y
 
 
-def _tile(rows: int, outs: int) -> tuple[int, int, int]:
-    """Outputs of a program, blocks at once and warps: the fastest of 54 on an H200, for 16 and 64 rows of the layers of
-    a 7B model. Few outputs are cut into smaller parts, so that there is one for each of the GPU's processors."""
-    if outs <= 2048 or (rows > 16 and outs <= 8192):
-        return 16, 4, 4
-    return (32, 4, 2) if rows <= 16 else (64, 2, 4)
+def _tile(rows: int) -> tuple[int, int, int, int]:
+    """Outputs of a program, blocks at once, warps, and how many programs each of the GPU's processors may have: the
+    fastest of 54, for 1 to 128 rows of the layers of a 7B model on an H200."""
+    return (32, 4, 2, 4) if rows <= 32 else (64, 2, 4, 2)

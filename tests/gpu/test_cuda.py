@@ -111,7 +111,7 @@ def test_flash_attention_is_attention(prefix: int, window: int | None, heads: in
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "ins", "outs", "rank"), [(1, 256, 80, 4), (16, 1024, 2064, 16), (40, 512, 8208, 8), (64, 4096, 1024, 64)]
+    ("rows", "ins", "outs", "rank"), [(1, 256, 80, 4), (16, 1024, 2064, 16), (40, 512, 8208, 8), (128, 4096, 1024, 64)]
 )
 def test_product_by_4_bits(
     rows: int, ins: int, outs: int, rank: int, biased: bool, double_quant: bool, dtype: torch.dtype
