@@ -170,6 +170,18 @@ def measure_lengths(data: Path) -> list[tuple[int, int, int]]:
     return [(len(row.prompt_ids), len(row.real_ids), other) for row, other in zip(rows, others, strict=True)]
 
 
+def computed_tokens(lengths: list[tuple[int, int, int]]) -> dict[str, int]:
+    """Of real rows: qspin's, a prompt once, and TRL's by pairs a step, a prompt twice and all as long as the longest of
+    the step, in multiples of 8."""
+    found = {"qspin": sum(map(sum, lengths))}
+    for size in sorted({peer.batch for peer in PEERS.values()}):
+        steps = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+        longest = (max(prompt + max(real, generated) for prompt, real, generated in step) for step in steps)
+        padded = (-(-most // 8) * 8 for most in longest)
+        found[f"TRL, {size} pairs"] = sum(2 * len(step) * most for step, most in zip(steps, padded, strict=True))
+    return found
+
+
 def read_pairs(path: str) -> list[Pair]:
     pairs = []
     for index, line in enumerate(Path(path).read_text().splitlines()):

@@ -120,46 +120,74 @@ def planned_seconds() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def settings(cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of TRL on Unsloth with the model that qspin trains too, by what they are called in tables."""
+    names = {"unsloth": "offloaded", "plain": "recomputed", "none": "kept"}
+    mine = {name: case for name, case in cases.items() if name.startswith("TRL on Unsloth")}
+    mine = {name: case for name, case in mine.items() if case["model"] == cases["qspin"]["model"]}
+    return {f"{names[case['checkpointing']]}, {case['batch']} pairs": case for case in mine.values()}
+
+
 def gpu() -> str:
-    """A 7B model's work on one GPU beside TRL on Unsloth, for README.md and docs/performance.md."""
+    """Work on one GPU beside TRL on Unsloth in its fastest setting, for README.md and docs/performance.md."""
     cases = _read("gpu", "cuda")["cases"]
-    measured, peer = cases["qspin"]["measured"], cases["TRL on Unsloth"]
-    theirs, memory = peer_rates(peer), peer["measured"]["training"]["peak_allocated_bytes"] / GIB
+    measured, peers = cases["qspin"]["measured"], settings(cases)
     rows = [("", "qspin", "GiB", "TRL on Unsloth", "GiB", "ratio"), ("---",) * 6]
     trained = {
-        "256 + 256 + 256 tokens": ("22 GiB", "256+256+256"),
-        "the same, as `auto` has it": ("22 GiB, auto", "256+256+256"),
-        "real lengths": ("22 GiB", "real"),
-        "the same, as `auto` has it ": ("22 GiB, auto", "real"),
+        "256 + 256 + 256 tokens, all layers recomputed": ("22 GiB", "256+256+256"),
+        "256 + 256 + 256 tokens, `auto`": ("22 GiB, auto", "256+256+256"),
+        "real lengths, all layers recomputed": ("22 GiB", "real"),
+        "real lengths, `auto`": ("22 GiB, auto", "real"),
     }
     for label, (share, kind) in trained.items():
+        rates = {name: peer_rates(peer)[kind] for name, peer in peers.items()}
+        fastest = max(rates, key=rates.__getitem__)
+        memory = peers[fastest]["measured"]["training"]["peak_allocated_bytes"]
         found = measured[share][kind]["train"]
-        rows.append(_beside(f"train, pairs a second: {label.strip()}", found, "pairs/s", theirs[kind], memory))
-    generation = peer["measured"]["generation"]
-    speed, memory = generation["new_tokens_a_second"], generation["peak_allocated_bytes"] / GIB
-    for label, kind in (("16 rows at once", "16 at once"), ("all that 22 GiB hold, 212", "wide")):
-        found = measured["22 GiB"]["generate"][kind]
-        rows.append(_beside(f"generate, tokens a second: {label}", found, "tokens/s", speed, memory))
+        rows.append(
+            _beside(f"train, pairs a second: {label}", found, "pairs/s", rates[fastest], memory, f" ({fastest})")
+        )
+    for label, mine, theirs in (
+        ("Mistral 7B", "qspin", "TRL on Unsloth"),
+        ("Llama 3.1 8B", "qspin, 8B", "TRL on Unsloth, 8B"),
+    ):
+        generation = cases[theirs]["measured"]["generation"]
+        found = cases[mine]["measured"]["22 GiB"]["generate"]["16 at once"]
+        speed, memory = generation["new_tokens_a_second"], generation["peak_allocated_bytes"]
+        rows.append(_beside(f"generate, tokens a second: 16 rows, {label}", found, "tokens/s", speed, memory))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def gpu_like_for_like() -> str:
-    """The rows of `gpu` in which both sides are set alike, for README.md."""
-    head, line, train, *_, generate, _ = gpu().splitlines()
-    return "\n".join((head, line, train, generate))
+def gpu_peers() -> str:
+    """What TRL made of the same work in each setting, for docs/performance.md."""
+    cases = _read("gpu", "cuda")["cases"]
+    peers = {f"TRL on Unsloth: {name}": peer for name, peer in settings(cases).items()}
+    peers |= {f"{peer}: recomputed, 8 pairs": cases[peer] for peer in ("TRL on transformers",)}
+    rows = [("", "256 + 256 + 256", "real lengths", "GiB", "generate, tokens a second"), ("---",) * 5]
+    for label, peer in peers.items():
+        rates, found = peer_rates(peer), peer["measured"]
+        generated = found.get("generation")
+        rows.append(
+            (
+                label,
+                *(_three(rates[kind]) for kind in ("256+256+256", "real")),
+                f"{found['training']['peak_allocated_bytes'] / GIB:.1f}",
+                _three(generated["new_tokens_a_second"]) if generated else "",
+            )
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def gpu_memory() -> str:
     """What phases take under caps on one GPU against what was planned, for docs/fitting.md."""
     rows = [("model's shape", "cap on the allocator", "phase", "planned, GiB", "measured", "reserved"), ("---",) * 6]
-    cases = {name: case for name, case in _read("gpu", "cuda")["cases"].items() if name.startswith("qspin")}
-    earlier = _read("gpu-h100", "cuda")["cases"]["qspin"]
-    cases["earlier"] = earlier | {"measured": {"11 GiB": earlier["measured"]["11 GiB"]}}
-    for case in cases.values():
-        for share, results in case["measured"].items():
-            for phase, found in _phases(results) if share != "load" else ():
-                figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
-                rows.append((case["model"], share, phase, *(f"{size:.2f}" for size in figures)))
+    for name, case in _read("gpu", "cuda")["cases"].items():
+        if name.startswith("qspin") and case["backend"] == "unsloth":
+            model = case["model"] if case["rank"] == 16 else f"{case['model']}, rank {case['rank']}"
+            for share in case["shares"]:
+                for phase, found in _phases(case["measured"][share]):
+                    figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
+                    rows.append((model, share, phase, *(f"{size:.2f}" for size in figures)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -168,13 +196,15 @@ def _phases(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     for kind, found in results.items():
         if kind == "generate":
             yield f"generate, {found['width']} rows", found["wide"]
-        else:
+        elif isinstance(found, dict):
             yield f"train, {kind}", found["train"]
 
 
-def _beside(what: str, found: dict[str, Any], key: str, theirs: float, memory: float) -> tuple[str, ...]:
+def _beside(
+    what: str, found: dict[str, Any], key: str, theirs: float, memory: int, setting: str = ""
+) -> tuple[str, ...]:
     ours, taken = found[key], found["allocated, GiB"]
-    return what, _three(ours), f"{taken:.1f}", _three(theirs), f"{memory:.1f}", _ratio(ours / theirs)
+    return what, _three(ours), f"{taken:.1f}", _three(theirs) + setting, f"{memory / GIB:.1f}", _ratio(ours / theirs)
 
 
 def _three(figure: float) -> str:
@@ -202,4 +232,15 @@ def _ratio(value: float) -> str:
 
 
 if __name__ == "__main__":
-    print(table(), parts(), growth(), exports(), planned_memory(), planned_seconds(), gpu(), gpu_memory(), sep="\n\n")
+    print(
+        table(),
+        parts(),
+        growth(),
+        exports(),
+        planned_memory(),
+        planned_seconds(),
+        gpu(),
+        gpu_peers(),
+        gpu_memory(),
+        sep="\n\n",
+    )

@@ -37,7 +37,7 @@ def test_a_model_made_for_a_gpu_has_the_shape_of_a_real_one(case: gpu_cases.Case
 
 
 def test_the_readme_shows_the_gpu_too() -> None:
-    assert table.gpu_like_for_like() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.gpu() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,7 @@ def test_the_readme_shows_the_gpu_too() -> None:
         ("planned_memory", "fitting"),
         ("planned_seconds", "fitting"),
         ("gpu", "performance"),
+        ("gpu_peers", "performance"),
         ("gpu_memory", "fitting"),
     ],
 )
