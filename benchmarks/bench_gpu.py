@@ -120,7 +120,10 @@ def headline(cases: dict[str, Any]) -> dict[str, Any]:
     means = "pairs a second, 256+256+256 tokens, all layers recomputed, over the fastest setting of TRL on Unsloth"
     if "qspin" in cases and (theirs := settings(cases)):
         ours_at = cases["qspin"]["measured"]["22 GiB"][FIXED]["train"]["pairs/s"]
-        return {"ratio": ours_at / max(peer_rates(peer)[FIXED] for peer in theirs.values()), "ratio_means": means}
+        return {
+            "ratio": ours_at / max(peer_rates(peer).get(FIXED, 0) for peer in theirs.values()),
+            "ratio_means": means,
+        }
     return {}
 
 
@@ -134,7 +137,7 @@ def _peer(case: Peer, options: argparse.Namespace) -> list[str]:
     rows = make_rows(case.rows, options.lengths, options.scratch, case.batch)
     command = [sys.executable, str(HERE / "gpu_peer.py"), "--peer", case.on, "--rows", rows, "--cap-gb", str(case.cap)]
     command += ["--model", str(options.scratch / case.model), "--batch", str(case.batch)]
-    command += ["--checkpointing", case.checkpointing]
+    command += ["--checkpointing", case.checkpointing, *(["--fused-loss"] if case.fused_loss else [])]
     return command + (["--generate", "16", str(NEW), str(PROMPT)] if case.generate else [])
 
 

@@ -60,7 +60,8 @@ class Peer:
     rows: str
     checkpointing: Literal["none", "plain", "unsloth"]
     batch: int
-    generate: bool
+    generate: bool = False
+    fused_loss: bool = False  # Unsloth's own, a part of the logits at a time
 
 
 FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
@@ -100,12 +101,16 @@ CASES = {
 }  # fmt: skip
 PEERS = {
     "TRL on Unsloth": Peer("mistral-7b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
-    "TRL on Unsloth, plain": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16, generate=False),
-    "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4, generate=False),
+    "TRL on Unsloth, plain": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16),
+    "TRL on Unsloth, all kept": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4),
+    "TRL on Unsloth, all kept, real": Peer("mistral-7b", "unsloth", 22.0, REAL, "none", batch=16),
+    "TRL on Unsloth, fused": Peer("mistral-7b", "unsloth", 22.0, BOTH, "unsloth", batch=16, fused_loss=True),
+    "TRL on Unsloth, plain, fused": Peer("mistral-7b", "unsloth", 22.0, BOTH, "plain", batch=16, fused_loss=True),
+    "TRL on Unsloth, all kept, fused": Peer("mistral-7b", "unsloth", 22.0, BOTH, "none", batch=4, fused_loss=True),
     # its generation has CUDA graphs for Llama's class, and not for Mistral's
     "TRL on Unsloth, 8B": Peer("llama-3.1-8b", "unsloth", 22.0, BOTH, "unsloth", batch=8, generate=True),
     "TRL on transformers": Peer("mistral-7b", "transformers", 22.0, BOTH, "plain", batch=8, generate=True),
-}
+}  # fmt: skip
 
 
 def model_config(shape: Architecture) -> Any:

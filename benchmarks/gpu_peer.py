@@ -48,12 +48,15 @@ def main() -> None:
     options = arguments()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if options.fused_loss:
+        os.environ["UNSLOTH_FUSED_PREFERENCE_LOSS"] = "1"
     result: dict[str, Any] = {
         "peer": options.peer,
         "model": options.model.name,
         "cap_gb": options.cap_gb,
         "batch": options.batch,
         "checkpointing": options.checkpointing,
+        "fused_loss": options.fused_loss,
         "oom": False,
         "settings": {name: os.environ[name] for name in ENVIRONMENT if name.startswith("UNSLOTH_D")},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
@@ -84,6 +87,7 @@ def arguments() -> argparse.Namespace:
         default="none",
         help="recompute activations in the backward pass; unsloth: and keep layers' inputs in main memory meanwhile",
     )
+    parser.add_argument("--fused-loss", action="store_true", help="Unsloth's loss, a part of the logits at a time")
     parser.add_argument("--warmup", type=int, default=2, help="first steps, not timed (default 2)")
     parser.add_argument("--generate", type=int, nargs=3, metavar=("WIDTH", "NEW", "PROMPT_LENGTH"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")

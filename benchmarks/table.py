@@ -17,9 +17,11 @@ FIXED_STEPS = 5  # of a peer on a GPU, on rows of one length: seven, less two th
 
 
 def peer_rates(peer: dict[str, Any]) -> dict[str, float]:
-    """Pairs a second on rows of one length and on real ones, three steps left out where new lengths begin."""
+    """Pairs a second on the kinds of rows that it trained on, three steps left out where new lengths begin."""
     batch, seconds = peer["batch"], peer["measured"]["training"]["each_step_seconds"]  # the first two left out
     timed = {"256+256+256": seconds[:FIXED_STEPS], "real": seconds[FIXED_STEPS + 3 :]}
+    if peer["rows"] == "real":
+        timed = {"real": seconds}
     return {kind: batch * len(steps) / sum(steps) for kind, steps in timed.items()}
 
 
@@ -124,8 +126,12 @@ def settings(cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Of TRL on Unsloth with the model that qspin trains too, by what they are called in tables."""
     names = {"unsloth": "offloaded", "plain": "recomputed", "none": "kept"}
     mine = {name: case for name, case in cases.items() if name.startswith("TRL on Unsloth")}
-    mine = {name: case for name, case in mine.items() if case["model"] == cases["qspin"]["model"]}
-    return {f"{names[case['checkpointing']]}, {case['batch']} pairs": case for case in mine.values()}
+    found = {}
+    for case in mine.values():
+        if case["model"] == cases["qspin"]["model"]:
+            loss = ", fused loss" if case["fused_loss"] else ""
+            found[f"{names[case['checkpointing']]}, {case['batch']} pairs{loss}"] = case
+    return found
 
 
 def gpu() -> str:
@@ -140,7 +146,7 @@ def gpu() -> str:
         "real lengths, `auto`": ("22 GiB, auto", "real"),
     }
     for label, (share, kind) in trained.items():
-        rates = {name: peer_rates(peer)[kind] for name, peer in peers.items()}
+        rates = {name: rate for name, peer in peers.items() if (rate := peer_rates(peer).get(kind))}
         fastest = max(rates, key=rates.__getitem__)
         memory = peers[fastest]["measured"]["training"]["peak_allocated_bytes"]
         found = measured[share][kind]["train"]
@@ -170,7 +176,7 @@ def gpu_peers() -> str:
         rows.append(
             (
                 label,
-                *(_three(rates[kind]) for kind in ("256+256+256", "real")),
+                *(_three(rates[kind]) if kind in rates else "" for kind in ("256+256+256", "real")),
                 f"{found['training']['peak_allocated_bytes'] / GIB:.1f}",
                 _three(generated["new_tokens_a_second"]) if generated else "",
             )
