@@ -95,7 +95,7 @@ CASES = {
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }, rank=8),
     "qspin, Qwen2.5 7B": Case("qwen2.5-7b", "unsloth", {
-        "6 GiB": Share(6.0, (FIXED,), checkpointing=True, generate=True),
+        "7 GiB": Share(7.0, (FIXED,), checkpointing=True, generate=True, optimizer="paged_adamw_8bit"),
         "11 GiB": Share(11.0, (LONG,), checkpointing=True),
     }),
 }  # fmt: skip
