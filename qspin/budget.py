@@ -191,6 +191,7 @@ def _tokens(pairs: Sequence[Pair], prefix: int) -> int:
 def _need(model: SlotModel, pairs: Sequence[Pair], prefix: int) -> int:
     """Bytes that a forward and backward pass of a micro-batch takes at most."""
     give_back_freed_memory()  # work that fits into it would not show
+    model.forget()  # nor would as much
     try:
         with peak(model.device) as measured, refusals_told():
             real, generated = pair_logps(model, pack_row(pairs, model.device, prefix))

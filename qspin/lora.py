@@ -110,6 +110,10 @@ class FusedLayers:
     def pack(self) -> None:
         self._unpacked = None
 
+    def forget(self) -> None:
+        """Hold nothing that was kept to be quicker the next time."""
+        self._low_rank = None
+
     def output(self, index: int, x: Tensor) -> Tensor:
         """What one of the layers makes of x; the first to be asked computes for all."""
         if x is not self._input or self._outputs[index] is None:

@@ -168,6 +168,11 @@ class SlotModel:
                 layers.few_rows = False
             self._unpacked_head = None
 
+    def forget(self) -> None:
+        """Free what was kept of the player in the slot: within the next work it would be freed unseen."""
+        for layers in self._layers:
+            layers.forget()
+
     @property
     def footprint(self) -> Footprint:
         """What work with it takes, piece by piece."""

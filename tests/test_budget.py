@@ -28,7 +28,7 @@ from qspin.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.lora import FusedLayers
 from qspin.memory import OutOfMemory, peak, refusals_told
 from qspin.model import SlotModel
-from qspin.packing import Plan, Row, lengths_of, plan_batches
+from qspin.packing import Plan, Row, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 
@@ -306,6 +306,22 @@ def test_a_try_that_is_refused_leaves_no_gradients(tiny_model: Any, monkeypatch:
 
 
 # --- real memory
+
+
+def test_what_scoring_has_kept_does_not_hide_what_training_takes(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, work = tiny_model(), budget.pair_logps
+    with torch.no_grad():
+        work(model, pack_row(PAIRS[:2], CPU))
+    kept = [weakref.ref(layers._low_rank[1]) for layers in model._layers]
+
+    def watched(*args: Any) -> Any:
+        assert [a() for a in kept] == [None] * len(kept)
+        return work(*args)
+
+    monkeypatch.setattr(budget, "pair_logps", watched)
+    assert budget._need(model, PAIRS[:2], 0) > 0
 
 
 def test_a_refused_forward_pass_leaves_nothing_to_the_next(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
