@@ -78,6 +78,7 @@ def token_budget(
 
     least = Budget(candidates[-1], most)
     short = 1.0  # how many times what was predicted the tries have taken
+    further = 1.0  # by how much at least that grows: from try to try by more, as each may be a minute's work on a CPU
     while True:
         found, predicted = chosen(short)
         if predicted < room / 2:
@@ -88,7 +89,8 @@ def token_budget(
             return found
         if found == least:  # whose longest micro-batch is the longest pair
             _check_several(tried, config)
-        short *= max(1.0, need / predicted)
+        short *= max(further, need / predicted)
+        further *= REFUSED
 
 
 def _need_of(found: Budget, model: SlotModel, pairs: Sequence[Pair], prefix: int, room: float) -> float:
@@ -97,7 +99,7 @@ def _need_of(found: Budget, model: SlotModel, pairs: Sequence[Pair], prefix: int
     try:
         return _need(model, pairs, prefix)
     except OutOfMemory:
-        return REFUSED * room
+        return max(REFUSED * room, room + 1)
 
 
 def _set_right(

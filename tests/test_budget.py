@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from conftest import ARCHITECTURES, SHAPE
 from safetensors.torch import load_file
 
 from qspin import answering, budget, memory, spin, training
@@ -233,6 +235,44 @@ def test_a_try_that_took_too_much_sets_predictions_right(
     monkeypatch.setitem(A_PASS, "cpu", 10**6)
     assert token_budget(tiny_model(), PAIRS, plan_for, 0, AUTO) == Budget(MOST, 1)
     assert tried[2:] == [longest(plan_for(MOST))] * 2
+
+
+def test_tries_that_take_a_little_too_much_soon_end(
+    tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A try may be a minute's work, and there are as many to choose from as layers."""
+    monkeypatch.setitem(ARCHITECTURES, "deep", lambda: transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 24}))
+    machine(free=1000 * 2000)
+    tried: list[int] = []
+
+    def a_little_too_much(model: SlotModel, pairs: Sequence[Pair], _prefix: int) -> float:
+        tried.append(sum(lengths_of(pair).total for pair in pairs))
+        fits = model.footprint.recomputed == 24 or tried[-1] <= MOST // 2
+        return tried[-1] * (1000 - 40 * model.footprint.recomputed) if fits else 1000 * 2000 + 1
+
+    monkeypatch.setattr(Footprint, "activations", lambda self, batch: batch.tokens * (1000 - 40 * self.recomputed))
+    monkeypatch.setattr(budget, "_need", a_little_too_much)
+    config = TrainConfig(tokens_per_micro_batch=MOST)
+    assert token_budget(tiny_model("deep"), PAIRS, plan_for, 0, config) == Budget(MOST, 24)
+    assert len(tried) < 10
+
+
+@pytest.mark.parametrize("free", [0, -1000])
+def test_what_is_refused_where_there_is_no_room_does_not_fit(
+    free: float, tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser's state may be all that is free."""
+    machine(free)
+    own, tries = budget._need, itertools.count()
+
+    def refused(*args: Any) -> int:
+        if next(tries):
+            raise OutOfMemory
+        return own(*args)
+
+    monkeypatch.setattr(budget, "_need", refused)
+    with pytest.raises(QspinError, match=r"^\d+: its 2\d\d tokens alone are more than memory holds"):
+        token_budget(tiny_model(), PAIRS, plan_for, 0, KEPT)
 
 
 def test_what_is_set_is_not_looked_for(tiny_model: Any, machine: Callable[..., list[int]]) -> None:
