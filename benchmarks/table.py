@@ -128,7 +128,7 @@ def settings(cases: dict[str, Any]) -> dict[str, dict[str, Any]]:
     mine = {name: case for name, case in cases.items() if name.startswith("TRL on Unsloth")}
     found = {}
     for case in mine.values():
-        if case["model"] == cases["qspin"]["model"]:
+        if case["model"] == cases["qspin"]["model"] and "training" in case["measured"]:
             loss = ", fused loss" if case["fused_loss"] else ""
             found[f"{names[case['checkpointing']]}, {case['batch']} pairs{loss}"] = case
     return found
