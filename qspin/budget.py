@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,7 +58,7 @@ def token_budget(
     takes = _set_right(model, pairs, plan, prefix, config, first if asked == "auto" else min(first, asked), room)
 
     def micro_batches(tokens: int) -> list[Batch]:
-        return [_batch([pairs[index] for index in members], prefix) for members in itertools.chain(*plan(tokens))]
+        return [_batch(members, prefix) for members in _micro_batches(pairs, plan(tokens))]
 
     def fullest(tokens: int) -> Batch:
         return _batch(_longest(pairs, plan(tokens), prefix), prefix)
@@ -159,8 +159,8 @@ def smaller(pairs: Sequence[Pair], plan: Plan, prefix: int, config: TrainConfig)
     Raises:
         QspinError: it is one pair.
     """
-    longest = _longest(pairs, plan, prefix)
-    _check_several(longest, config)
+    longest = max(_micro_batches(pairs, plan), key=lambda members: (_tokens(members, prefix), len(members)))
+    _check_several(longest, config)  # among equals it may have been one of several pairs
     return _tokens(longest, prefix) // 2
 
 
@@ -181,8 +181,12 @@ def rows_at_once(model: SlotModel, places: int) -> int:
 
 
 def _longest(pairs: Sequence[Pair], plan: Plan, prefix: int) -> list[Pair]:
-    micro_batches = ([pairs[index] for index in micro_batch] for micro_batch in itertools.chain(*plan))
-    return max(micro_batches, key=lambda members: (_tokens(members, prefix), -len(members)))  # one pair of equals
+    """One pair of equals."""
+    return max(_micro_batches(pairs, plan), key=lambda members: (_tokens(members, prefix), -len(members)))
+
+
+def _micro_batches(pairs: Sequence[Pair], plan: Plan) -> Iterator[list[Pair]]:
+    return ([pairs[index] for index in micro_batch] for micro_batch in itertools.chain(*plan))
 
 
 def _tokens(pairs: Sequence[Pair], prefix: int) -> int:

@@ -320,6 +320,12 @@ def test_smaller_cuts_the_longest_micro_batch_in_two() -> None:
         smaller(PAIRS, singles, 0, KEPT)
 
 
+def test_smaller_cuts_where_one_pair_is_as_long_as_several() -> None:
+    """Which may have been what was refused: of as many tokens more are predicted."""
+    one = replace(PAIRS[0], prompt_ids=(1,) * 90)
+    assert smaller([one, PAIRS[0], PAIRS[20]], [[[0], [1, 2]]], 0, KEPT) == 70
+
+
 def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
     """It stands once in a row, and budgets don't count it: half of a long one would let more pairs in than before."""
     pairs = [replace(pair, prompt_ids=(9,) * 2000 + pair.prompt_ids) for pair in PAIRS]
