@@ -20,6 +20,7 @@ from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
+INS = 256  # inputs are a multiple of so many
 ROWS = range(2, 129)  # for which `nf4_product` is the fastest where memory is fast; bitsandbytes is for one
 MOST_RANK = 256  # of which A's and B's parts fit into a processor's own memory
 ActivationName = Literal["silu", "gelu_tanh", "gelu"]
@@ -86,7 +87,7 @@ TRITON = compiles()
 
 def multipliable(x: Tensor, data: Tensor, constants: Any, low: Tensor) -> bool:
     """Whether `nf4_product` computes this. A base that came quantised may be in FP4, or packed in another type."""
-    shapes = len(x) in ROWS and x.shape[-1] % 256 == 0 and low.shape[1] <= MOST_RANK
+    shapes = len(x) in ROWS and x.shape[-1] % INS == 0 and low.shape[1] <= MOST_RANK
     packed = (data.dtype, constants.quant_type, constants.blocksize) == (torch.uint8, "nf4", 64)
     return shapes and packed and x.dtype != torch.float32 and torch.version.hip is None  # its look-up is NVIDIA's
 
@@ -97,5 +98,6 @@ def fast_memory(x: Tensor) -> bool:
 
 
 def few(x: Tensor) -> bool:
-    """(…, in) of so few rows that a product by 4 bits beats making W there."""
-    return x.numel() < ROWS.stop * x.shape[-1]
+    """(…, in) of so few rows, and such inputs, that a product by 4 bits beats making W there."""
+    rows = x.numel() // x.shape[-1]
+    return rows < ROWS.start or (rows < ROWS.stop and x.shape[-1] % INS == 0)

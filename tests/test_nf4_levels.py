@@ -12,7 +12,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qspin.kernels import compiles, multipliable
+from qspin.kernels import compiles, few, multipliable
 from qspin.nf4_levels import look_up
 
 
@@ -80,6 +80,14 @@ def test_what_our_kernel_computes(other: dict[str, Any], computed: bool) -> None
     data, constants = bnb.quantize_4bit(torch.randn(64, ins, dtype=dtype), **asked)
     x = torch.randn(rows, ins, dtype=dtype)
     assert multipliable(x, data, constants, x.new_zeros(rows, rank)) == computed
+
+
+@pytest.mark.parametrize(
+    ("rows", "ins", "known"),
+    [(1, 512, True), (1, 320, True), (2, 512, True), (2, 320, False), (128, 512, True), (129, 512, False)],
+)
+def test_few_rows_are_multiplied_by_4_bits_where_that_beats_making_w(rows: int, ins: int, known: bool) -> None:
+    assert few(torch.zeros(1, rows, ins)) == known
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Triton for Windows brings its own compiler")

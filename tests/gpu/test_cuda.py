@@ -318,7 +318,7 @@ def test_refused_work_leaves_nothing_to_the_next(backend: BackendName, tiny_fold
     share = torch.cuda.memory_reserved() + 600 * 2**20
     torch.cuda.set_per_process_memory_fraction(share / torch.cuda.get_device_properties(0).total_memory)
     try:
-        for copies in (10**5, 3 * 10**4, 10**4):  # which are refused in one place or another
+        for copies in (20_000, 15_000, 10_000):  # refused in one place or another
             with pytest.raises(OutOfMemory):
                 _need(model, PAIRS * (copies // len(PAIRS)), 0)
             assert _need(model, PAIRS, 0) < 2**29
