@@ -370,29 +370,47 @@ def test_what_scoring_has_kept_does_not_hide_what_training_takes(
     assert budget._need(model, PAIRS[:2], 0) > 0
 
 
-def test_a_refused_forward_pass_leaves_nothing_to_the_next(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even if somebody holds the error, and lets it go in the midst of it."""
-    model = tiny_model()
+def test_work_refused_in_any_product_leaves_nothing_to_the_next(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if somebody holds the error, and lets it go in the midst of the next work."""
+    model, product = tiny_model(), FusedLayers.product
     model.use_gradient_checkpointing(3)
-    product, held, calls = FusedLayers.product, [torch.OutOfMemoryError("no")], itertools.count()
+    held: list[Exception] = []
     inputs: list[weakref.ref[torch.Tensor]] = []
+    calls = itertools.count()
+    refused = -1
 
-    def refused(self: FusedLayers, x: torch.Tensor, *rest: Any) -> Any:
-        call = next(calls)
+    def watched(self: FusedLayers, x: torch.Tensor, *rest: Any) -> Any:
         inputs.append(weakref.ref(x))
-        if call == 2:  # in the first layer, after its attention
+        call = next(calls)
+        if call == refused:
+            held.append(torch.OutOfMemoryError("no"))
             raise held[0]
-        if call == 4:  # in the first layer of the next try
+        if call == refused + 2:
             held.clear()
         return product(self, x, *rest)
 
-    wanted = budget._need(model, PAIRS[:4], 0)
-    monkeypatch.setattr(FusedLayers, "product", refused)
-    with pytest.raises(OutOfMemory):
-        budget._need(model, PAIRS[:4], 0)
-    assert [x() for x in inputs] == [None] * 3
-    assert budget._need(model, PAIRS[:4], 0) < 2 * wanted
-    assert not held
+    def work() -> torch.Tensor:
+        for parameter in model.parameters.values():
+            parameter.grad = None
+        with refusals_told():
+            real, generated = budget.pair_logps(model, pack_row(PAIRS[:4], CPU))
+            (real - generated).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters.values()])
+
+    monkeypatch.setattr(FusedLayers, "product", watched)
+    undisturbed = work()
+    products = next(calls)
+    assert products == 12 + 9, "all but each layer's last are computed again"
+    for number in range(products):
+        refused, calls = number, itertools.count()
+        inputs.clear()
+        with pytest.raises(OutOfMemory):
+            work()
+        assert not any(x() is not None for x in inputs)
+        assert torch.equal(work(), undisturbed)
+        assert not held
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is the allocator's business")
