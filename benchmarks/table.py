@@ -168,7 +168,7 @@ def gpu_peers() -> str:
     """What TRL made of the same work in each setting, for docs/performance.md."""
     cases = _read("gpu", "cuda")["cases"]
     peers = {f"TRL on Unsloth: {name}": peer for name, peer in settings(cases).items()}
-    peers |= {f"{peer}: recomputed, 8 pairs": cases[peer] for peer in ("TRL on transformers",)}
+    peers["TRL on transformers: recomputed, 8 pairs"] = cases["TRL on transformers"]
     rows = [("", "256 + 256 + 256", "real lengths", "GiB", "generate, tokens a second"), ("---",) * 5]
     for label, peer in peers.items():
         rates, found = peer_rates(peer), peer["measured"]
