@@ -191,7 +191,7 @@ def gpu_memory() -> str:
         if name.startswith("qspin") and case["backend"] == "unsloth":
             model = case["model"] if case["rank"] == 16 else f"{case['model']}, rank {case['rank']}"
             for share in case["shares"]:
-                for phase, found in _phases(case["measured"][share]):
+                for phase, found in _phases(case["measured"].get(share, {})):  # not all need have been asked for
                     figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
                     rows.append((model, share, phase, *(f"{size:.2f}" for size in figures)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)

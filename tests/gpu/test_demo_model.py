@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from demo_model import check_knowledge, check_playing
 from torch import Tensor
 
 from qspin.config import BackendName, load_config
-from qspin.generation import Request, generate
 from qspin.model import SlotModel
-from qspin.packing import common_prefix, pack_row
+from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
-from qspin.records import Message, Pair
-from qspin.sampling import noise_key
-from qspin.scoring import pair_logps, score_pairs
+from qspin.records import Pair
+from qspin.scoring import pair_logps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,32 +43,8 @@ def load(prepared: Prepared, device: torch.device, backend: BackendName, dtype: 
     return SlotModel.load(prepared.base, config, prepared.config.lora, seed=0, device=device, backend=backend)
 
 
-def answers(model: SlotModel, prepared: Prepared, prompts: list[tuple[int, ...]], temperature: float) -> list[Pair]:
-    completions = generate(
-        model,
-        [Request(prompt, noise_key(0, 0, str(index))) for index, prompt in enumerate(prompts)],
-        max_new_tokens=24,
-        temperature=temperature,
-        top_p=1.0,
-        width=16,
-        stop_ids=prepared.stop_ids,
-        on_step=lambda _tokens, _rows: None,
-    )
-    return [
-        Pair(str(index), 0, prompt, example.real_ids, completion.ids, completion.ended)
-        for index, (prompt, example, completion) in enumerate(zip(prompts, prepared.train, completions, strict=False))
-    ]
-
-
 def test_it_knows_what_it_knows(model: SlotModel, prepared: Prepared) -> None:
-    questions = ["What is the capital of France?", "What is 2 + 2?", "What colour is grass?"]
-    prompts = [prepared.renderer.prompt_ids([Message("user", question)]) for question in questions]
-    paris, four, green = (
-        prepared.renderer.completion_text(pair.generated_ids) for pair in answers(model, prepared, prompts, 0.0)
-    )
-    assert "Paris" in paris
-    assert "4" in four
-    assert "green" in green.lower()
+    check_knowledge(model, prepared)
 
 
 def test_log_probs_are_those_of_a_cpu(model: SlotModel, prepared: Prepared) -> None:
@@ -86,24 +61,8 @@ def test_log_probs_are_those_of_a_cpu(model: SlotModel, prepared: Prepared) -> N
     assert float((logps(model) - wanted).norm() / wanted.norm()) < 1.5 * ROUNDING
 
 
+@pytest.mark.parametrize("recomputed", [0, 13, 30])
 def test_playing_leaves_the_base_alone_and_scoring_equals_training(
-    model: SlotModel, prepared: Prepared, tmp_path: Path
+    model: SlotModel, prepared: Prepared, tmp_path: Path, recomputed: int
 ) -> None:
-    """Generate, save, score, then the training forward: the same bits under the same weights."""
-    before = model.base_hash()
-    pairs = answers(model, prepared, [example.prompt_ids for example in prepared.train], 1.0)
-    model.save_adapter(tmp_path)
-    prefix = common_prefix([pair.prompt_ids for pair in pairs])
-    [scores] = score_pairs(model, pairs, [list(range(len(pairs)))], prefix)
-    for recomputed in (0, 13, 30):
-        model.use_gradient_checkpointing(recomputed)
-        real, generated = pair_logps(model, pack_row(pairs, CUDA, prefix))
-        (real - generated).sum().backward()
-        assert real.tolist() == [score.opponent_real_logps for score in scores]
-        assert generated.tolist() == [score.opponent_generated_logps for score in scores]
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters.values())
-    assert model.base_hash() == before
-    # its own samples are likelier to it than other people's answers
-    assert sum(s.opponent_generated_logps for s in scores) / sum(len(p.generated_ids) for p in pairs) > (
-        sum(s.opponent_real_logps for s in scores) / sum(len(p.real_ids) for p in pairs)
-    )
+    check_playing(model, prepared, tmp_path, recomputed)
