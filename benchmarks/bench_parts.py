@@ -3,8 +3,9 @@
     benchmarks/.venv/bin/python benchmarks/bench_parts.py --data mine.jsonl
 
 One effective batch is scored and trained on, and decoding steps are made at several widths, under PyTorch's profiler;
-its shares are taken of the time without it. The last line is the time of the training step over what its products with
-the model's weights and its head would take at the rate that this machine reaches on a large product.
+its shares are taken of the time without it. Beside them stands what each kind of work reaches of the machine's rates
+as `qspin plan` reckons it. The last line is the time of the training step over what its products with the model's
+weights and its head would take at the rate that this machine reaches on a large product.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import torch
 from contestants import DEVICE, make_config, opponents_pairs, prepared, slot_model
@@ -20,9 +22,12 @@ from harness import arguments, in_fresh_process, say, write
 
 from qspin.config import RunConfig
 from qspin.decoding import Decoder
+from qspin.footprint import Batch, Footprint
 from qspin.kv_cache import KVCache
+from qspin.machine import Machine, this_machine
 from qspin.model import SlotModel
-from qspin.packing import Row, common_prefix, pack_row
+from qspin.packing import Row, common_prefix, lengths_of, pack_row
+from qspin.records import Pair
 from qspin.scoring import pair_logps
 
 WIDTHS = (16, 64, 128)
@@ -42,7 +47,7 @@ def main() -> None:
     pairs = in_fresh_process(opponents_pairs, config)
     model = slot_model(config, prepared(config))
     row = pack_row(pairs, DEVICE, common_prefix([pair.prompt_ids for pair in pairs]))
-    rate = _rate_of_a_large_product()
+    machine = this_machine(config.model)
     tables = {
         "scoring": _parts(config, lambda: _score(model, row)),
         "training": _parts(config, lambda: _train(model, row)),
@@ -53,11 +58,16 @@ def main() -> None:
     for name, table in tables.items():
         total = sum(table.values())
         say(f"{name}: {total:.0f} ms: " + ", ".join(f"{part} {table[part] / total:.0%}" for part in PARTS))
-    floor = 1e3 * _products(config, row) / rate
+    reached = {
+        name: 1e3 * seconds / sum(tables[name].values()) for name, seconds in _at_best(config, machine, pairs).items()
+    }
+    say("reached of the machine's rates: " + ", ".join(f"{name} {share:.0%}" for name, share in reached.items()))
+    floor = 1e3 * _products(config, row) / machine.flops
     ratio = sum(tables["training"].values()) / floor
-    meaning = f"time of a training step over the {floor:.0f} ms of its products at {rate / 1e9:.0f} GFLOP/s"
+    meaning = f"time of a training step over the {floor:.0f} ms of its products at {machine.flops / 1e9:.0f} GFLOP/s"
     if options.write:
         content = {"ratio": ratio, "ratio_means": meaning, "tokens": len(row.input_ids), "milliseconds": tables}
+        content |= {"flops": machine.flops, "bandwidth": machine.bandwidth, "reached": reached}
         write("parts", content)
     say(meaning)
     say(f"ratio {ratio:.2f}")
@@ -132,10 +142,27 @@ def _products(config: RunConfig, row: Row) -> float:
     return 4.0 * (len(row.input_ids) * weights + len(row.targets) * a.vocabulary * a.hidden)
 
 
-def _rate_of_a_large_product() -> float:
-    """FLOP/s of a product of two matrices of 2048 × 2048 in the compute type."""
-    matrix = torch.randn(2048, 2048, dtype=torch.bfloat16, device=DEVICE)
-    return 2 * 2048**3 / _median_seconds(lambda: torch.mm(matrix, matrix))
+def _at_best(config: RunConfig, machine: Machine, pairs: Sequence[Pair]) -> dict[str, float]:
+    """Seconds that `plan.py` reckons with before it takes its share of the machine's rates."""
+    assert config.model.architecture is not None
+    footprint = Footprint(
+        shape=config.model.architecture,
+        rank=config.lora.rank,
+        targets=None,
+        device=machine.device,
+        itemsize=machine.itemsize,
+        recomputed=0,
+    )
+    prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    batch = Batch.of([astuple(lengths_of(pair, prefix)) for pair in pairs], prefix)
+    seconds = {
+        "scoring": footprint.forward_work(batch) / machine.flops,
+        "training": footprint.training_work(batch) / machine.flops,
+    }
+    for width in WIDTHS:
+        moved = footprint.step_bytes(width, PLACES, unpacked=True) / machine.bandwidth
+        seconds[f"decoding, {width} rows"] = footprint.step_work(width) / machine.flops + moved
+    return seconds
 
 
 if __name__ == "__main__":

@@ -54,11 +54,15 @@ def table() -> str:
 
 def parts() -> str:
     """Where the time goes, for docs/performance.md."""
-    tables = _read("parts")["milliseconds"]
+    result = _read("parts")
+    tables = result["milliseconds"]
     rows = [("", *tables), ("---",) * (len(tables) + 1)]
     for part in next(iter(tables.values())):
         rows.append((part, *(f"{table[part] / sum(table.values()):.0%}" for table in tables.values())))
     rows.append(("milliseconds", *(f"{sum(table.values()):.0f}" for table in tables.values())))
+    rows.append(
+        ("reached of what `qspin plan` reckons at best", *(f"{result['reached'][name]:.0%}" for name in tables))
+    )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
