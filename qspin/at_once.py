@@ -78,18 +78,22 @@ def choose(
         for recomputed in allowed:
             with_it = replace(footprint, recomputed=recomputed)
             if takes(with_it, batch) <= room:
-                work = _work(with_it, micro_batches(budget), launch)
+                batches = micro_batches(budget)
+                work = sum(work_with_launches(with_it, batch, launch, training=True) for batch in batches)
                 if work < least:
                     best, least = Budget(budget, recomputed), work
                 break
     return best
 
 
-def _work(footprint: Footprint, micro_batches: Sequence[Batch], launch: float) -> float:
-    """Of forward and backward, in floating-point operations, or what the device could have done meanwhile."""
-    layers = 2 * footprint.shape.layers + footprint.recomputed  # that are passed through
-    aside = layers / footprint.shape.layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
-    return sum(max(footprint.training_work(batch) + aside, layers * launch) for batch in micro_batches)
+def work_with_launches(footprint: Footprint, batch: Batch, launch: float, *, training: bool) -> float:
+    """Of a micro-batch forward and backward, or in a pass without gradients, with what dequantising takes; or what the
+    device could have done while all that was launched, if that is more. In floating-point operations."""
+    layers = footprint.shape.layers
+    passes = 2 * layers + footprint.recomputed if training else layers
+    aside = passes / layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
+    work = footprint.training_work(batch) if training else footprint.forward_work(batch)
+    return max(work + aside, passes * launch)
 
 
 def first_fit(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:

@@ -110,8 +110,8 @@ def plan(
     from rich.console import Console
 
     from qspin import api
-    from qspin import plan as planner
     from qspin.config import load_config, parse_override
+    from qspin.plan_change import nearest_change
     from qspin.plan_view import render
 
     overrides: dict[str, Any] = {
@@ -120,7 +120,7 @@ def plan(
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
     found = api.plan(config, vram=vram, read_rows=data is not None)
-    Console().print(render(found, None if found.fits else planner.nearest_change(found)))
+    Console().print(render(found, None if found.fits else nearest_change(found)))
 
 
 presets_app = typer.Typer(help="List the presets, or show one.", invoke_without_command=True)

@@ -17,11 +17,11 @@ from torch import Tensor
 from qspin.errors import QspinError
 from qspin.kv_cache import Decode, KVCache
 from qspin.model import SlotModel
+from qspin.shape import has_experts
 
 # The driver keeps tens of MB for each, a hundred before CUDA 12.4, of which neither plans nor torch know
 # (github.com/vllm-project/vllm/issues/5517). Rows come and go between two or three sizes, and end through all once.
 MOST_GRAPHS = 4
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # in configurations
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,7 @@ def replayable(model: SlotModel) -> bool:
     causal_lm: Any = model.peft_model.get_base_model()
     kinds = [str(getattr(module, "rope_type", "")) for module in causal_lm.modules()]
     stretched = any(kind in found for found in kinds for kind in ("dynamic", "longrope"))
-    config = causal_lm.config.get_text_config().to_dict()
-    experts = any(config.get(name) for name in EXPERTS) or any(  # some families have names of their own in one of them
+    experts = has_experts(causal_lm.config.to_dict()) or any(  # some families have names of their own in one of them
         "Experts" in type(module).__name__ for module in causal_lm.modules()
     )
     return model.device.type == "cuda" and not stretched and not experts

@@ -1,7 +1,6 @@
-"""What a run would take: memory by phase, the settings that fit, time, disk, and where it doesn't fit, what would.
+"""What a run would take: memory by phase, the settings that fit, time and disk.
 
     plan = make_plan(config, card(12, config.model), assumed_rows(1000))
-    change = None if plan.fits else nearest_change(plan)
 
 footprint.py has the formulas; here they are added up as `budget.py` and `spin.py` go about it: the model is loaded,
 SHARE of what it leaves is filled with tokens and rows, as many as fit. Free of torch where the machine and the rows'
@@ -12,19 +11,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qspin.at_once import LAUNCH, Budget, budgets, choose, first_fit
-from qspin.config import Architecture, RunConfig, load_config
-from qspin.config_files import preset_names
+from qspin.at_once import LAUNCH, Budget, budgets, choose, first_fit, work_with_launches
+from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.footprint import SHARE, Batch, Footprint
 from qspin.machine import Machine
 from qspin.plan_rows import Rows
-from qspin.shape import read_shape
+from qspin.shape import has_experts, read_shape
 
 # Shares of a machine's rates that passes over whole rows and decoding steps reach. The CPU's are those of
 # docs/fitting.md, the GPU's are assumed for cards of 8 to 24 GB; on an H200 16 rows reached 15% and 212 rows 74% in
@@ -109,11 +106,17 @@ def make_plan(config: RunConfig, machine: Machine, rows: Rows) -> Plan:
     )
 
 
+def fits(config: RunConfig, machine: Machine, rows: Rows) -> bool:
+    """Whether the plan would fit; it does not where the settings leave no rows."""
+    rows = rows.under(config.data)
+    return bool(rows.lengths) and _Load(config, machine, rows).fits
+
+
 def shape_of(config: RunConfig) -> Architecture:
     """The model's shape, from the configuration or from a local folder's config.json.
 
     Raises:
-        QspinError: neither is there.
+        QspinError: neither is there, or the folder's model has experts.
     """
     if config.model.architecture is not None:
         return config.model.architecture
@@ -127,90 +130,17 @@ def shape_of(config: RunConfig) -> Architecture:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise QspinError(f"{file}: damaged or unreadable ({error})") from None
+    if has_experts(settings):
+        raise QspinError(
+            f"{file}: a mixture of experts, which can't be planned for: its experts stay in 16 bits, two bytes a "
+            "weight. Where that fits, qspin run plays it"
+        )
     return read_shape(settings, str(file))
 
 
-# --- what would fit
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Settings that make a run fit, and the plan with them."""
-
-    settings: dict[str, Any]
-    preset: str | None  # another preset, where no settings do
-    plan: Plan
-
-
-def nearest_change(plan: Plan) -> Change | None:
-    """Settings that make it fit: added up in order, those first that change no result, and then the ones left out
-    again that were not needed; else the largest model of a preset that fits as it is. None if nothing does."""
-
-    def fits(settings: dict[str, Any]) -> bool:
-        config = with_settings(plan.config, settings)
-        rows = plan.rows.under(config.data)
-        return bool(rows.lengths) and _Load(config, plan.machine, rows).fits
-
-    taken: list[dict[str, Any]] = []
-    for step in _steps(plan.config, plan.machine):
-        taken = [other for other in taken if not other.keys() <= step.keys()] + [step]
-        if fits(_together(taken)):
-            for other in tuple(taken):
-                fewer = [kept for kept in taken if kept is not other]
-                taken = fewer if fits(_together(fewer)) else taken
-            config = with_settings(plan.config, _together(taken))
-            return Change(_together(taken), None, make_plan(config, plan.machine, plan.rows))
-    return _smaller_model(plan)
-
-
-def _together(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: value for step in steps for key, value in step.items()}
-
-
-def _steps(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
-    """Changes to try, each on top of those before it."""
-    if config.train.tokens_per_micro_batch != "auto":
-        yield {"train.tokens_per_micro_batch": "auto"}
-    if config.generation.width != "auto":
-        yield {"generation.width": "auto"}
-    if not config.train.gradient_checkpointing:
-        yield {"train.gradient_checkpointing": "auto"}
-    if machine.device == "cuda" and config.train.optimizer == "adamw":
-        yield {"train.optimizer": "paged_adamw_8bit"}
-    real, generated = config.data.max_completion_tokens, config.generation.max_new_tokens
-    for length in (1024, 768, 512, 384, 256, 192, 128):
-        shorter = {
-            key: length
-            for key, asked in (("data.max_completion_tokens", real), ("generation.max_new_tokens", generated))
-            if length < asked
-        }
-        if shorter:
-            yield shorter
-    for rank in (64, 32, 16, 8):
-        if rank < config.lora.rank:
-            yield {"lora.rank": rank}
-
-
-def _smaller_model(plan: Plan) -> Change | None:
-    presets = [(name, load_config(name)) for name in preset_names()]
-    for name, config in sorted(presets, key=lambda preset: -shape_of(preset[1]).parameters):
-        if shape_of(config).parameters < plan.shape.parameters:
-            smaller = make_plan(config, plan.machine, plan.rows)
-            if smaller.fits:
-                return Change({}, name, smaller)
-    return None
-
-
-def with_settings(config: RunConfig, settings: dict[str, Any]) -> RunConfig:
-    """The configuration with some settings of its parts changed."""
-    for key, value in settings.items():
-        part, name = key.split(".")
-        changed = getattr(config, part).model_copy(update={name: value})
-        config = config.model_copy(update={part: changed})
-    return config
-
-
-# --- adding up
+def _some(groups: Sequence[tuple[int, int, int]]) -> Sequence[tuple[int, int, int]]:
+    """Of many rows as many as stand for all."""
+    return groups[:: max(1, len(groups) // SAMPLE)]
 
 
 class _Load:
@@ -268,10 +198,10 @@ class _Load:
         """The fullest micro-batch of a budget: the longest pairs that fit, or the longest alone."""
         return Batch.of(first_fit(self.longest_groups, sum, tokens)[0], self.rows.prefix)
 
-    def _micro_batches(self, tokens: int) -> list[Batch]:
-        """Of some rows, as `packing.plan_batches` cuts them."""
-        some, size = self.groups[:: max(1, len(self.groups) // SAMPLE)], self.config.train.batch_size
-        batches = [some[start : start + size] for start in range(0, len(some), size)]
+    def _micro_batches(self, groups: Sequence[tuple[int, int, int]], tokens: int) -> list[Batch]:
+        """As `packing.plan_batches` cuts them."""
+        size = self.config.train.batch_size
+        batches = [groups[start : start + size] for start in range(0, len(groups), size)]
         return [Batch.of(members, self.rows.prefix) for batch in batches for members in first_fit(batch, sum, tokens)]
 
     def _budget(self) -> Budget:
@@ -283,11 +213,16 @@ class _Load:
             config,
             budgets(config, self.machine.device, sum(self.longest_groups[0])),
             self._fullest,
-            self._micro_batches,
+            lambda tokens: self._micro_batches(_some(self.groups), tokens),
             lambda footprint, batch: footprint.activations(batch) + footprint.holes(batch),
             room,
-            LAUNCH * self.machine.flops if self.machine.device == "cuda" else 0.0,
+            self.launch,
         )
+
+    @property
+    def launch(self) -> float:
+        """What a GPU could do while a layer's pass is launched, in floating-point operations."""
+        return LAUNCH * self.machine.flops if self.machine.device == "cuda" else 0.0
 
     def unpacked(self) -> int:
         """As `SlotModel.unpacked_bytes`: the base in the compute type, if it takes at most half of what is free."""
@@ -343,9 +278,7 @@ class _Load:
 
     def times(self) -> Iterator[Seconds]:
         config, rows = self.config, len(self.rows.lengths)
-        rate = PASSES[self.machine.device] * self.machine.flops
-        everything = Batch.of(self.groups, self.rows.prefix)
-        real = Batch.of([(prompt, real, 0) for prompt, real, _ in self.groups], self.rows.prefix)
+        real = [(prompt, real, 0) for prompt, real, _ in self.groups]
         held_out = config.data.heldout_rows
         pairs = [min(past, config.train.mix_previous) + 1 for past in range(config.iterations)]  # times the rows
 
@@ -353,19 +286,26 @@ class _Load:
             each = [seconds(times) for times in pairs]
             return Seconds(name, each[0], each[-1], sum(each))
 
-        score, train = self.footprint.forward_work(everything) / rate, self.footprint.training_work(everything) / rate
+        score, train = (self._passes_seconds(self.groups, training=training) for training in (False, True))
         # sampled and answered greedily; then scored as a pair, and an opponent's completion as long as a real one
         evaluate = 2 * self._generation_seconds(held_out, EVALUATION_SHARD) + (
-            (score + self.footprint.forward_work(real) / rate) * held_out / rows
+            (score + self._passes_seconds(real, training=False)) * held_out / rows
         )
         if config.sft.epochs:
-            warm_up = config.sft.epochs * self.footprint.training_work(real) / rate
+            warm_up = config.sft.epochs * self._passes_seconds(real, training=True)
             yield Seconds("warm start", warm_up, 0.0, warm_up)
         generate = self._generation_seconds(rows, config.generation.shard_rows)
         yield phase("generate", lambda _: generate)
         yield phase("score", lambda times: times * score)
         yield phase("train", lambda times: times * config.train.epochs * train)
         yield Seconds("evaluate", evaluate, evaluate, (config.iterations + 1) * evaluate)
+
+    def _passes_seconds(self, groups: Sequence[tuple[int, int, int]], *, training: bool) -> float:
+        """Over all of these groups once, micro-batch by micro-batch."""
+        some = _some(groups)
+        batches = self._micro_batches(some, self.budget.tokens)
+        work = sum(work_with_launches(self.footprint, batch, self.launch, training=training) for batch in batches)
+        return work * len(groups) / len(some) / (PASSES[self.machine.device] * self.machine.flops)
 
     def _generation_seconds(self, rows: int, shard: int) -> float:
         """Decoding steps, each of which computes and moves bytes, and the prompts before them."""

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qspin.machine import GIB, Machine
-from qspin.plan import DECODING, PASSES, Change, Plan, make_plan, with_settings
+from qspin.plan import DECODING, PASSES, Plan, make_plan
+from qspin.plan_change import Change, with_settings
 
 
 def render(plan: Plan, change: Change | None) -> Group:

@@ -11,6 +11,14 @@ from pydantic import ValidationError
 from qspin.config import Architecture
 from qspin.errors import QspinError
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
+
+
+def has_experts(settings: Mapping[str, Any]) -> bool:
+    """Whether a transformers configuration says of its decoder that tokens are sent to experts."""
+    settings = settings.get("text_config") or settings
+    return any(settings.get(name) for name in EXPERTS)
+
 
 def read_shape(settings: Mapping[str, Any], name: str) -> Architecture:
     """The shape in a transformers configuration, as config.json has it. `name` is for the error.

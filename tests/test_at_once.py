@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qspin.at_once import A_PASS, LAUNCH, Budget, _work, budgets, choose, first_fit, recomputable
+from qspin.at_once import A_PASS, LAUNCH, Budget, budgets, choose, first_fit, recomputable, work_with_launches
 from qspin.config import TrainConfig, load_config
 from qspin.footprint import Batch, Device, Footprint
 from qspin.machine import GIB
@@ -43,7 +43,8 @@ def chosen(room: float, device: Device = "cuda", launch: float = 0.0, **settings
 
 
 def work(budget: Budget) -> float:
-    return _work(replace(footprint(), recomputed=budget.recomputed), micro_batches(budget.tokens), 0.0)
+    with_it = replace(footprint(), recomputed=budget.recomputed)
+    return sum(work_with_launches(with_it, batch, 0.0, training=True) for batch in micro_batches(budget.tokens))
 
 
 def takes(budget: Budget) -> int:
@@ -119,14 +120,17 @@ def test_a_gpu_does_not_wait_for_launches_where_room_allows_it_more_at_once() ->
 
 
 def test_work_counts_a_third_pass_by_the_layers_that_make_it() -> None:
-    """Forward and backward dequantise each weight once, and so does what is recomputed."""
+    """Forward and backward dequantise each weight once, and so does what is recomputed; a pass alone does so once."""
+    batch = micro_batches(4096)[0]
     for recomputed, passes in ((0, 2), (8, 2.25), (LAYERS, 3)):
         with_it = replace(footprint(), recomputed=recomputed)
-        batches = micro_batches(4096)
-        aside = len(batches) * passes * 2 * with_it.linear_weights * 100
-        assert _work(with_it, batches, 0.0) == pytest.approx(
-            sum(map(with_it.training_work, batches)) + aside, rel=1e-12
-        )
+        a_pass = 2 * with_it.linear_weights * 100
+        trained = work_with_launches(with_it, batch, 0.0, training=True)
+        assert trained == pytest.approx(with_it.training_work(batch) + passes * a_pass, rel=1e-12)
+        scored = work_with_launches(with_it, batch, 0.0, training=False)
+        assert scored == pytest.approx(with_it.forward_work(batch) + a_pass, rel=1e-12)
+    assert work_with_launches(footprint(), batch, 1e16, training=True) == 2 * LAYERS * 1e16
+    assert work_with_launches(footprint(), batch, 1e16, training=False) == LAYERS * 1e16
 
 
 def test_first_fit_leaves_what_is_too_large_alone() -> None:

@@ -32,7 +32,8 @@ from qspin.footprint import SHARE, Footprint
 from qspin.machine import GIB, Machine, card
 from qspin.model import SlotModel
 from qspin.packing import plan_batches
-from qspin.plan import Plan, make_plan, nearest_change, with_settings
+from qspin.plan import Plan, make_plan
+from qspin.plan_change import nearest_change, with_settings
 from qspin.plan_rows import Rows, assumed_rows, rows_of_data
 from qspin.records import Pair
 
@@ -298,6 +299,19 @@ def test_the_command_on_this_machine() -> None:
     assert answer.code == 0, answer.err
     assert "estimated from rates measured here" in answer.out
     assert "of free memory" in answer.out
+
+
+@pytest.mark.parametrize("experts", ["num_experts", "num_local_experts"])
+def test_a_mixture_of_experts_is_not_planned_for(experts: str, tmp_path: Path) -> None:
+    """Its experts aren't in 4 bits, so that what would be planned is a small part of what it takes."""
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"model:\n  id: {tmp_path}\n")
+    (tmp_path / "config.json").write_text(json.dumps({**A_BILLION.to_dict(), experts: 0}))
+    assert call("plan", config, "--vram", "8").code == 0
+    (tmp_path / "config.json").write_text(json.dumps({**A_BILLION.to_dict(), experts: 8}))
+    answer = call("plan", config, "--vram", "8")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {tmp_path}/config.json: a mixture of experts")
 
 
 def test_a_shape_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
