@@ -45,16 +45,7 @@ def main() -> None:
     options = arguments(__doc__ or "", rows=8).parse_args()
     config = make_config(options.data, rows=options.rows, cap=options.cap, batch_size=options.rows)
     pairs = in_fresh_process(opponents_pairs, config)
-    model = slot_model(config, prepared(config))
-    row = pack_row(pairs, DEVICE, common_prefix([pair.prompt_ids for pair in pairs]))
-    machine = this_machine(config.model)
-    tables = {
-        "scoring": _parts(config, lambda: _score(model, row)),
-        "training": _parts(config, lambda: _train(model, row)),
-    }
-    with torch.inference_mode(), model.decoding():
-        for width in WIDTHS:
-            tables[f"decoding, {width} rows"] = _parts(config, _decoding(model, width))
+    machine, tables = in_fresh_process(_measured, config, pairs)
     for name, table in tables.items():
         total = sum(table.values())
         say(f"{name}: {total:.0f} ms: " + ", ".join(f"{part} {table[part] / total:.0%}" for part in PARTS))
@@ -62,15 +53,30 @@ def main() -> None:
         name: 1e3 * seconds / sum(tables[name].values()) for name, seconds in _at_best(config, machine, pairs).items()
     }
     say("reached of the machine's rates: " + ", ".join(f"{name} {share:.0%}" for name, share in reached.items()))
-    floor = 1e3 * _products(config, row) / machine.flops
+    floor = 1e3 * _products(config, pairs) / machine.flops
     ratio = sum(tables["training"].values()) / floor
     meaning = f"time of a training step over the {floor:.0f} ms of its products at {machine.flops / 1e9:.0f} GFLOP/s"
     if options.write:
-        content = {"ratio": ratio, "ratio_means": meaning, "tokens": len(row.input_ids), "milliseconds": tables}
+        content = {"ratio": ratio, "ratio_means": meaning, "tokens": _batch(pairs).tokens, "milliseconds": tables}
         content |= {"flops": machine.flops, "bandwidth": machine.bandwidth, "reached": reached}
         write("parts", content)
     say(meaning)
     say(f"ratio {ratio:.2f}")
+
+
+def _measured(config: RunConfig, pairs: tuple[Pair, ...]) -> tuple[Machine, dict[str, dict[str, float]]]:
+    """The machine, and the milliseconds of each part of each kind of work."""
+    model = slot_model(config, prepared(config))
+    row = pack_row(pairs, DEVICE, common_prefix([pair.prompt_ids for pair in pairs]))
+    machine = this_machine(config.model)
+    tables = {
+        "scoring": _parts(config, lambda: _score(model, row)),
+        "training": _parts(config, lambda: train_step(model, row)),
+    }
+    with torch.inference_mode(), model.decoding():
+        for width in WIDTHS:
+            tables[f"decoding, {width} rows"] = _parts(config, decoding_step(model, width))
+    return machine, tables
 
 
 def _score(model: SlotModel, row: Row) -> None:
@@ -78,12 +84,12 @@ def _score(model: SlotModel, row: Row) -> None:
         pair_logps(model, row)
 
 
-def _train(model: SlotModel, row: Row) -> None:
+def train_step(model: SlotModel, row: Row) -> None:
     real, generated = pair_logps(model, row)
     (real - generated).sum().backward()  # type: ignore[no-untyped-call]
 
 
-def _decoding(model: SlotModel, width: int) -> Callable[[], None]:
+def decoding_step(model: SlotModel, width: int) -> Callable[[], None]:
     cache = KVCache(slots=width, device=DEVICE)
     decoder = Decoder(model, cache)
 
@@ -96,7 +102,7 @@ def _decoding(model: SlotModel, width: int) -> Callable[[], None]:
 
 def _parts(config: RunConfig, work: Callable[[], None]) -> dict[str, float]:
     """Milliseconds of each part."""
-    milliseconds = 1e3 * _median_seconds(work)
+    milliseconds = 1e3 * median_seconds(work)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         work()
@@ -106,7 +112,7 @@ def _parts(config: RunConfig, work: Callable[[], None]) -> dict[str, float]:
     return {part: milliseconds * found[part] / found.total() for part in PARTS}
 
 
-def _median_seconds(work: Callable[[], None]) -> float:
+def median_seconds(work: Callable[[], None]) -> float:
     taken = []
     for _ in range(7):
         started = time.perf_counter()
@@ -133,13 +139,19 @@ def _part(config: RunConfig, name: str, shapes: Sequence[Sequence[int]]) -> str:
     return WEIGHTS if {*right} <= {architecture.hidden, architecture.intermediate, heads, kv_heads} else HEAD
 
 
-def _products(config: RunConfig, row: Row) -> float:
+def _products(config: RunConfig, pairs: Sequence[Pair]) -> float:
     """Floating-point operations of a training step's products with W and the head, forward and backward."""
     a = config.model.architecture
     assert a is not None
     attention = 2 * a.hidden * (a.heads + a.kv_heads) * a.head_size
     weights = a.layers * (attention + 3 * a.hidden * a.intermediate)
-    return 4.0 * (len(row.input_ids) * weights + len(row.targets) * a.vocabulary * a.hidden)
+    batch = _batch(pairs)
+    return 4.0 * (batch.tokens * weights + batch.predicted * a.vocabulary * a.hidden)
+
+
+def _batch(pairs: Sequence[Pair]) -> Batch:
+    prefix = common_prefix([pair.prompt_ids for pair in pairs])
+    return Batch.of([astuple(lengths_of(pair, prefix)) for pair in pairs], prefix)
 
 
 def _at_best(config: RunConfig, machine: Machine, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -153,8 +165,7 @@ def _at_best(config: RunConfig, machine: Machine, pairs: Sequence[Pair]) -> dict
         itemsize=machine.itemsize,
         recomputed=0,
     )
-    prefix = common_prefix([pair.prompt_ids for pair in pairs])
-    batch = Batch.of([astuple(lengths_of(pair, prefix)) for pair in pairs], prefix)
+    batch = _batch(pairs)
     seconds = {
         "scoring": footprint.forward_work(batch) / machine.flops,
         "training": footprint.training_work(batch) / machine.flops,

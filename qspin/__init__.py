@@ -5,6 +5,7 @@ From Python, `qspin.run(config, "runs/mine")` plays and `qspin.load("runs/mine")
 
 import importlib
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,13 @@ __version__ = "0.1.0"
 __all__ = ["QspinError", "Results", "RunConfig", "Silent", "load", "load_config", "results", "run"]
 # not here: functions of api.py that a module has the name of, as `export`
 _ELSEWHERE = {"QspinError": "errors", "RunConfig": "config", "load_config": "config", "Silent": "progress"}
+
+# On a CPU threads meet thousands of times a step. By default one that waits for another spins for milliseconds, which
+# on a machine with other work keeps a core from whom it waits for; to spin less often and then sleep is as fast alone
+# and several times as fast beside others (docs/performance.md). OpenMP reads this as torch is first imported.
+SPIN = "2000"  # of the 300,000 times
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
 
 # bitsandbytes says at each import that an optional kernel from the hub is not installed
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -154,3 +155,22 @@ def test_importing_it_imports_nothing_heavy() -> None:
     assert all(hasattr(qspin, name) for name in qspin.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         qspin.nothing  # noqa: B018
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP there")
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [({}, qspin.SPIN), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+    ids=str,
+)
+def test_threads_that_wait_let_others_work(asked: dict[str, str], told: str) -> None:
+    """As OpenMP itself says it, in a process that imports torch by way of qspin; what a user has asked for stays."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import qspin; qspin.load_config; import torch"],
+        env=environment | asked | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{told}'" in done.stderr
