@@ -2,9 +2,9 @@
 
     benchmarks/.venv/bin/python benchmarks/bench_busy.py --data mine.jsonl
 
-Beside each contestant, which has a thread for every core, there are no, one or two processes that do nothing but
-compute. The contestants differ in OpenMP's environment alone: what qspin sets for itself, OpenMP's own default, and
-threads that never spin. The last line is the default's time over qspin's in training, beside one other process.
+Each contestant has a thread for every core; it is alone, or there is one process that does nothing but compute. The
+contestants differ in OpenMP's environment alone: what qspin sets for itself, OpenMP's own default, and
+threads that never spin. The last line is the default's time over qspin's in training, beside another process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WAITS = {
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "never spinning": {"OMP_WAIT_POLICY": "passive"},
 }
-LOADS = (0, 1, 2)
+LOADS = {"alone": 0, "beside another process": 1}
 WIDTH = 64
 BUSY = "while True: pass"
 
@@ -42,19 +42,19 @@ def main() -> None:
     pairs = in_fresh_process(opponents_pairs, config)
     seconds: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for turn in range(options.repeats):
-        for load in LOADS:
+        for case, load in LOADS.items():
             for name, waits in WAITS.items():
                 with openmp(**waits), _others(load):
                     found = in_fresh_process(_steps, config, pairs)
-                say(f"run {turn + 1} of {options.repeats}: {name}, beside {load}: {found}")
+                say(f"run {turn + 1} of {options.repeats}: {name}, {case}: {found}")
                 for work, taken in found.items():
-                    seconds[f"{work}, beside {load}"][name].append(taken)
+                    seconds[f"{work}, {case}"][name].append(taken)
     medians = {case: {name: statistics.median(taken) for name, taken in of.items()} for case, of in seconds.items()}
     for case, of in medians.items():
         say(f"{case}: " + ", ".join(f"{name} {1e3 * taken:.0f} ms" for name, taken in of.items()))
-    beside_one = medians["training, beside 1"]
+    beside_one = medians["training, beside another process"]
     ratio = beside_one["OpenMP's default"] / beside_one["qspin"]
-    meaning = "time of a training step with OpenMP's default over qspin's, beside one other process"
+    meaning = "time of a training step with OpenMP's default over qspin's, beside another process"
     if options.write:
         write("busy", {"ratio": ratio, "ratio_means": meaning, "seconds": medians, "runs": seconds})
     say(meaning)

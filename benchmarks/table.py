@@ -66,6 +66,16 @@ def parts() -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
+def busy() -> str:
+    """Steps on a machine with other work, for docs/performance.md."""
+    seconds = _read("busy")["seconds"]
+    waits = list(next(iter(seconds.values())))
+    rows = [("milliseconds a step", *waits), ("---",) * (len(waits) + 1)]
+    for case, taken in seconds.items():
+        rows.append((case, *(f"{1e3 * taken[name]:,.0f}" for name in waits)))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def growth() -> str:
     """How the time of an iteration grows, for docs/performance.md."""
     derived = _read("iteration")["derived"]
@@ -245,6 +255,7 @@ if __name__ == "__main__":
     print(
         table(),
         parts(),
+        busy(),
         growth(),
         exports(),
         planned_memory(),
