@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qspin.errors import QspinError
 from qspin.kv_cache import Decode, KVCache
+from qspin.memory import is_refusal
 from qspin.model import SlotModel
 from qspin.shape import has_experts
 
@@ -82,9 +83,9 @@ class Decoder:
         try:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._computed(rows)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_refusal(error):  # by torch, or by the driver, which makes the graph in memory of its own
+                raise
             raise QspinError(
                 f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "
                 f"({' '.join(str(error).split())}); please report the model"

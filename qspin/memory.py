@@ -22,8 +22,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 ATTEMPTS = 3  # at one piece of work, each half as large as the one before
 
-# what torch says where it raises a plain RuntimeError
-_REFUSALS = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# what torch and Triton say where they raise a plain RuntimeError
+_REFUSALS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# In the names of kernels under which memory that can grow fails at the first tensor: WSL's, and that of NVIDIA's boards
+# (github.com/pytorch/pytorch/issues/192330, github.com/unslothai/unsloth/issues/2401).
+_NOT_EXPANDABLE = ("microsoft", "tegra")
 
 
 class OutOfMemory(Exception):
@@ -41,27 +50,38 @@ def refusals_told() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if known or any(refusal in str(error) for refusal in _REFUSALS):
+        if is_refusal(error):
             traceback.clear_frames(error.__traceback__)
             raise OutOfMemory(str(error).partition("\n")[0] or type(error).__name__) from None
         raise
 
 
+def is_refusal(error: RuntimeError | MemoryError) -> bool:
+    """Whether what a library raises is of a refused allocation."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or any(refusal in str(error) for refusal in _REFUSALS)
+
+
 def keep_freed_memory() -> None:
     """Let malloc use freed blocks again instead of giving them back to the system, and CUDA's allocator pieces of any
-    size: to be called before the first tensor.
+    size, where the system can: to be called before the first tensor.
 
     By default glibc maps every large tensor afresh and the kernel clears its pages at first touch, which a CPU run
     does thousands of times a step. The largest stay mapped: beside the products that they are for this costs little,
     and they would leave large holes in the heap. Elsewhere than on glibc that half does nothing. On a GPU, blocks of
     sizes that no longer come up would stay reserved, which a full card has no room for.
     """
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    settings = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the old name counts where both are set
+    if _has_expandable_segments() and not any(name in os.environ for name in settings):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, MAPPED)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _has_expandable_segments() -> bool:
+    return platform.system() == "Linux" and not any(name in platform.release().lower() for name in _NOT_EXPANDABLE)
 
 
 def give_back_freed_memory() -> None:

@@ -26,6 +26,7 @@ from qspin.decoding import Decoder, padded_rows, replayable
 from qspin.errors import QspinError
 from qspin.generation import Completion, Request, generate
 from qspin.kv_cache import Decode, KVCache, Prefill
+from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair
@@ -352,13 +353,18 @@ def test_a_step_that_cannot_be_recorded_is_one_line(tiny_model: LoadModel, monke
     monkeypatch.setattr(torch.cuda, "graph", lambda _graph, pool: contextlib.nullcontext(pool))
     decoder = Decoder(tiny_model(), KVCache(slots=2, device=CPU))
     refused = RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for")
-    for error, raised in ((refused, QspinError), (torch.OutOfMemoryError("2 TiB"), torch.OutOfMemoryError)):
+    full = RuntimeError("CUDA error: out of memory")  # the driver's, of its own part of a graph
+    for error, raised in (
+        (refused, QspinError),
+        (full, OutOfMemory),
+        (torch.OutOfMemoryError("2 TiB"), OutOfMemory),
+    ):
 
         def computed(_decoder: Decoder, _rows: int, error: Exception = error) -> Tensor:
             raise error
 
         monkeypatch.setattr(Decoder, "_computed", computed)
-        with pytest.raises(raised) as caught:
+        with pytest.raises(raised) as caught, refusals_told():
             decoder._recorded(2)
         assert "\n" not in str(caught.value)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,7 @@ from qspin.adapters import load_adapter
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent
 from qspin.run_dir import RunDir
@@ -136,6 +138,8 @@ def test_three_times_and_it_says_so_and_loses_nothing(
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError(),
     ],
@@ -146,6 +150,30 @@ def test_each_kind_of_refusal_is_known(error: Exception) -> None:
     assert str(caught.value) == (str(error).partition("\n")[0] or "MemoryError")
 
 
-def test_other_errors_are_not_taken_for_refusals() -> None:
-    with pytest.raises(RuntimeError, match="shape"), refusals_told():
-        raise RuntimeError("shape mismatch")
+@pytest.mark.parametrize("said", ["shape mismatch", "CUDA error: an illegal memory access was encountered"])
+def test_other_errors_are_not_taken_for_refusals(said: str) -> None:
+    with pytest.raises(RuntimeError, match=said), refusals_told():
+        raise RuntimeError(said)
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "given", "wanted"),
+    [
+        ("Linux", "6.8.0-45-generic", {}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ("Linux", "5.15.167.4-microsoft-standard-WSL2", {}, {}),
+        ("Linux", "5.15.148-tegra", {}, {}),
+        ("Windows", "11", {}, {}),
+        ("Linux", "6.8.0-45-generic", *[{"PYTORCH_ALLOC_CONF": "expandable_segments:False"}] * 2),
+        ("Linux", "6.8.0-45-generic", *[{"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}] * 2),
+    ],
+)
+def test_a_gpu_s_pieces_of_any_size_where_the_driver_has_them(
+    system: str, release: str, given: dict[str, str], wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere the first tensor on the GPU would fail; and what a person has set stays as it is."""
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))  # malloc is another matter
+    monkeypatch.setattr(os, "environ", dict(given))
+    keep_freed_memory()
+    assert os.environ == wanted
