@@ -66,6 +66,7 @@ def can_flash(query: Tensor) -> bool:
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= LARGEST_HEAD
         and query.shape[-1] % 8 == 0
+        and torch.version.hip is None  # AMD's aligns a causal mask with the first keys, and knows no window
         and torch.backends.cuda.is_flash_attention_available()
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from qspin.attention import Lengths, Packed
-from qspin.flash import Spans
+from qspin.flash import Spans, can_flash
 
 CPU = torch.device("cpu")
 
@@ -34,3 +37,27 @@ def test_gradients_go_to_the_places_that_were_read(prefix: int) -> None:
     gathered.backward(grad)
     assert x.grad is not None
     torch.testing.assert_close(spans.gather_backward(grad), x.grad)
+
+
+@pytest.mark.parametrize(
+    ("other", "wanted"),
+    [
+        ({}, True),
+        ({"capability": (12, 0)}, True),
+        ({"capability": (7, 5)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"size": 264}, False),
+        ({"size": 100}, False),
+        ({"built": False}, False),
+        ({"hip": "7.0"}, False),  # its causal mask is another one
+    ],
+)
+def test_which_gpus_have_the_kernel(other: dict[str, Any], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case: dict[str, Any] = {
+        "capability": (8, 6), "dtype": torch.bfloat16, "size": 128, "built": True, "hip": None, **other
+    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: case["capability"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: case["built"])
+    monkeypatch.setattr(torch.version, "hip", case["hip"])
+    query: Any = SimpleNamespace(device=torch.device("cuda"), dtype=case["dtype"], shape=(8, 20, case["size"]))
+    assert can_flash(query) is wanted
