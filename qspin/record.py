@@ -18,6 +18,7 @@ from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
+from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.run_dir import RunDir
@@ -117,13 +118,23 @@ def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:
 
 
 def load_recorded(run_dir: RunDir, base: Base, config: RunConfig, device: torch.device) -> SlotModel:
-    """The 4-bit base as the run computed with it: its threads, and its kernels where they are to be had."""
+    """The 4-bit base as the run computed with it: its threads, and its kernels where they are to be had.
+
+    Raises:
+        QspinError: it can't be loaded, or does not fit into memory.
+    """
     record = _read(run_dir)
     torch.set_num_threads(record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
     backend = record.get("backend", "transformers")  # the only one when runs did not tell
     if unsloth_missing(device):  # another machine's kernels: the same within rounding
         backend = "transformers"
-    return SlotModel.load(base, config.model, config.lora, seed=config.seed, device=device, backend=backend)
+    try:
+        with refusals_told():
+            return SlotModel.load(base, config.model, config.lora, seed=config.seed, device=device, backend=backend)
+    except OutOfMemory as error:
+        raise QspinError(
+            f"out of memory ({error}); close other programs: {base.name} does not fit beside them"
+        ) from None
 
 
 def verify_base(run_dir: RunDir, model: SlotModel, crew: Crew = ALONE) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import flip_byte, played_small, small_run
 from safetensors.torch import load_file, save_file
 from test_cli import call
@@ -58,6 +59,20 @@ def test_each_player_answers_as_it_did_when_it_was_measured(
         found[name] = [reply.text for reply in loaded.reply(conversations, max_new_tokens=NEW, temperature=0)]
         assert found[name] == read_evaluation(measured[name].evaluation).greedy_completions
     assert found["base"] != found["1"] != found["0"]
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory"])
+def test_a_base_that_memory_has_no_room_for_is_one_line(
+    said: str, run_dir: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card that a desktop and a game have filled."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError(said) if "Tried" in said else RuntimeError(said)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(QspinError, match=rf"^out of memory \({said}\); close other programs: .* does not fit"):
+        Loaded.open(run_dir)
 
 
 def test_last_is_the_last_and_none_is_the_one_that_is_kept(loaded: Loaded) -> None:
