@@ -70,7 +70,9 @@ def attend(
     if layout is None or attention_mask is not None:
         raise RuntimeError("this model attends by layouts: call it through qspin.model.SlotModel")
     rules = Rules(scaling, sliding_window, softcap)
-    output = layout.attend(int(module.layer_idx), query[0], key[0], value[0], rules)  # type: ignore[arg-type]
+    # not query[0], whose gradient would be written into zeros of its size
+    q, k, v = query.squeeze(0), key.squeeze(0), value.squeeze(0)
+    output = layout.attend(int(module.layer_idx), q, k, v, rules)  # type: ignore[arg-type]
     return output.unsqueeze(0), None
 
 

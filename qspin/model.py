@@ -135,7 +135,7 @@ class SlotModel:
         output = self._decoder(
             input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
         )
-        hidden: Tensor = output.last_hidden_state[0]
+        hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
 
     @property

@@ -206,6 +206,21 @@ def test_company_does_not_matter(architecture: str, tiny_model: LoadModel) -> No
         torch.testing.assert_close(together[side], torch.cat([logps[side] for logps in alone]), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_gradient_is_written_into_zeros_as_that_of_a_batch_of_one(architecture: str, tiny_model: LoadModel) -> None:
+    """It would be two launches more on a GPU, and all of it written twice."""
+    logps, _ = pair_logps(tiny_model(architecture), pack_row(PAIRS[:2], CPU))
+    nodes: list[Any] = [logps.grad_fn]
+    seen = set(nodes)
+    for node in nodes:
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        nodes += following
+    names = [node.name() for node in nodes]
+    assert sum("Attention" in name for name in names) == 3  # a layer
+    assert "SelectBackward0" not in names
+
+
 def test_a_shared_prefix_does_not_matter(tiny_model: LoadModel) -> None:
     # computed once or with every prompt; alone or together
     model = tiny_model("mistral", moved=True)
