@@ -112,8 +112,7 @@ class FlashAttention(torch.autograd.Function):
             )
         return (
             grad_query.transpose(0, 1),
-            spans.gather_backward(grad_keys),
-            spans.gather_backward(grad_values),
+            *spans.gather_backward(torch.cat([grad_keys, grad_values], 1)).chunk(2),  # both at once: half the launches
             None,
             None,
             None,

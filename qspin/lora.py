@@ -138,9 +138,7 @@ class FusedLayers:
         """(…, in), and x·Aᵀ of all layers, (N, Σ r) → (…, out) for each layer."""
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         outputs = []
-        for matrix, bias, part, b in zip(
-            self.matrices(), self.biases, torch.split(low, self.ranks, 1), bs, strict=True
-        ):
+        for matrix, bias, part, b in zip(self.matrices(), self.biases, _parts(low, self.ranks, 1), bs, strict=True):
             bias = None if bias is None else bias.to(x.dtype)  # noqa: PLW2901
             if x.is_cuda:  # what is written first is read where the large product is computed, and costs no time there
                 y = (part @ b if bias is None else torch.addmm(bias, part, b)).addmm_(flat, matrix.t())
@@ -165,13 +163,13 @@ class FusedLayers:
         """(…, in) → (…, out) for each layer."""
         both = linear(x.reshape(-1, x.shape[-1]))  # (N, Σ out + Σ r)
         ys = both[:, : b.shape[1]].addmm_(both[:, b.shape[1] :], b)
-        return tuple(y.view(*x.shape[:-1], -1) for y in torch.split(ys, self.outs, 1))
+        return tuple(y.view(*x.shape[:-1], -1) for y in _parts(ys, self.outs, 1))
 
     def _few_rows_product(self, x: Tensor) -> tuple[Tensor, ...]:
         """(…, in) → (…, out) for each layer, of which each has been packed by itself."""
         a, bs = self.low_rank(x.dtype, training=False)
         flat = x.reshape(-1, x.shape[-1])
-        lows = torch.split(flat @ a.t(), self.ranks, 1)
+        lows = _parts(flat @ a.t(), self.ranks, 1)
         outputs = []
         for (data, constants, _), bias, low, b in zip(self.packed, self.biases, lows, bs, strict=True):
             y = self._kernels.few_rows_product(
@@ -184,7 +182,7 @@ class FusedLayers:
         """(out, in) in the compute type for each layer, each good until the next is asked for."""
         for data, constants, layers in self.packed:
             matrix = self._kernels.dequantise(data, constants)
-            yield from torch.split(matrix, [self.outs[layer] for layer in layers])
+            yield from _parts(matrix, [self.outs[layer] for layer in layers])
 
     def low_rank(self, dtype: torch.dtype, *, training: bool) -> tuple[Tensor, list[Tensor]]:
         """All A stacked, (Σ r, in), and each (α/r)·Bᵀ, (r, out).
@@ -251,13 +249,18 @@ class LoraLinear4bit(torch.autograd.Function):
             for grad, matrix in zip(flat_grads, layers.matrices(), strict=True):
                 grad_x.addmm_(grad, matrix)
             grad_x = grad_x.view(*grads[0].shape[:-1], -1)
-        grad_a = torch.split((grad_low.t() @ flat).float(), layers.ranks)
+        grad_a = _parts((grad_low.t() @ flat).float(), layers.ranks)
         grad_b = [
             # the faster order: r rows of long dot products
             (part.t() @ grad).t().to(torch.float32, memory_format=torch.contiguous_format).mul_(scaling)
-            for grad, part, scaling in zip(flat_grads, torch.split(low, layers.ranks, 1), layers.scalings, strict=True)
+            for grad, part, scaling in zip(flat_grads, _parts(low, layers.ranks, 1), layers.scalings, strict=True)
         ]
         return grad_x, None, None, None, None, None, *grad_a, *grad_b
+
+
+def _parts(tensor: Tensor, sizes: list[int], dim: int = 0) -> Sequence[Tensor]:
+    """As `torch.split`, which takes as long as a launch also where there is nothing to split."""
+    return torch.split(tensor, sizes, dim) if len(sizes) > 1 else (tensor,)
 
 
 def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:
