@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from qspin.attention import Lengths, Packed
-from qspin.flash import Spans, can_flash
+from qspin.attention import Lengths, Packed, Rules, _SpanAttention
+from qspin.flash import FlashAttention, Spans, can_flash
 
 CPU = torch.device("cpu")
 
@@ -37,6 +40,71 @@ def test_gradients_go_to_the_places_that_were_read(prefix: int) -> None:
     gathered.backward(grad)
     assert x.grad is not None
     torch.testing.assert_close(spans.gather_backward(grad), x.grad)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: tuple[Tensor, Tensor], scale: float, left: int
+) -> Tensor:  # (T, H, D), (S, Hkv, D), (S, Hkv, D) → (T, H, D)
+    """What the kernel says that it computes: a sequence's last query sees its last key."""
+    repeats, outputs = query.shape[1] // key.shape[1], []
+    for (q_start, q_end), (k_start, k_end) in zip(*map(itertools.pairwise, ends), strict=True):
+        q, k, v = (x.transpose(0, 1) for x in (query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]))
+        scores = scale * q @ k.repeat_interleave(repeats, 0).transpose(1, 2)  # (H, t, s)
+        apart = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
+        seen = (apart >= 0) & ((apart <= left) | (left < 0))
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append((weights @ v.repeat_interleave(repeats, 0)).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def kernel() -> Iterator[None]:
+    """A CPU has none: one in its place, of plain products."""
+
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *_: Any,
+        scale: float, window_size_left: int, window_size_right: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert window_size_right == 0
+        output = attention(query, key, value, (query_ends, key_ends), scale, window_size_left)
+        return output, *torch.zeros(4, 1).unbind()
+
+    def backward(
+        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _output: Tensor, _sums: Tensor, query_ends: Tensor,
+        key_ends: Tensor, *_: Any, scale: float, window_size_left: int, window_size_right: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        assert window_size_right == 0
+        leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad():
+            output = attention(*leaves, (query_ends, key_ends), scale, window_size_left)
+        return torch.autograd.grad(output, leaves, grad)
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", forward, "AutogradCPU")
+        library.impl("_flash_attention_backward", backward, "AutogradCPU")
+        yield
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4)])
+def test_each_span_is_plain_attention(prefix: int, window: int | None, heads: int, kv_heads: int) -> None:
+    row = Packed([Lengths(3, 5, 7), Lengths(5, 9, 1), Lengths(1, 6), Lengths(2, 1, 4)], CPU, prefix)
+    tokens, size = prefix + sum(group.total for group in row.groups), 8
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((heads, tokens, size), (kv_heads, tokens, size), (kv_heads, tokens, size), (tokens, heads, size))
+    *inputs, grad = (torch.randn(shape, generator=generator) for shape in shapes)
+
+    def both(function: Any, *rules: Any) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        output = function.apply(*leaves, *rules)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+    found = both(FlashAttention, spans_of(row), 0.3, window)
+    wanted = both(_SpanAttention, row, Rules(0.3, window, None))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
