@@ -106,7 +106,8 @@ def gpu(torch_needed: str) -> Finding:
     cards, complaint = _nvidia_smi()
     if not torch.cuda.is_available():
         if _build() is not None:
-            complaint = complaint or _cuda_complaint()
+            # both: nvidia-smi of a driver too old for torch does not know of capabilities, and torch says why
+            complaint = "; ".join(filter(None, [_cuda_complaint(), complaint]))
         return unused_gpu(_build(), cards, complaint, torch_needed)
     try:
         free, total = torch.cuda.mem_get_info()  # the first call that needs the device itself

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from qspin import doctor_device
 from qspin.config import ModelConfig
 from qspin.doctor import cache, disk, embedded_model, hub, hub_cache, memory, package, python, required
 from qspin.doctor_device import NF4_BOUND, Card, backend, gpu, nf4, nf4_error, unused_gpu
@@ -298,6 +299,25 @@ def test_a_driver_that_does_not_answer(nvidia_smi: Callable[[str], None], script
     finding = gpu("torch")
     assert finding.level == "warning"
     assert finding.found == f"torch finds none that it can use: runs use the CPU ({said})"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU that is here")
+def test_a_driver_too_old_for_torch(nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says of it is not hidden by what nvidia-smi of that age can't say."""
+
+    def init() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it")
+
+    nvidia_smi("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2")
+    monkeypatch.setattr(doctor_device, "_build", lambda: "12.8")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    finding = gpu("torch")
+    assert finding.level == "warning"
+    assert finding.found == (
+        "torch finds none that it can use: runs use the CPU (The NVIDIA driver on your system is too old (found "
+        'version 11040). Please update it; nvidia-smi: Field "compute_cap" is not a valid field to query.)'
+    )
+    assert "install its driver anew" in finding.advice
 
 
 @pytest.mark.gpu
