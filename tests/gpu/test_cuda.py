@@ -18,12 +18,14 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import moved_adapter
+import transformers
+from conftest import SHAPE, moved_adapter
+from test_optimisation import cut_off, descend, interrupt, run, same_bits
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
-from qspin import spin
+from qspin import attention, spin
 from qspin.attention import Lengths, Packed, Rules, _SpanAttention
 from qspin.backends import unsloth_kernels
 from qspin.base import find_base
@@ -38,6 +40,7 @@ from qspin.kernels import Kernels
 from qspin.kv_cache import KVCache
 from qspin.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.model import SlotModel
+from qspin.optimisation import steps_kept
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent
@@ -72,9 +75,9 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def load(folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3) -> SlotModel:
-    config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
-    model = SlotModel.load(find_base(config), config, LoraConfig(rank=4, alpha=8), seed=0, device=CUDA, backend=backend)
+def load(folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3, rank: int = 4) -> SlotModel:
+    config, slot = ModelConfig(id=str(folder), dtype=dtype), LoraConfig(rank=rank, alpha=2 * rank)  # type: ignore[arg-type]
+    model = SlotModel.load(find_base(config), config, slot, seed=0, device=CUDA, backend=backend)
     model.set_adapter(moved_adapter(model, seed=seed))
     return model
 
@@ -201,6 +204,15 @@ def test_rotary_kernel() -> None:
 # --- the model ---
 
 
+def computed(model: SlotModel, recomputed: int) -> tuple[Tensor, Tensor]:
+    """Log-probs of both sides of PAIRS, and the adapter's gradient."""
+    model.use_gradient_checkpointing(recomputed)
+    real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
+    (real - generated).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
+    return torch.cat([real, generated]).detach(), gradients
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ROUNDING)
 @pytest.mark.parametrize("recomputed", [0, 1, 3])
@@ -208,18 +220,29 @@ def test_log_probs_and_gradients(
     backend: BackendName, architecture: str, recomputed: int, tiny_folder: Callable[[str], Path]
 ) -> None:
     """16 bits with every kernel are about as far from fp32 with none as 16 bits on a CPU are."""
-
-    def work(model: SlotModel) -> tuple[Tensor, Tensor]:
-        model.use_gradient_checkpointing(recomputed)
-        real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
-        (real - generated).sum().backward()
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
-        return torch.cat([real, generated]).detach(), gradients
-
-    found = work(load(tiny_folder(architecture), backend))
-    wanted = work(load(tiny_folder(architecture), "transformers", dtype="float32"))
+    found = computed(load(tiny_folder(architecture), backend), recomputed)
+    wanted = computed(load(tiny_folder(architecture), "transformers", dtype="float32"), recomputed)
     for one, other, on_a_cpu in zip(found, wanted, ROUNDING[architecture], strict=True):
         assert relative(one, other) < 1.5 * on_a_cpu
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ROUNDING)
+@pytest.mark.parametrize("flashes", [True, False])
+def test_in_float16_as_without_bfloat16(
+    backend: BackendName,
+    architecture: str,
+    flashes: bool,
+    tiny_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What Turing's cards compute in and with: they have no flash kernel. Rounding is an eighth of bfloat16's."""
+    if not flashes:
+        monkeypatch.setattr(attention, "can_flash", lambda _query: False)
+    found = computed(load(tiny_folder(architecture), backend, dtype="float16"), 1)
+    wanted = computed(load(tiny_folder(architecture), "transformers", dtype="float32"), 1)
+    for one, other, bfloat16_on_a_cpu in zip(found, wanted, ROUNDING[architecture], strict=True):
+        assert relative(one, other) < 1.5 * bfloat16_on_a_cpu
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -287,6 +310,41 @@ def test_replayed_steps_are_the_computed_ones(
     with torch.inference_mode(), model.decoding():
         for one, other in zip(logits(replays=True), logits(replays=False), strict=True):
             assert relative(one, other) < 2 * ROUNDING[architecture][0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replayed_steps_of_many_rows(backend: BackendName, tiny_folder: Callable[[str], Path]) -> None:
+    """Beyond those that kernels multiply by the 4 bits as they are: W is made within the graph."""
+    model = load(tiny_folder("llama"), backend)
+    tokens = torch.randint(5, 90, (6, 200), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def logits(replays: bool) -> list[Tensor]:
+        decoder = Decoder(model, KVCache(slots=200, device=CUDA))
+        decoder._replays = replays
+        return [decoder.step(row).clone() for row in tokens]
+
+    with torch.inference_mode(), model.decoding():
+        for one, other in zip(logits(replays=True), logits(replays=False), strict=True):
+            assert relative(one, other) < 2 * ROUNDING["llama"][0]
+
+
+# --- snapshots ---
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop", "paged_adamw_8bit"])
+def test_a_run_goes_on_from_a_snapshot_of_each_optimiser(optimizer: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Weights are so large that bitsandbytes keeps their state in 8 bits, and in pages."""
+    config = transformers.LlamaConfig(**SHAPE | {"hidden_size": 1024, "intermediate_size": 1024})
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    whole, cut, again = (load(tmp_path / "base", "transformers", rank=128) for _ in range(3))
+    assert max(parameter.numel() for parameter in whole.parameters.values()) > 1e5
+    metrics = run(whole, descend(whole), tmp_path / "whole", optimizer=optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, cut_off(cut, 5, interrupt), tmp_path / "cut", optimizer=optimizer)
+    assert steps_kept(tmp_path / "cut") == 5
+    assert run(again, descend(again), tmp_path / "cut", optimizer=optimizer) == metrics
+    assert same_bits(again.adapter(), whole.adapter())
 
 
 # --- memory ---
@@ -359,10 +417,11 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def make(backend: str) -> Prepared:
+    def make(backend: str, dtype: str = "auto") -> Prepared:
         settings: dict[str, Any] = {
             "model.id": str(tiny_folder("llama")),
             "model.backend": backend,
+            "model.dtype": dtype,
             "data.source": str(path),
             "data.heldout_rows": 4,
             "generation.max_new_tokens": 10,
@@ -405,3 +464,19 @@ def test_a_run_and_its_resumption(backend: str, prepared: Callable[..., Prepared
         remove(path)
     remove(last.scores(0).parent)
     assert whole == adapter_bytes(play(ready, half.path))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_run_as_without_bfloat16_and_flash(
+    backend: str, prepared: Callable[..., Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "can_flash", lambda _query: False)
+    played = play(prepared(backend, "float16"), tmp_path / "run")
+    for iteration in (0, 1):
+        first, *_, last = metrics = read_jsonl(played.iteration(iteration).metrics)
+        assert (first["margin"], first["loss"]) == (0.0, pytest.approx(math.log(2), abs=1e-6))
+        assert last["margin"] > 0
+        scales = [row["loss_scale"] for row in metrics]
+        assert scales == sorted(scales, reverse=True)
+        assert all(math.log2(scale).is_integer() for scale in scales)
+    assert adapter_bytes(played) == adapter_bytes(play(prepared(backend, "float16"), tmp_path / "again"))
