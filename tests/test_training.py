@@ -440,3 +440,26 @@ def test_a_base_that_is_not_finite_names_its_pair_at_step_0_too(tiny_model: Load
         model.peft_model.get_input_embeddings().weight[501] = float("nan")
     with pytest.raises(QspinError, match="row-1"):
         run(model, task_for(model, plan), settings(), tmp_path / "snapshots")
+
+
+def test_a_step_that_overflows_in_float16_is_made_again_as_if_it_had_not(
+    tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers that do overflow, as they would on a GPU without bfloat16."""
+    assert optimisation.FIRST_SCALE < 2.0**40
+    monkeypatch.setattr(optimisation, "FIRST_SCALE", 2.0**40)
+    model = tiny_model(dtype="float16", moved=True)
+    metrics = run(model, task_for(model), settings(), tmp_path / "from above")
+    scale = metrics[-1]["loss_scale"]
+    assert 1 < scale < 2.0**40
+    assert all(math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in metrics)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2))
+
+    monkeypatch.setattr(optimisation, "FIRST_SCALE", metrics[0]["loss_scale"])
+    again = tiny_model(dtype="float16", moved=True)
+    assert run(again, task_for(again), settings(), tmp_path / "from there") == metrics
+    assert same_bits(again.adapter(), model.adapter())
+
+    exact = tiny_model(dtype="float32", moved=True)
+    wanted = run(exact, task_for(exact), settings(), tmp_path / "float32")
+    assert [row["grad_norm"] for row in metrics] == pytest.approx([row["grad_norm"] for row in wanted], rel=0.05)
