@@ -68,21 +68,28 @@ class KVCache:
 class Prefill:
     """Prompts side by side after their common prefix, each written whole into its slot of the cache."""
 
-    def __init__(self, cache: KVCache, slots: Sequence[int], lengths: Sequence[int], prefix: int) -> None:
+    def __init__(self, cache: KVCache, slots: range, lengths: Sequence[int], prefix: int) -> None:
         self.cache = cache
-        self.slots = tuple(slots)
+        self.slots = slice(slots.start, slots.stop)
         self.packed = Packed([Lengths(length - prefix) for length in lengths], cache.device, prefix)
         cache.reserve(max(lengths))
-        cache.lengths[list(slots)] = torch.tensor(lengths)
+        cache.lengths[self.slots] = torch.tensor(lengths)
+        # of the tokens after the prefix, (T', 1)
+        self._slots = torch.tensor(slots).repeat_interleave(torch.tensor(lengths) - prefix)[:, None]
+        self._places = torch.cat([torch.arange(prefix, length) for length in lengths])[:, None]
+        self._rows: dict[int, Tensor] = {}  # by key heads: all layers have as many, as a rule
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rules: Rules) -> Tensor:
         prefix = self.packed.prefix
+        heads, _, size = key.shape
+        if heads not in self._rows:
+            rows = (self._slots * heads + torch.arange(heads)) * self.cache.places + self._places  # (T', Hkv)
+            self._rows[heads] = rows.flatten().to(self.cache.device)
         for store, new in zip(self.cache.layer(layer, key), (key, value), strict=True):
-            start = prefix
-            for slot, group in zip(self.slots, self.packed.groups, strict=True):
-                store[slot, :, :prefix] = new[:, :prefix]
-                store[slot, :, prefix : prefix + group.total] = new[:, start : start + group.total]
-                start += group.total
+            store[self.slots, :, :prefix] = new[:, :prefix]
+            # one copy for all prompts: theirs would be hundreds of launches a layer
+            own = new[:, prefix:].transpose(0, 1).reshape(-1, size)
+            store.view(-1, size).index_copy_(0, self._rows[heads], own)
         return self.packed.attend(layer, query, key, value, rules)
 
 
