@@ -48,6 +48,29 @@ def unsloth_missing(device: torch.device) -> str | None:
     return None
 
 
+def no_kernels(device: torch.device) -> str | None:
+    """Why torch can't compute on a GPU that it sees, if it can't: bitsandbytes would end the process there."""
+    built = torch.cuda.get_arch_list() if device.type == "cuda" and torch.version.hip is None else []
+    if not built:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if any(_runs_on(capability, name) for name in built):
+        return None
+    name, (major, minor) = torch.cuda.get_device_name(device), capability
+    return f"{name} is sm_{major}{minor}, and torch {torch.__version__} is built for {', '.join(built)}"
+
+
+def _runs_on(capability: tuple[int, int], built: str) -> bool:
+    """Whether a GPU runs what was built, as torch names it: sm_86 runs on 8.6 and later ones of that generation,
+    sm_90a on 9.0 alone; compute_90 is translated on 9.0 and all later ones."""
+    kind, _, number = built.partition("_")
+    digits = number.rstrip("af")
+    oldest = int(digits[:-1]), int(digits[-1])
+    if kind == "compute":
+        return capability >= oldest
+    return capability == oldest or (not number.endswith("a") and capability[0] == oldest[0] and capability >= oldest)
+
+
 def unsloth_kernels() -> Kernels:
     """Raises a QspinError: Unsloth is installed, and can't be imported."""
     # it writes code that it generates into a folder, of the working directory unless told otherwise

@@ -103,6 +103,8 @@ def gpu(torch_needed: str) -> Finding:
     """The GPU that a run will use, or why it will use none. `torch_needed` is what pip is to install, if need be."""
     import torch
 
+    from qspin.backends import no_kernels
+
     cards, complaint = _nvidia_smi()
     if not torch.cuda.is_available():
         if _build() is not None:
@@ -120,6 +122,10 @@ def gpu(torch_needed: str) -> Finding:
     found += f"driver {cards[0].driver}, " if cards else ""
     found += f"{gib(free)} of {gib(total)} free"
     found += f"; the first of {count}, CUDA_VISIBLE_DEVICES chooses" if count > 1 else ""
+    missing = no_kernels(torch.device("cuda"))
+    if missing:
+        command = _other_torch(float(f"{major}.{minor}"), torch_needed)
+        return Finding("GPU", "problem", missing, "put a build that has its kernels in its place:", command)
     if free < total / 2:
         return Finding("GPU", "warning", found, "see with nvidia-smi what holds the rest")
     return Finding("GPU", "ok", found)
@@ -135,14 +141,12 @@ def unused_gpu(build: str | None, cards: Sequence[Card], complaint: str, torch_n
         torch_needed: the requirement for pip.
     """
     if cards and build is None:
-        # torch 2.8 and later: cu126 has kernels for capabilities 5.0 to 9.0, cu128 for 7.5 and above
-        index = f"https://download.pytorch.org/whl/{'cu126' if cards[0].capability < 7.5 else 'cu128'}"
         return Finding(
             "GPU",
             "warning",
             f"{cards[0].name} is here, but this torch is a build for CPUs: runs use the CPU",
             "put a build for CUDA in its place:",
-            f'{pip("uninstall --yes torch")} && {pip("install")} --index-url {index} "{torch_needed}"',
+            _other_torch(cards[0].capability, torch_needed),
         )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if cards:
@@ -162,6 +166,13 @@ def unused_gpu(build: str | None, cards: Sequence[Card], complaint: str, torch_n
             "if there is one, install its driver anew; if there is none, all is well",
         )
     return Finding("GPU", "ok", "none: runs use the CPU")
+
+
+def _other_torch(capability: float, needed: str) -> str:
+    """The command that puts a build for such a GPU in the place of the one that is here."""
+    # torch 2.8 and later: cu126 has kernels for capabilities 5.0 to 9.0, cu128 for 7.5 and above
+    index = f"https://download.pytorch.org/whl/{'cu126' if capability < 7.5 else 'cu128'}"
+    return f'{pip("uninstall --yes torch")} && {pip("install")} --index-url {index} "{needed}"'
 
 
 def backend() -> Finding:
