@@ -48,6 +48,15 @@ def unsloth_missing(device: torch.device) -> str | None:
     return None
 
 
+def check_kernels(device: torch.device) -> None:
+    """Raises a QspinError: torch can't compute on the GPU."""
+    missing = no_kernels(device)
+    if missing:
+        raise QspinError(
+            f"{missing}: `qspin doctor` says which torch to install, CUDA_VISIBLE_DEVICES='' plays on the CPU"
+        )
+
+
 def no_kernels(device: torch.device) -> str | None:
     """Why torch can't compute on a GPU that it sees, if it can't: bitsandbytes would end the process there."""
     built = torch.cuda.get_arch_list() if device.type == "cuda" and torch.version.hip is None else []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from qspin.config import ModelConfig
+from qspin.errors import QspinError
 from qspin.footprint import Device
 
 if TYPE_CHECKING:
@@ -69,15 +70,28 @@ def card(gigabytes: float, model: ModelConfig) -> Machine:
 
 
 def this_machine(model: ModelConfig) -> Machine:
-    """The machine that a run started now would compute on, its rates measured for about a second."""
+    """The machine that a run started now would compute on, its rates measured for about a second.
+
+    Raises:
+        QspinError: too little memory is free to measure them in; torch has no kernels for the GPU.
+    """
     import torch
 
-    from qspin.memory import free_bytes
+    from qspin.backends import check_kernels
+    from qspin.memory import OutOfMemory, free_bytes, refusals_told
     from qspin.model import compute_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels(device)
     dtype = compute_dtype(model, device)
-    flops, bandwidth = product_rate(device, dtype), copy_rate(device)
+    try:
+        with refusals_told():
+            flops, bandwidth = product_rate(device, dtype), copy_rate(device)
+    except OutOfMemory as error:
+        raise QspinError(
+            f"out of memory ({error}); close other programs: this machine can't be measured in what is free; or name a "
+            "card with --vram"
+        ) from None
     if device.type == "cuda":
         memory = free_bytes(device) + int(CUDA_CONTEXT)  # the context is there by now
         name = torch.cuda.get_device_name(device)

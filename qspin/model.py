@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qspin.adapters import Adapter
 from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
 from qspin.attention import Lengths as GroupLengths
-from qspin.backends import no_kernels, unsloth_kernels
+from qspin.backends import check_kernels, unsloth_kernels
 from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
@@ -87,11 +87,7 @@ class SlotModel:
             QspinError: the base can't be loaded, or its architecture computes logits in a way not known here; torch
                 has no kernels for the GPU.
         """
-        missing = no_kernels(device)
-        if missing:
-            raise QspinError(
-                f"{missing}: `qspin doctor` says which torch to install, CUDA_VISIBLE_DEVICES='' plays on the CPU"
-            )
+        check_kernels(device)
         gc.collect()  # of an earlier base, whose layers refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()

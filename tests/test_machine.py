@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qspin import machine
 from qspin.config import ModelConfig, load_config
+from qspin.errors import QspinError
 from qspin.machine import CARDS, GIB, card, copy_rate, nominal_rate, product_rate, this_machine
 from qspin.memory import free_bytes
 from qspin.model import compute_dtype
@@ -55,6 +57,13 @@ def test_this_machine_is_what_the_run_would_use() -> None:
     assert machine.measured
     assert machine.itemsize == compute_dtype(ModelConfig(), CPU).itemsize
     assert 0 < machine.memory - free_bytes(CPU) < 8 * GIB  # with what this process holds already
+
+
+def test_a_machine_with_too_little_memory_to_be_measured_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a card that a game has filled."""
+    monkeypatch.setattr(machine, "copy_rate", lambda _device: float(torch.ones(1 << 60, dtype=torch.uint8).sum()))
+    with pytest.raises(QspinError, match=r"^out of memory \(.*\); close other programs: .* --vram$"):
+        this_machine(ModelConfig())
 
 
 def test_rates_are_those_of_a_machine_of_our_time() -> None:
