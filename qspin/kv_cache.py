@@ -58,11 +58,10 @@ class KVCache:
 
     def move(self, source: int, target: int) -> None:
         """Overwrite one slot with another."""
-        length = int(self.lengths[source])
-        self.lengths[target] = length
-        for keys, values in self._layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+        self.lengths[target] = self.lengths[source]
+        stores = [store for layer in self._layers.values() for store in layer]
+        # whole slots, which are one piece of memory each, so that a GPU copies those of all layers in a launch or two
+        torch._foreach_copy_([store[target] for store in stores], [store[source] for store in stores])
 
 
 class Prefill:
