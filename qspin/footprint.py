@@ -348,7 +348,7 @@ class Footprint:
 
     @property
     def _own_attention(self) -> bool:
-        """Where `flash.can_flash` says no; of GPUs older than Ampere a plan knows nothing."""
+        """Where `flash.can_flash` says no; of GPUs that are AMD's or older than Ampere a plan knows nothing."""
         return self.device == "cpu" or self._softcap or self.itemsize == 4
 
     @property
