@@ -36,7 +36,7 @@ def under_way(prepared: Prepared, out: Path, progress: Progress) -> Iterator[Gam
     """A run's folder as ours alone, what was damaged in it taken away, and the game to go on with.
 
     Raises:
-        QspinError: another process works in it; as `Game.open`; memory or the disk ran out.
+        QspinError: another process works in it; as `Game.open`; memory or the disk ran out; the GPU failed.
     """
     keep_freed_memory()
     run_dir = RunDir(out)
@@ -49,6 +49,9 @@ def under_way(prepared: Prepared, out: Path, progress: Progress) -> Iterator[Gam
         raise QspinError(
             f"out of memory ({error}); close other programs, set generation.width lower, or take a smaller model"
         ) from None
+    except torch.AcceleratorError as error:  # a time limit of its driver, a suspend, a clock too high
+        what = str(error).partition("\n")[0]
+        raise QspinError(f"the GPU failed ({what}); the same command goes on from what is finished") from None
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qspin.adapters import Adapter
-from qspin.attention import IMPLEMENTATION, Layout, Packed, attend
+from qspin.attention import Layout, Packed
 from qspin.attention import Lengths as GroupLengths
 from qspin.backends import check_kernels, unsloth_kernels
 from qspin.base import Base, unreachable
@@ -38,17 +38,13 @@ from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.footprint import Footprint
-from qspin.fused import fuse_gated_mlp, fuse_norm, fuse_rotary
 from qspin.kernels import Kernels
-from qspin.lora import FusedLayers, Linear, fuse_lora, laid_out
+from qspin.lora import FusedLayers, Linear, laid_out
 from qspin.memory import free_bytes, refusals_told
+from qspin.refit import SLOT, in_one_mode, refit
 from qspin.shape import read_shape
 
 ALL = slice(None)
-SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # of a decoder layer, by their usual names
-SLOT = "default"  # PEFT's merging and saving read the adapter of this name
-
-transformers.AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 class SlotModel:
@@ -127,7 +123,7 @@ class SlotModel:
         except ValueError as error:  # no such layers, or of a kind that can't be adapted
             raise QspinError(f"lora.targets: {base.name}: {' '.join(str(error).split())}") from None
         _check_targets(peft_model, base)
-        layers = _prepare(peft_model, kernels)
+        layers = refit(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._check_logits(reference)
         return loaded
@@ -301,6 +297,8 @@ class SlotModel:
         try:
             with torch.no_grad(), refusals_told():
                 ours = self.logits(self.hidden(row, positions, Packed([GroupLengths(count)] * 3, self.device)))
+        except torch.AcceleratorError:  # the GPU itself
+            raise
         except (RuntimeError, AttributeError, TypeError) as error:  # a decoder that ours does not fit into
             raise QspinError(
                 f"model.id: {self.base.name} ({family}) has layers that qspin can't compute (keys and values of two "
@@ -327,9 +325,7 @@ class SlotModel:
 
 def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
     """(8, V) fp32: logits of the model as it came, on 8 tokens."""
-    causal_lm.train()  # in eval mode bitsandbytes repacks on CPUs
-    _no_dropout(causal_lm)
-    _no_repacking(causal_lm)
+    in_one_mode(causal_lm)
     with torch.no_grad():
         ids = _some_ids(causal_lm.get_output_embeddings().weight.shape[0], device)
         logits: Tensor = causal_lm(input_ids=ids[None], use_cache=False).logits[0]
@@ -359,42 +355,6 @@ def _check_targets(peft_model: Any, base: Base) -> None:
     for name, module in parts.items():
         if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
             raise QspinError(f"lora.targets: {base.name}: the {name} can't be adapted; name layers between them")
-
-
-def _prepare(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:
-    """Our own layers and attention in the place of the model's; no dropout anywhere, and no repacking of the base."""
-    fused = []
-    peft_model.get_base_model().config._attn_implementation = IMPLEMENTATION
-    peft_model.train()  # one mode for generating, scoring and training; in eval mode bitsandbytes repacks on CPUs
-    _no_dropout(peft_model)
-    _no_repacking(peft_model)
-    for module in peft_model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            fuse_norm(module, kernels)
-        fuse_gated_mlp(module, kernels)
-        if type(module).__name__.endswith("Attention"):
-            fuse_rotary(module, kernels)
-        adapted = {n: m for n, m in module.named_children() if isinstance(m, peft.tuners.lora.Linear4bit)}
-        for names in SAME_INPUT:
-            together = [adapted.pop(name) for name in names if name in adapted]
-            if together:
-                fused.append(fuse_lora(together, SLOT, kernels))
-        fused += [fuse_lora([layer], SLOT, kernels) for layer in adapted.values()]
-    return fused
-
-
-def _no_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # handed to the attention function
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
-def _no_repacking(model: nn.Module) -> None:
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -31,6 +31,7 @@ LAYERS = [  # each may import what stands above it
         "workers",
     },
     {"fused", "status", "gguf_file", "players"},
+    {"refit"},
     {"model", "packing", "kv_cache"},
     {"decoding", "scoring", "reading", "machine"},
     {"generation"},
@@ -51,8 +52,8 @@ LAYERS = [  # each may import what stands above it
     {"__main__"},
 ]
 HEAVY = {
-    "transformers": {"base", "model", "compare", "export"},
-    "peft": {"model"},
+    "transformers": {"base", "model", "refit", "compare", "export"},
+    "peft": {"model", "refit"},
     "bitsandbytes": {"kernels", "nf4_levels", "lora", "optimisation", "doctor_device", "merge"},
     "triton": {"nf4_product"},
     "unsloth": {"unsloth_kernels"},

@@ -177,3 +177,24 @@ def test_a_gpu_s_pieces_of_any_size_where_the_driver_has_them(
     monkeypatch.setattr(os, "environ", dict(given))
     keep_freed_memory()
     assert os.environ == wanted
+
+
+def test_a_gpu_that_fails_is_one_line_and_the_run_goes_on(
+    prepared: Prepared, enough: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch tells of a suspend or a time limit: nothing is computed again in smaller pieces."""
+
+    def fails(*_args: object, **_kwargs: object) -> None:
+        raise torch.AcceleratorError("CUDA error: the launch timed out and was terminated\nCUDA kernel errors might …")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "pair_logps", fails)
+        with pytest.raises(
+            QspinError, match=r"^the GPU failed \(CUDA error: the launch timed out and was terminated\);"
+        ):
+            spin.run(prepared, tmp_path / "run", Silent())
+    spin.run(prepared, tmp_path / "run", Silent())
+    adapters = [RunDir(path).iteration(0).adapter for path in (tmp_path / "run", enough.path)]
+    assert load_adapter(adapters[0]).keys() == load_adapter(adapters[1]).keys()
+    for name, tensor in load_adapter(adapters[0]).items():
+        assert torch.equal(tensor, load_adapter(adapters[1])[name])
