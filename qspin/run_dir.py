@@ -203,13 +203,20 @@ class RunDir:
         """Look before any work is done.
 
         Raises:
-            QspinError: the path is a file, a folder of other things, or can't be made; another process works in it.
+            QspinError: the path is a file, a folder of other things or of a run that is not known any more, or can't be
+                made; another process works in it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise QspinError(f"--out: {self.path} is a file; name a folder")
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
+        made = sorted(path.name for pattern in _MADE for path in self.path.glob(pattern) if path.is_dir())
+        if made and not self.record.is_file():
+            raise QspinError(
+                f"--out: {self.path} has {', '.join(made[:3])} of a run, but no {self.record.name}, which says what "
+                "run that was; put a copy of it back, or name a new folder"
+            )
         parent = existing(self.path)
         if not parent.is_dir():
             raise QspinError(f"--out: {parent} is a file; name a folder")
@@ -291,6 +298,8 @@ def process_name() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
+# what only a run makes: all of it is a function of run.json
+_MADE = ("base", "warm-start", "iteration-*", "supervised", "mt-bench")
 _NAME_SECONDS, _NAME_TRIES = 1.0, 50
 
 

@@ -129,6 +129,21 @@ def test_an_empty_folder_and_one_of_an_earlier_run_are_welcome(inside: list[str]
     assert {*inside} <= {path.name for path in (tmp_path / "run").iterdir()}
 
 
+@pytest.mark.parametrize("made", ["base", "warm-start", "iteration-1", "supervised", "mt-bench"])
+def test_what_a_run_made_is_not_taken_for_another_runs(made: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_text(run / ".lock", "")
+    write_text(run / made / "evaluation.json", "{}")
+    message = (
+        f"--out: {run} has {made} of a run, but no run.json, which says what run that was; put a copy of it back, or "
+        "name a new folder"
+    )
+    assert refusal(run) == message
+    write_text(run / "run.json", "{}")
+    with RunDir(run).lock():
+        pass
+
+
 LATE = """
 import sys, time
 from pathlib import Path
