@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,14 @@ class Prepared:
     fingerprint: str  # of training and held-out data together
     inputs: dict[str, str | None]  # setting → hash of the content that it names, beside the data
     notes: tuple[str, ...]  # for the user
+
+    @property
+    def tokens_hash(self) -> str:
+        """SHA-256 of what the rows are as tokens: of tokenizer, template and limits as well as of texts."""
+        digest = hashlib.sha256(str(len(self.train)).encode())
+        for example in (*self.train, *self.heldout):
+            digest.update(repr(example).encode())
+        return digest.hexdigest()
 
 
 def prepare(config: RunConfig, date: datetime.date, commit: str | None = None) -> Prepared:

@@ -180,12 +180,14 @@ def _quantised_by(model: SlotModel) -> str:
 
 
 def check_rows(run_dir: RunDir, prepared: Prepared) -> None:
-    """Raises a QspinError: the data is not the run's, so its held-out rows are others."""
-    if _read(run_dir)["data"]["fingerprint"] != prepared.fingerprint:
+    """Raises a QspinError: the data is not the run's, or reads otherwise, so its held-out rows are others."""
+    record = _read(run_dir)
+    if record["data"]["fingerprint"] != prepared.fingerprint:
         raise QspinError(
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; bring the old "
             "file back"
         )
+    _refuse_other_tokens(record, prepared, run_dir)
 
 
 def heldout_prompts(run_dir: RunDir, config: RunConfig, say: Callable[[str], None]) -> Sequence[str] | None:
@@ -216,6 +218,7 @@ def _new_record(prepared: Prepared) -> dict[str, Any]:
         "data": {
             "format": prepared.format,
             "fingerprint": prepared.fingerprint,
+            "tokens": prepared.tokens_hash,
             "train_rows": len(prepared.train),
             "heldout_rows": len(prepared.heldout),
             "rejected_rows": len(prepared.rejects),
@@ -264,3 +267,14 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             raise QspinError(
                 f"{name}: its content is not what {run_dir.path} began with; choose another --out, or bring it back"
             )
+    _refuse_other_tokens(record, prepared, run_dir)
+
+
+def _refuse_other_tokens(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:
+    """The same texts: half of a run would be trained and measured on other tokens than the rest."""
+    found = prepared.tokens_hash
+    if record["data"].get("tokens", found) != found:  # runs did not tell
+        raise QspinError(
+            f"model.id: the rows are other tokens than when {run_dir.path} began, so {prepared.base.name}'s tokenizer, "
+            "or transformers or tokenizers that read it, have changed; bring the old ones back"
+        )

@@ -32,7 +32,7 @@ from qspin.files import read_plain_json
 from qspin.loaded import Loaded
 from qspin.progress import Silent
 from qspin.push import make_upload
-from qspin.record import prepare_run
+from qspin.record import check_rows, prepare_run
 from qspin.report import Answers, Column, Results
 from qspin.run_dir import RunDir
 from qspin.safe_text import check_path, redacted, secret_keys, show_traceback, visible
@@ -362,3 +362,24 @@ def test_a_base_whose_answers_end_otherwise_is_refused(tiny_folder: Callable[[st
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     with pytest.raises(QspinError, match=r"end in other tokens than when .* began \(stop_ids: \[2\] -> \[2, 7\]\)"):
         run(prepare_run(config, run_dir, keep_rejects=True), run_dir.path, Silent())
+
+
+def test_a_base_that_reads_the_rows_otherwise_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_folder("llama"), model)
+    settings = small_run(model, tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    run_dir = RunDir(tmp_path / "run")
+    run(prepare_run(load_config(None, settings), run_dir, keep_rejects=True), run_dir.path, Silent())
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    old = dict(tokenizer["model"])
+    tokenizer["model"]["merges"] = old["merges"][:100]  # the same vocabulary, put together otherwise
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    longer = load_config(None, settings | {"iterations": 2})
+    other = prepare_run(longer, run_dir, keep_rejects=True)
+    for work in (lambda: run(other, run_dir.path, Silent()), lambda: check_rows(run_dir, other)):
+        with pytest.raises(QspinError, match=r"model\.id: the rows are other tokens than when .* began"):
+            work()
+
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": old}))
+    run(prepare_run(longer, run_dir, keep_rejects=True), run_dir.path, Silent())
+    assert run_dir.iteration(1).done
