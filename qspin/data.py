@@ -31,6 +31,8 @@ from qspin.sources import READERS, BadRow, Object, Row, file_rows, hub_rows, sho
 _LOOK_AHEAD = 20_000  # rows among which the format is sought, by looking at …
 _SAMPLE = 1_000  # … so many, evenly spread
 
+_SHOWN = 6  # names, in a note
+
 _IDS = ("id", "prompt_id")
 _Columns = Mapping[Literal["prompt", "completion", "system"], str]
 
@@ -87,7 +89,7 @@ def load_records(
     if not head:
         raise QspinError(f"{source}: holds no rows; check that it was written to its end")
     shape = _choose_format(source, head, format, columns)
-    records, rejects, repeated_ids = _judge(chain(head, rows), shape, turns, limit)
+    records, rejects, repeated_ids, unread = _judge(chain(head, rows), shape, turns, limit)
     if not records:
         message = f"{source}: none of its {len(rejects)} rows is good: {most_common(rejects)}; mend them"
         raise LeftOut(message, source, rejects)
@@ -97,7 +99,7 @@ def load_records(
             f"{json.dumps(record.id)}{_canonical(record.prompt)}{json.dumps(record.completion)}\n".encode()
         )
     total = len(records) + len(rejects)
-    notes = (*_on_ids(source, repeated_ids), *_on_invisible(source, records))
+    notes = (*_on_unread(source, unread), *_on_ids(source, repeated_ids), *_on_invisible(source, records))
     return Dataset(tuple(records), tuple(rejects), shape.name, fingerprint.hexdigest(), total, notes)
 
 
@@ -176,10 +178,11 @@ class _Judged(NamedTuple):
     records: list[Record]
     rejects: list[Reject]
     repeated_ids: list[tuple[int, str]]  # with the line of the later row
+    unread: Counter[str]  # what good rows hold beside what is read of them, and how many do
 
 
 def _judge(rows: Iterable[Row], shape: Format, which: Literal["last", "first"], limit: int | None) -> _Judged:
-    records, rejects, repeated_ids = judged = _Judged([], [], [])
+    records, rejects, repeated_ids, unread = judged = _Judged([], [], [], Counter())
     lines: dict[tuple[tuple[Message, ...], str], int] = {}
     ids: set[str] = set()
     for ordinal, (line, row) in enumerate(rows, 1):
@@ -199,6 +202,7 @@ def _judge(rows: Iterable[Row], shape: Format, which: Literal["last", "first"], 
             repeated_ids.append((line, own[0]))
         records.append(Record(next((id for id in own if id not in ids), f"row-{ordinal}"), prompt, completion, line))
         ids.add(records[-1].id)
+        unread.update(name for name in shape.unread(row) if name not in _IDS)
         if len(records) == limit:
             break
     return judged
@@ -207,6 +211,14 @@ def _judge(rows: Iterable[Row], shape: Format, which: Literal["last", "first"], 
 def _is_a_name(id: str) -> bool:
     """Whether an id can be shown and kept; one of our own shape may belong to a row that is yet to come."""
     return 0 < len(id) <= 200 and id.isprintable() and not id.startswith("row-")
+
+
+def _on_unread(source: str, unread: Counter[str]) -> Iterator[str]:
+    """A column may hold what prompts are about, as a context or a system text."""
+    if unread:
+        found = ", ".join(f"{short(name)} ({count} rows)" for name, count in unread.most_common(_SHOWN))
+        found += f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
+        yield f"{source}: not read of its rows: {found}; what belongs to a prompt has to stand in its text"
 
 
 def _on_ids(source: str, repeated: Sequence[tuple[int, str]]) -> Iterator[str]:

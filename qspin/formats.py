@@ -26,6 +26,19 @@ class Format(NamedTuple):
     name: str
     keys: tuple[str, ...]  # that every row of this format has
     turns: Callable[[Object], list[Message]]
+    others: tuple[str, ...] = ()  # that are read where a row has them
+
+    def unread(self, row: Object) -> list[str]:
+        """What a row of this format holds that no text is made of; `messages[].name` is a turn's."""
+        found = [key for key, value in row.items() if key not in {*self.keys, *self.others} and value not in _NOTHING]
+        for key in self.keys:
+            for turn in row[key] if isinstance(row[key], list) else ():
+                found += [f"{key}[].{name}" for name in turn if name not in _OF_A_TURN and turn[name] not in _NOTHING]
+        return list(dict.fromkeys(found))
+
+
+_OF_A_TURN = ("role", "content", "from", "value")
+_NOTHING: tuple[object, ...] = (None, "", "[]", [], {})
 
 
 def pair(name: str, prompt: str, completion: str, system: str | None = None) -> Format:
@@ -41,7 +54,7 @@ def pair(name: str, prompt: str, completion: str, system: str | None = None) -> 
         before = [] if frame is None else [Message("system", _text(frame, str(system)))]
         return [*before, *_text_or_turns(row[prompt], prompt, "user"), *answer]
 
-    return Format(name, (prompt, completion), turns)
+    return Format(name, (prompt, completion), turns, (system,) if system else ())
 
 
 def _text_or_turns(value: object, column: str, role: Role) -> list[Message]:
@@ -90,7 +103,7 @@ def _turns(value: object, column: str) -> list[Message]:
 def _check_none_of(keys: tuple[str, ...], value: Object, place: str) -> None:
     """A conversation with tools is not what it was without them, and of a turn its text alone is rendered."""
     for key in keys:
-        if value.get(key) not in (None, [], {}, "", "[]"):
+        if value.get(key) not in _NOTHING:
             raise BadRow("tool-call", f"{place} has {key!r}, and tools are not rendered")
 
 
@@ -116,7 +129,7 @@ def _text(value: object, place: str) -> str:
 FORMATS = (
     Format("messages", ("messages",), _messages),
     Format("sharegpt", ("conversations",), _sharegpt),
-    Format("alpaca", ("instruction", "output"), _alpaca),
+    Format("alpaca", ("instruction", "output"), _alpaca, ("input",)),
     pair("prompt-completion", "prompt", "completion"),
     pair("prompt-response", "prompt", "response"),
     pair("instruction-response", "instruction", "response"),

@@ -1017,3 +1017,32 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"instruction": "Who?", "context": "Ada.", "response": "Ada.", "category": "qa"}, "context, category"),
+        ({"conversations": [USER, ASSISTANT], "system": "In French.", "tools": "[]"}, "system"),
+        ({"instruction": "And two?", "input": "x", "output": "No.", "history": [["One?", "Yes."]]}, "history"),
+        ({"messages": [USER, ASSISTANT | {"reasoning_content": "Hm.", "weight": 0, "name": ""}]},
+         "messages[].reasoning_content, messages[].weight"),
+        ({"prompt": [USER], "completion": [ASSISTANT | {"thinking": "Hm."}]}, "completion[].thinking"),
+        ({"messages": [USER, ASSISTANT], "id": 3, "prompt_id": "a", "system": "", "context": None, "tags": []}, ""),
+        ({"instruction": "Add", "input": "1, 2", "output": "3"}, ""),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_is_told(row: dict[str, Any], unread: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, row, {"question": "no such format", "extra": "of a row that is left out"})
+    told = ", ".join(f"{name!r} (1 rows)" for name in unread.split(", "))
+    note = f"{path}: not read of its rows: {told}; what belongs to a prompt has to stand in its text"
+    assert load(path).notes == ((note,) if unread else ())
+
+
+def test_columns_that_are_named_are_read(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path,
+        *({"q": f"Hi {n}", "a": "Hello.", "s": "Be kind.", **{f"x{i}": 1 for i in range(9)}} for n in range(2)),
+    )
+    [note] = load(path, columns={"prompt": "q", "completion": "a", "system": "s"}).notes
+    assert "'x0' (2 rows), " in note and "'x5' (2 rows) and 3 more; " in note and "'s'" not in note
