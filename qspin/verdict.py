@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from qspin.config import RunConfig, at_iteration
-from qspin.evaluation import NEAR_HALF, Evaluation, Half, change, figure, panel, real_panel
+from qspin.evaluation import NEAR_HALF, Evaluation, Half, change, figure, panel
 from qspin.panel import Figure
 from qspin.players import Player, best, kept, loss_of
 
@@ -103,13 +103,16 @@ def _causes(
 ) -> Iterator[str]:
     better, worse = moved
     reward, sample, kl = figures["reward_auc"], figures["two_sample_auc"], figures["kl"]
-    real = real_panel(last.evaluation, "report", seed=config.seed)["tokens"].value
+    cap = config.generation.max_new_tokens  # no completion is longer, so a real one's excess is not counted either
+    lengths = [min(last.evaluation.real_tokens[row], cap) for row in last.evaluation.rows("report")]
+    real = sum(lengths) / len(lengths)
+    cut = f", cut at {cap}," if cap in lengths else ""
     shorter = change(before.evaluation, last.evaluation, "tokens", "report", seed=config.seed).high < 0
     if figures["tokens"].high < SHORT * real and shorter:
         yield (
             f"Length collapse: its completions have {figures['tokens'].value:.0f} tokens, {before.told}'s had more, "
-            f"the real ones have {real:.0f}. Being short tells it from its opponent, not being like the real ones; "
-            "another iteration often corrects it, else lower train.lr."
+            f"the real ones{cut} have {real:.0f}. Being short tells it from its opponent, not being like the real "
+            "ones; another iteration often corrects it, else lower train.lr."
         )
     if _matched(reward, sample):
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def test_length_collapse_is_named() -> None:
     assert "Length collapse" not in said(BASE, after(BASE, completions=texts(128, 5, length=9)))
     as_short = after(short, completions=texts(128, 6, length=5))
     assert "Length collapse" not in said(BASE, short, as_short), "it did not become shorter"
+
+
+def test_a_length_is_held_against_what_the_cap_leaves_of_the_real_ones() -> None:
+    """Real completions of 400 tokens, where 256 are all that a player can write."""
+    long = replace(BASE, real_tokens=[400] * 128, generated_ids=[[1] * 256] * 128)
+
+    def shorter(tokens: int) -> str:
+        mine = after(long, completions=texts(128, 5), real_tokens=long.real_tokens)
+        return said(long, replace(mine, generated_ids=[[1] * tokens] * 128))
+
+    assert "Length collapse" not in shorter(240), "its completions end by themselves before the cap, as they should"
+    assert "have 100 tokens, the base's had more, the real ones, cut at 256, have 256." in shorter(100)
 
 
 def test_a_large_step_back_names_its_cause_and_ends_the_run() -> None:
