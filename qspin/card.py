@@ -247,6 +247,8 @@ def _method(config: RunConfig) -> Iterable[str]:
         f"at most {generation.max_new_tokens} tokens",
         "seed": str(config.seed),
     }
+    if train.sft_weight:
+        settings["beside the loss"] = f"the human answer's NLL a token, times {train.sft_weight:g}"
     if config.sft.epochs:
         settings["supervised warm start"] = f"{count(config.sft.epochs, 'epoch')} at {config.sft.lr:g}"
     yield table(["setting", "value"], list(settings.items()))

@@ -260,6 +260,12 @@ CHECK = {
 }
 
 
+def test_a_term_that_the_paper_does_not_have_is_told(tmp_path: Path) -> None:
+    row = ["beside the loss", "the human answer's NLL a token, times 0.5"]
+    assert row in Page(card(make_run(tmp_path / "with", **{"train.sft_weight": 0.5}))).cells
+    assert "beside the loss" not in card(make_run(tmp_path / "without"))
+
+
 def test_the_merge_check_is_shown(tmp_path: Path) -> None:
     page = Page(card(make_run(tmp_path), "merged", check=CHECK))
     assert "merged onto the base's original weights, in bfloat16" in page.text
