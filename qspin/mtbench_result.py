@@ -92,7 +92,7 @@ def plain_name(text: str) -> str:
     return re.sub(r"[^\w./:+ -]", "-", text)[:60]
 
 
-_PLAYER = ("player", "base: untouched; sft: its warm start; a number: what that iteration ended with")
+_PLAYER = ("player", "base: what the run began with; sft: its warm start; a number: what that iteration ended with")
 _MEAN = "mean of the judge's ratings, 1 to 10, with its 95% bootstrap interval over questions"
 _UNPARSED = "judgements without a verdict that could be read, asked twice; they count in no figure"
 

@@ -21,7 +21,7 @@ HELD = "its resident memory, on a GPU what torch's tensors took there"
 GIB = 2**30
 MAIN = 2  # so many tables are for the terminal
 BENCHMARKS = "Benchmarks"  # the table that comes next, if tasks were put to players
-TOLD = {"base": "the untouched model", "sft": "the warm start"}
+TOLD = {"base": "what the run began with", "sft": "the warm start"}
 REAL = "real"  # the row of the real completions
 
 Format = Callable[[Figure], str]
@@ -78,7 +78,9 @@ WRITING: _Fields = (
     ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
     ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
 )  # fmt: skip
-PLAYER = Column("player", "base: untouched; a number: what that iteration ended with; *: the one that is kept")
+PLAYER = Column(
+    "player", "base: what the run began with; a number: what that iteration ended with; *: the one that is kept"
+)
 _IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
 STYLE: _Fields = (("style", _share, _IN_STYLE),)
 STYLE_INTERVAL: _Fields = (("style", _percent, _IN_STYLE),)
@@ -101,7 +103,8 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     measured = players(run_dir, config) + (rival[1] if rival else [])
     warm = ", sft: after its supervised warm start" if config.sft.epochs else ""
     trained = f"; s and a number: supervised training as long, at {rival[0]:g}" if rival else ""
-    player = Column("player", f"base: untouched{warm}; a number: what that iteration ended with{trained}")
+    begun = "untouched" if config.model.init_adapter is None else "with the adapter that the run began with"
+    player = Column("player", f"base: {begun}{warm}; a number: what that iteration ended with{trained}")
     style, interval = ((), ()) if config.evaluation.style is None else (STYLE, STYLE_INTERVAL)
     found = {
         item.name: panel(item.evaluation, "report", seed=config.seed, style=config.evaluation.style)

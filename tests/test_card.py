@@ -226,6 +226,13 @@ def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
     assert "Measured on 1 of 2 held-out rows, with 95% bootstrap intervals" in page.text
 
 
+def test_a_base_with_an_adapter_is_not_called_untouched(tmp_path: Path) -> None:
+    assert "base: untouched; a number: " in card(make_run(tmp_path / "without"))
+    text = card(make_run(tmp_path / "with", **{"model.init_adapter": "/home/me/sft"}))
+    assert "base: with the adapter that the run began with; a number: " in text
+    assert "untouched" not in text
+
+
 def test_rows_and_drops_are_counted_by_reason(tmp_path: Path) -> None:
     page = Page(card(make_run(tmp_path)))
     assert "20 rows to train on, from a file called “mine.jsonl”, and 2 held out (split off by prompt)" in page.text
