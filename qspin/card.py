@@ -268,7 +268,7 @@ def _recipe(config: RunConfig, record: Mapping[str, Any]) -> Iterable[str]:
     if "base_hash" in record:
         yield f"SHA-256 of the base's 4-bit weights: {code(record['base_hash'])}"
     versions = ", ".join(f"{plain(name)} {code(version)}" for name, version in record["versions"].items())
-    yield f"Made with {versions}. Other versions and other machines round differently."
+    yield f"Begun with {versions}. Other versions and other machines round differently."
 
 
 def _merge(content: str, check: Mapping[str, Any] | None) -> Iterable[str]:

@@ -23,7 +23,7 @@ from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.prepare import Prepared
 from qspin.progress import Progress
-from qspin.record import open_run, remembered, verify_base
+from qspin.record import open_run, other_versions, remembered, verify_base
 from qspin.room import check_room
 from qspin.run_dir import IterationDir, RunDir
 from qspin.workers import Crew, everyone
@@ -76,6 +76,10 @@ class Game:
         """
         config = prepared.config
         threads = open_run(prepared, run_dir)
+        if others := other_versions(run_dir):
+            progress.note(
+                f"other versions than when this run began ({others}): what is made from here on may round otherwise"
+            )
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backend = _backend(prepared, run_dir, device, progress)

@@ -229,11 +229,19 @@ def _new_record(prepared: Prepared) -> dict[str, Any]:
         "stop_ids": sorted(prepared.stop_ids),
         # 16-bit rounding depends on how a product is shared out among threads
         "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that compute."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def other_versions(run_dir: RunDir) -> str:
+    """What computes here and is of another version than when the run began; empty if all are the same."""
+    began = _read(run_dir)["versions"]
+    return ", ".join(f"{name} {began[name]} -> {now}" for name, now in _versions().items() if began[name] != now)
 
 
 def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:

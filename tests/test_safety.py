@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, small_run
+from conftest import ROOT, Notes, small_run
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
 from rich.console import Console
@@ -28,7 +29,7 @@ from qspin.base import find_base, quiet_libraries
 from qspin.chat import PieceKind
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
-from qspin.files import read_plain_json
+from qspin.files import read_json, read_plain_json, write_json
 from qspin.loaded import Loaded
 from qspin.progress import Silent
 from qspin.push import make_upload
@@ -362,6 +363,24 @@ def test_a_base_whose_answers_end_otherwise_is_refused(tiny_folder: Callable[[st
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     with pytest.raises(QspinError, match=r"end in other tokens than when .* began \(stop_ids: \[2\] -> \[2, 7\]\)"):
         run(prepare_run(config, run_dir, keep_rejects=True), run_dir.path, Silent())
+
+
+def test_other_versions_are_told(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    run_dir, heard = RunDir(tmp_path / "run"), Notes()
+
+    def play() -> list[str]:
+        heard.notes.clear()
+        run(prepare_run(load_config(None, settings), run_dir, keep_rejects=True), run_dir.path, heard)
+        return [note for note in heard.notes if "versions" in note]
+
+    assert play() == play() == []
+    record = read_json(run_dir.record)
+    write_json(run_dir.record, record | {"versions": record["versions"] | {"torch": "2.0.0", "python": "3.11.0"}})
+    assert play() == [
+        f"other versions than when this run began (torch 2.0.0 -> {importlib.metadata.version('torch')}): what is made "
+        "from here on may round otherwise"
+    ]
 
 
 def test_a_base_that_reads_the_rows_otherwise_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
