@@ -80,6 +80,12 @@ def _few_rows(player: Evaluation) -> Iterator[str]:
             f"Few rows: {rows} of {len(player.prompts)} held out are reported, so most differences here may be "
             "chance, and the run does not stop by them; set data.heldout_rows to 128 or more."
         )
+    halves: tuple[Half, Half] = ("choose", "report")
+    if any(len({player.prompts[row] for row in player.rows(half)}) == 1 for half in halves):
+        yield (
+            "One prompt: in a half of the held-out rows there is no other, so no classifier was trained there, and its "
+            "AUCs of 0.5 mean nothing."
+        )
 
 
 def _comparison(before: Player, last: Player, better: dict[str, Figure], worse: dict[str, Figure]) -> str:

@@ -82,6 +82,13 @@ def test_a_length_is_held_against_what_the_cap_leaves_of_the_real_ones() -> None
     assert "have 100 tokens, the base's had more, the real ones, cut at 256, have 256." in shorter(100)
 
 
+def test_an_auc_without_a_classifier_is_not_taken_for_a_match() -> None:
+    three = made(3, completions=texts(3, 1, words=ANIMALS))
+    assert "One prompt: in a half of the held-out rows" in said(three, after(three))
+    four = made(4, completions=texts(4, 1, words=ANIMALS))
+    assert "One prompt" not in said(four, after(four))
+
+
 def test_a_large_step_back_names_its_cause_and_ends_the_run() -> None:
     worse = after(BASE, real_gain=-5, generated_gain=-8, completions=texts(128, 5, words=ANIMALS))
     text = said(BASE, worse)
