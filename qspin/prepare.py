@@ -43,7 +43,7 @@ class Prepared:
         """SHA-256 of what the rows are as tokens: of tokenizer, template and limits as well as of texts."""
         digest = hashlib.sha256(str(len(self.train)).encode())
         for example in (*self.train, *self.heldout):
-            digest.update(repr(example).encode())
+            digest.update(repr((example.record_id, example.prompt_ids, example.real_ids)).encode())
         return digest.hexdigest()
 
 
