@@ -23,7 +23,7 @@ from qspin.errors import QspinError
 from qspin.evaluation import panel, real_panel
 from qspin.files import read_json, read_jsonl
 from qspin.players import Player, kept, players
-from qspin.report import BENCHMARKS, GIB, HELD, MAIN, PHASES, measured_on, sentences, tables
+from qspin.report import BENCHMARKS, GIB, HELD, MAIN, PHASES, measured_on, played, sentences, tables
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 
@@ -68,8 +68,7 @@ def page(run_dir: RunDir, config: RunConfig, prompts: Sequence[str] | None) -> s
     data, shown = record["data"], tables(run_dir, config)
     return environment.get_template("report.html.j2").render(
         title=f"{visible(record['base']['name'])} after self-play",
-        about=f"{data['train_rows']} training rows, {data['heldout_rows']} held out, "
-        f"{sum(player.name.isdigit() for player in measured)} of {config.iterations} iterations.",
+        about=f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {played(measured, config)}.",
         said=[visible(sentence) for sentence in sentences(run_dir, config)],
         measured_on=measured_on(run_dir, config),
         tables=shown,

@@ -278,13 +278,18 @@ def measured_on(run_dir: RunDir, config: RunConfig) -> str:
     )
 
 
+def played(measured: Sequence[Player], config: RunConfig) -> str:
+    """How many iterations there are, of how many; fewer may be asked for now than were played before."""
+    count = sum(player.name.isdigit() for player in measured)
+    return f"{count} of {max(count, config.iterations)} iterations"
+
+
 def summary(run_dir: RunDir, config: RunConfig) -> str:
     """SUMMARY.md."""
-    played = sum(run_dir.iteration(index).evaluation.is_file() for index in range(config.iterations))
     record = read_json(run_dir.record)
     data = record["data"]
     lines = [
-        f"# {plain(record['base']['name'])}: {played} of {config.iterations} iterations of self-play",
+        f"# {plain(record['base']['name'])}: {played(players(run_dir, config), config)} of self-play",
         "",
         f"{data['train_rows']} training rows, {data['heldout_rows']} held out, {data['rejected_rows']} left out "
         "(rejects.jsonl).",

@@ -226,6 +226,12 @@ def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
     assert "Measured on 1 of 2 held-out rows, with 95% bootstrap intervals" in page.text
 
 
+@pytest.mark.parametrize(("asked", "told"), [(5, "2 of 5 iterations"), (1, "2 of 2 iterations")])
+def test_a_summary_counts_all_iterations_that_it_shows(asked: int, told: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, iterations=asked)
+    assert report.summary(run, load_config(run.config)).startswith(f"# some/base-7b: {told} of self-play\n")
+
+
 def test_a_base_with_an_adapter_is_not_called_untouched(tmp_path: Path) -> None:
     assert "base: untouched; a number: " in card(make_run(tmp_path / "without"))
     text = card(make_run(tmp_path / "with", **{"model.init_adapter": "/home/me/sft"}))
