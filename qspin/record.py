@@ -281,7 +281,7 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
 def _refuse_other_tokens(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:
     """The same texts: half of a run would be trained and measured on other tokens than the rest."""
     found = prepared.tokens_hash
-    if record["data"].get("tokens", found) != found:  # runs did not tell
+    if record["data"].get("tokens", found) != found:  # runs of before did not tell
         raise QspinError(
             f"model.id: the rows are other tokens than when {run_dir.path} began, so {prepared.base.name}'s tokenizer, "
             "or transformers or tokenizers that read it, have changed; bring the old ones back"
