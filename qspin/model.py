@@ -89,24 +89,7 @@ class SlotModel:
             torch.cuda.empty_cache()
         dtype = compute_dtype(model, device)
         kernels = unsloth_kernels() if backend == "unsloth" else Kernels()
-        try:
-            causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
-                base.weights(),
-                revision=base.revision,
-                trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
-                use_safetensors=True,  # never a pickle
-                dtype=dtype,
-                device_map={"": device},
-                attn_implementation="eager",  # for the reference below, then ours
-                quantization_config=transformers.BitsAndBytesConfig(
-                    load_in_4bit=True,
-                    bnb_4bit_quant_type="nf4",
-                    bnb_4bit_use_double_quant=model.double_quant,
-                    bnb_4bit_compute_dtype=dtype,
-                ),
-            )
-        except (OSError, ValueError, SafetensorError) as error:
-            raise unreachable(base, error) from None
+        causal_lm = _in_4_bits(base, model, device, dtype)
         reference = _own_logits(causal_lm, device)
         torch.manual_seed(seed)
         slot = peft.LoraConfig(
@@ -321,6 +304,32 @@ class SlotModel:
                 "recurrent and convolutional layers do, and qspin packs texts side by side; take a model whose layers "
                 "mix tokens by attention alone"
             )
+
+
+def _in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' own model, its linear layers in NF4.
+
+    Raises:
+        QspinError: it can't be loaded.
+    """
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            base.weights(),
+            revision=base.revision,
+            trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
+            use_safetensors=True,  # never a pickle
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="eager",  # for the reference, then ours
+            quantization_config=transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=model.double_quant,
+                bnb_4bit_compute_dtype=dtype,
+            ),
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreachable(base, error) from None
 
 
 def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
