@@ -82,7 +82,7 @@ class Game:
             )
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backend = _backend(prepared, run_dir, device, progress)
+        backend = _backend(config, run_dir, device, progress)
         model, crew = _load(prepared, threads, device, backend)
         if crew.count > 1:
             progress.note(f"{crew.count} processes share the work")
@@ -148,13 +148,13 @@ def _load(prepared: Prepared, threads: int, device: torch.device, backend: Backe
     return model, Crew(crew.count, tuple(model.parameters.values()))
 
 
-def _backend(prepared: Prepared, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
+def _backend(config: RunConfig, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
     """As chosen when the run began, since kernels round differently.
 
     Raises:
         QspinError: it can't be had here, or another is asked for now.
     """
-    asked = prepared.config.model.backend
+    asked = config.model.backend
 
     def choose() -> BackendName:
         began = "base_hash" in read_json(run_dir.record)  # before runs told: there was one backend
@@ -171,6 +171,11 @@ def _backend(prepared: Prepared, run_dir: RunDir, device: torch.device, progress
         raise QspinError(f"{run_dir.path} began with Unsloth's kernels: {missing}; or choose another --out")
     if device.type == "cuda":
         progress.note(f"backend: {backend}{f' ({missing})' if missing else ''}")
+        emulated = not torch.cuda.is_bf16_supported(including_emulation=False)
+        if config.model.dtype == "bfloat16" and emulated:
+            progress.note(
+                "model.dtype: this GPU has no bfloat16, which is slow here; float16 is not, where its range suffices"
+            )
     return backend
 
 

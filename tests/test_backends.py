@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Notes
 
 from qspin.backends import no_kernels
 from qspin.base import find_base
-from qspin.config import LoraConfig, ModelConfig
+from qspin.config import LoraConfig, ModelConfig, load_config
 from qspin.doctor_device import gpu
 from qspin.errors import QspinError
+from qspin.files import write_json
+from qspin.game import _backend
 from qspin.model import SlotModel
+from qspin.run_dir import RunDir
 
 CUDA = torch.device("cuda")
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -81,3 +85,15 @@ def test_a_gpu_without_kernels_is_one_line(
     finding = gpu("torch>=2.8")
     assert (finding.level, finding.found) == ("problem", said)
     assert finding.command.endswith('--index-url https://download.pytorch.org/whl/cu128 "torch>=2.8"')
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_bfloat16_on_a_gpu_without_it_is_told(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    run_dir, progress = RunDir(tmp_path), Notes()
+    write_json(run_dir.record, {"backend": "transformers"})
+    config = load_config("quickstart", {"model.dtype": dtype})
+    assert _backend(config, run_dir, CUDA, progress) == "transformers"
+    assert [note for note in progress.notes if note.startswith("model.dtype")] == [
+        "model.dtype: this GPU has no bfloat16, which is slow here; float16 is not, where its range suffices"
+    ] * (dtype == "bfloat16")
