@@ -278,7 +278,7 @@ def test_each_turn_is_graded_and_counted(again: Path, played: Path, server: Judg
     def judge(prompt: str) -> str:
         return "Rating: [[2]]" if "<ANSWER 2>" in prompt else "I say [[3]], no: Rating: [[8.5]]"
 
-    server.judge = judge
+    server.judge, server.seconds = judge, 0.1  # else one may be answered before the next is asked
     answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,1")
     assert answer.code == 0, answer.err
     assert len(server.prompts()) == 2 * TURNS
