@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from qspin.config_files import NOT_YAML, PATHS, read_layers, together
 from qspin.errors import QspinError
@@ -42,6 +42,14 @@ PerIteration = Annotated[list[Positive], Field(min_length=1)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_switch_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):  # it would be taken as 1 or 0
+            raise ValueError("Input is true or false, which this setting can't be")
+        return value
 
 
 class Architecture(_Part):
@@ -325,19 +333,20 @@ def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting, and what it is."""
     for name, field in model.model_fields.items():
         kinds = (field.annotation, *get_args(field.annotation))  # a group may be optional
         groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
         for group in groups:
             yield from _keys(group, f"{prefix}{name}.")
         if field.annotation not in groups:
-            yield prefix + name
+            yield prefix + name, str(field.description)
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
     """A line for each setting that does not fit."""
-    known = list(_keys(RunConfig))
+    known = dict(_keys(RunConfig))
     worst: dict[str, Mapping[str, Any]] = {}
     automatic: set[str] = set()
     for item in error.errors():
@@ -349,15 +358,28 @@ def _explain(error: ValidationError) -> Iterator[str]:
             worst[key] = item
     for key, told in worst.items():
         if told["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            same_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-            nearest = same_name or close
-            yield f"{key}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
+            yield f"{key}: " + _no_such_setting(key, told["loc"], known)
         else:
             member = "".join(f"[{part}]" for part in told["loc"] if isinstance(part, int))
             place = f"{key}{member} = {told['input']!r}: " if key else ""
             other = "; or auto" if key in automatic and told["type"] != "literal_error" else ""
+            other += "; put it into quotes" if told["type"] == "string_type" and told["input"] is not None else ""
+            other += " or a list, as [q_proj, v_proj]" if key == "lora.targets" and not member else ""
             yield place + told["msg"].removeprefix("Value error, ") + other
+
+
+def _no_such_setting(key: str, place: Sequence[int | str], known: Mapping[str, str]) -> str:
+    """What may have been meant: the same name elsewhere, its words in what a setting is, a like name."""
+    if key in known and len(place) == 1:  # one key with a point in it
+        group, _, name = key.partition(".")
+        return f"stands as two in a file: {group}: and below it, indented, {name}:"
+    group, _, name = key.rpartition(".")
+    nearest = [other for other in known if other.rpartition(".")[2] == name]
+    words = name.replace("_", " ")
+    if " " in words:  # as learning_rate, which others call train.lr
+        nearest += [other for other in known if words in known[other] and other.startswith(group)]
+    nearest = nearest or difflib.get_close_matches(key, [*known, *_GROUPS], n=1, cutoff=0.5)
+    return "no such setting" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
 
 
 def _key_of(item: Mapping[str, Any], places: Container[str]) -> str:

@@ -28,6 +28,20 @@ PATHS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data
 OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
 
 
+class _Loader(yaml.SafeLoader):
+    """Of a key that stands twice in one mapping PyYAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in lines:
+                raise yaml.YAMLError(f"{key.value} stands in line {lines[key.value]} and again in line {line}")
+            if isinstance(key, yaml.ScalarNode):
+                lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
 class Layer(NamedTuple):
     """One file of a configuration, which may build on another."""
 
@@ -116,7 +130,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     """A file's text, and its settings as a tree."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"{path}: cannot be read ({error})") from None
     except NOT_YAML as error:
@@ -159,4 +173,5 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(below, dict):
             raise QspinError(f"{dotted}: {name} is a single value, not a group of settings")
         tree = below
-    tree[last] = value
+    below = tree.get(last)
+    tree[last] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value

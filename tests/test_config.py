@@ -346,6 +346,53 @@ def test_every_problem_is_in_one_error() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"train.learning_rate": 1}, "train.learning_rate: no such setting; did you mean train.lr?"),
+        ({"lr": 1}, "lr: no such setting; did you mean sft.lr or train.lr?"),
+        ({"trian.lr": 1}, "trian: no such setting; did you mean train?"),
+        ({"evaluation.style": 2024}, "evaluation.style = 2024: Input should be a valid string; put it into quotes"),
+        (
+            {"lora.targets": "q_proj"},
+            "lora.targets = 'q_proj': Input should be 'all-linear' or a list, as [q_proj, v_proj]",
+        ),
+        ({"iterations": True}, "iterations = True: Input is true or false, which this setting can't be"),
+        ({"data.limit": False}, "data.limit = False: Input is true or false, which this setting can't be"),
+    ],
+)
+def test_a_common_slip_is_told_what_was_meant(overrides: dict[str, Any], said: str) -> None:
+    assert refusal(None, overrides) == f"the configuration does not fit:\n  {said}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train:\n  lr: 0.1\ntrain:\n  beta: 0.2\n", "not valid YAML: train stands in line 1 and again in line 3"),
+        ("train: {lr: 0.1, lr: 0.2}\n", "not valid YAML: lr stands in line 1 and again in line 1"),
+    ],
+)
+def test_a_key_that_stands_twice(text: str, said: str, write: Callable[[str, str], Path]) -> None:
+    path = write("mine.yaml", text)
+    assert refusal(path) == f"{path}: {said}"
+
+
+def test_a_merged_mapping_may_be_overridden(write: Callable[[str, str], Path]) -> None:
+    config = load_config(write("mine.yaml", "train: &t {lr: 0.1}\nsft: {<<: *t, lr: 0.2}\n"))
+    assert (config.train.lr, config.sft.lr) == (0.1, 0.2)
+
+
+def test_a_setting_with_a_point_in_a_file(write: Callable[[str, str], Path]) -> None:
+    said = "train.lr: stands as two in a file: train: and below it, indented, lr:"
+    assert refusal(write("mine.yaml", "train.lr: 0.1\n")) == f"the configuration does not fit:\n  {said}"
+
+
+def test_an_override_of_a_group_keeps_its_other_settings() -> None:
+    config = load_config("smollm2-135m", {"train": {"lr": 0.3}})
+    assert (config.train.lr, config.train.sft_weight) == (0.3, load_config("smollm2-135m").train.sft_weight)
+    assert config.train.sft_weight
+
+
 @pytest.mark.parametrize(("key", "value"), [("train.beta", -1), ("train.lr", "much"), ("lora.targets", 3)])
 def test_one_problem_is_one_line(key: str, value: Any) -> None:
     _, *lines = refusal(None, {key: value}).splitlines()
