@@ -253,7 +253,6 @@ def _show_plan(prepared: Prepared) -> None:
     from rich.console import Console
 
     from qspin.config import dump_config
-    from qspin.data import most_common
     from qspin.view import example_text, plan_lines
 
     console = Console()
@@ -264,10 +263,7 @@ def _show_plan(prepared: Prepared) -> None:
     console.print()
     for note in prepared.notes:
         tell(console, f"note: {note}")
-    left_out = f"{len(prepared.rejects)} left out"
-    if prepared.rejects:
-        left_out += f": {most_common([reject for _, reject in prepared.rejects])}"
-    tell(console, f"{len(prepared.train)} training rows, {len(prepared.heldout)} held out, {left_out}")
+    tell(console, prepared.counts)
     for line in plan_lines(prepared.config, len(prepared.train)):
         console.print(line, markup=False)
 

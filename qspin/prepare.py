@@ -13,7 +13,7 @@ from qspin.adapters import check_config, load_adapter
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
 from qspin.chat import Renderer, Tokenizer
 from qspin.config import RunConfig
-from qspin.data import Dataset, check_rejects, load_records, remove_overlap, split_heldout
+from qspin.data import Dataset, check_rejects, load_records, most_common, remove_overlap, split_heldout
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, sha256_of, write_jsonl
 from qspin.records import Example, Record, Reject
@@ -45,6 +45,12 @@ class Prepared:
         for example in (*self.train, *self.heldout):
             digest.update(repr((example.record_id, example.prompt_ids, example.real_ids)).encode())
         return digest.hexdigest()
+
+    @property
+    def counts(self) -> str:
+        """How many rows are used, and why others are not."""
+        reasons = f": {most_common([reject for _, reject in self.rejects])}" if self.rejects else ""
+        return f"{len(self.train)} training rows, {len(self.heldout)} held out, {len(self.rejects)} left out{reasons}"
 
 
 def prepare(config: RunConfig, date: datetime.date, commit: str | None = None) -> Prepared:

@@ -109,6 +109,7 @@ def _notes(prepared: Prepared, progress: Progress) -> None:
     """What is to be said before the first phase."""
     for note in prepared.notes:
         progress.note(note)
+    progress.note(prepared.counts)
     train = prepared.config.train
     if train.loss == "correlation":
         progress.note(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Notes
 from transformers import AutoTokenizer
 
 from qspin.config import load_config
@@ -23,6 +23,7 @@ from qspin.formats import FORMATS
 from qspin.prepare import Prepared, prepare, write_rejects
 from qspin.records import Reject
 from qspin.sources import READERS
+from qspin.watching import _notes
 
 Prepare = Callable[..., Prepared]
 USER = {"role": "user", "content": "Hi"}
@@ -44,6 +45,19 @@ def write(path: Path, *rows: Any) -> Path:
 
 def good(count: int, per_prompt: int = 1) -> list[dict[str, Any]]:
     return [{"prompt": f"What is {n // per_prompt}?", "completion": f"It is {n}."} for n in range(count)]
+
+
+def test_how_many_rows_are_used_is_told_before_a_run(ready: Prepare, tmp_path: Path) -> None:
+    long = {"prompt": "What is " + "so very " * 400 + "long?", "completion": "This."}
+    found = ready(write(tmp_path / "rows.jsonl", *good(20), long), **{"data.max_prompt_tokens": 100})
+    told = Notes()
+    _notes(found, told)
+    (said,) = [note for note in told.notes if "training rows" in note]
+    assert re.fullmatch(
+        r"1\d training rows, 4 held out, 1 left out: 1 long-prompt \(line 21 the prompt has \d+ tokens; "
+        r"data.max_prompt_tokens is 100\)",
+        said,
+    )
 
 
 def test_what_is_odd_about_good_rows_is_told(ready: Prepare, tmp_path: Path) -> None:
