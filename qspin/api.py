@@ -164,7 +164,9 @@ def results(path: Path | str) -> Results:
     return Results(path)
 
 
-def load(path: Path | str, player: str | None = None, *, say: Callable[[str], None] = lambda _text: None) -> Loaded:
+def load(
+    path: Path | str, player: str | int | None = None, *, say: Callable[[str], None] = lambda _text: None
+) -> Loaded:
     """A run's base in memory, with a player in its slot: base, sft, last, best or an iteration's number; None is the
     iteration that is kept. `.generate(prompts)` answers, `.seat(player)` changes who does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -284,6 +285,8 @@ app.command()(cli_trials.mtbench)
 def main() -> None:
     """The console script: errors that a user can mend become one line, without a traceback."""
     heed_stops()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a pipe in another encoding than UTF-8 ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = show_traceback
     if rank() > 0:
         from qspin.helping import help_out

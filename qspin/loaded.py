@@ -76,7 +76,7 @@ class Loaded:
         loaded.seat(player)
         return loaded
 
-    def seat(self, wanted: str | None) -> str:
+    def seat(self, wanted: str | int | None) -> str:
         """Put a player into the slot, where it stays; its name.
 
         Args:
@@ -161,7 +161,7 @@ class Loaded:
         Raises:
             QspinError: a single prompt is not in a list, a turn is no turn; as `reply`.
         """
-        if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        if isinstance(prompts, str) or not all(isinstance(prompt, Sequence) for prompt in prompts):
             raise QspinError('generate takes a list of prompts, as in generate(["Why is the sky blue?"])')
         conversations = [
             [Message("user", prompt)] if isinstance(prompt, str) else [_message(turn) for turn in prompt]
@@ -213,13 +213,14 @@ class Stream:
 
 
 def _message(turn: Mapping[str, str]) -> Message:
-    if turn.keys() != {"role", "content"} or turn["role"] not in get_args(Role):
-        raise QspinError(f"a turn has a role ({', '.join(get_args(Role))}) and its content; got {dict(turn)!r:.200}")
+    if not isinstance(turn, Mapping) or turn.keys() != {"role", "content"} or turn["role"] not in get_args(Role):
+        raise QspinError(f"a turn has a role ({', '.join(get_args(Role))}) and its content; got {turn!r:.200}")
     return Message(turn["role"], turn["content"])  # type: ignore[arg-type]
 
 
-def named(run_dir: RunDir, wanted: str | None, option: str = "--iteration") -> str:
+def named(run_dir: RunDir, wanted: str | int | None, option: str = "--iteration") -> str:
     """The player that is meant, by its own name; see `Loaded.seat`. `option` is where it was named."""
+    wanted = str(wanted) if isinstance(wanted, int) else wanted
     if wanted == "base":
         return wanted
     if wanted == "sft":

@@ -150,6 +150,13 @@ def test_help_typing_errors_and_presets_import_nothing_heavy(arguments: list[str
     assert imported == ([] if {"--help", "nosuch"} & {*arguments} else ["yaml"])
 
 
+def test_a_terminal_of_another_encoding_gets_escapes() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "qspin", "run", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "\\u03bb of the paper" in done.stdout
+
+
 def test_help_names_every_option_that_people_reach_for() -> None:
     answer = call("run", "--help")
     assert answer.code == 0
@@ -948,7 +955,7 @@ def test_an_error_is_not_a_line_of_json(played: Played) -> None:
     answer = played.again("--json", "--beta", "0.5")
     assert answer.code == 1
     assert answer.err.startswith(f"error: {played.out} is a run with other settings; ")
-    assert [json.loads(line)["event"] for line in answer.out.splitlines()] == ["note"]
+    assert {json.loads(line)["event"] for line in answer.out.splitlines()} == {"note"}
 
 
 def test_figures_go_to_tensorboard(played: Played, tmp_path: Path) -> None:

@@ -49,6 +49,25 @@ def conversations(run_dir: RunDir) -> list[list[Message]]:
     return [[Message("user", prompt)] for prompt in prompts]
 
 
+def test_an_iteration_is_named_by_its_number_or_its_text(loaded: Loaded) -> None:
+    assert loaded.seat(0) == "0"
+    with pytest.raises(QspinError, match="'7' is not finished"):
+        loaded.seat(7)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([3], "generate takes a list of prompts"),
+        ([{"role": "user", "content": "Hi"}], "generate takes a list of prompts"),
+        ([["Hi"]], "a turn has a role .* and its content; got 'Hi'"),
+    ],
+)
+def test_what_is_no_prompt_is_told(loaded: Loaded, prompts: Any, said: str) -> None:
+    with pytest.raises(QspinError, match=said):
+        loaded.generate(prompts)
+
+
 def test_each_player_answers_as_it_did_when_it_was_measured(
     run_dir: RunDir, loaded: Loaded, conversations: list[list[Message]]
 ) -> None:
