@@ -152,6 +152,8 @@ def sweep(
     from qspin.watching import watch_sweep
 
     cells = grid(source, overrides or {}, vary)
+    if RunDir(Path(out)).record.is_file():
+        raise QspinError(f"--out: {out} is a run, and a sweep is a folder of runs; name another folder")
     for cell in cells:
         cell.run_dir(Path(out)).check_usable()
     _quiet_libraries()

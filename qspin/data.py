@@ -74,6 +74,8 @@ def load_records(
     Raises:
         QspinError: the source cannot be read, no format fits it, or no row is good.
     """
+    if not source.strip():
+        raise QspinError("data.source is empty: give --data a file of prompts and answers, or a hub id")
     try:
         path = Path(source).expanduser()
         exists = path.exists()
@@ -154,7 +156,8 @@ def split_heldout(
     if len(heldout) < 2:
         raise QspinError(
             f"{source}: {len(records)} good rows with {len(sizes)} different prompts are too few to hold out two or "
-            f"more by prompt and at most a fifth; add rows, or give data.heldout_source"
+            f"more by prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give "
+            f"data.heldout_source"
         )
     return tuple(record for record in records if record.prompt not in chosen), heldout
 
@@ -299,10 +302,10 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
     objects = [row for _, row in sample if isinstance(row, dict)]
     if objects and misfits(best)[1] == len(objects):
         names = list(islice(dict.fromkeys(chain.from_iterable(objects)), 20))
-        if len(names) == 1 and re.search("[;\t]", names[0]):
+        if len(names) == 1 and re.search("[;\t|]", names[0]):
             raise QspinError(
-                f"{source}: its only column is {short(names[0])}, so its fields seem to be divided by semicolons or "
-                "tabs; save it with commas"
+                f"{source}: its only column is {short(names[0])}, so its fields seem to be divided by semicolons, tabs "
+                "or bars; save it with commas"
             )
         found = ", ".join(map(short, names))
         wanted = "a known format" if len(candidates) > 1 else f"format {best.name}"

@@ -55,7 +55,9 @@ class Loaded:
         self.player = "base"
 
     @staticmethod
-    def open(run_dir: RunDir, wanted: str | None = None, say: Callable[[str], None] = lambda _text: None) -> Loaded:
+    def open(
+        run_dir: RunDir, wanted: str | int | None = None, say: Callable[[str], None] = lambda _text: None
+    ) -> Loaded:
         """Load the base of a run, and put a player into the slot: see `seat`.
 
         Args:

@@ -196,6 +196,8 @@ class RunDir:
 
     def check_run(self) -> None:
         """Raises a QspinError: this is not the folder of a run."""
+        if not self.path.is_dir():
+            raise QspinError(f"{self.path}: no such folder")
         if not self.record.is_file():
             raise QspinError(f"{self.path}: not the folder of a run, it has no {self.record.name}")
 

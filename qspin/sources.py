@@ -47,12 +47,16 @@ def file_rows(path: Path) -> Iterator[Row]:
     Raises:
         QspinError: there is no such file, or its ending is none of those.
     """
-    if not path.is_file():
-        found = "is not a file; name one in it" if path.exists() else "no such file; check the path"
-        raise QspinError(f"{path}: {found}")
+    if path.is_dir():
+        raise QspinError(f"{path}: is not a file; name one in it")
+    if path.exists() and not path.is_file():
+        raise QspinError(f"{path}: is a pipe or a device, and rows are read more than once; save them as a file")
+    if not path.exists():
+        where = "" if path.is_absolute() else ", which is relative to the folder you are in"
+        raise QspinError(f"{path}: no such file; check the path{where}")
     if path.suffix.lower() not in READERS:
         known = ", ".join(READERS)
-        raise QspinError(f"{path}: {path.suffix or 'no extension'} is not one of {known}; convert or rename the file")
+        raise QspinError(f"{path}: {path.suffix or 'no extension'} is not one of {known}; unpack, convert or rename it")
     return READERS[path.suffix.lower()](path)
 
 
@@ -210,6 +214,8 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 yield start, BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:
+        if "new-line character" in str(error):  # Python's words for a CR without LF
+            raise QspinError(f"{path}: line {start}: a line ends in CR alone, as on old Macs; save it anew") from None
         raise QspinError(
             f"{path}: line {start}: broken CSV, which hides where later rows begin ({error}); mend its quotes"
         ) from None

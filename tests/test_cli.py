@@ -233,7 +233,7 @@ def test_no_model() -> None:
 
 
 def test_a_missing_data_file(tiny: Path) -> None:
-    said = "none.jsonl: no such file; check the path"
+    said = "none.jsonl: no such file; check the path, which is relative to the folder you are in"
     assert refusal("run", "--model", tiny, "--data", "none.jsonl", "--out", "x") == said
 
 

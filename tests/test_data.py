@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -262,8 +263,8 @@ def test_semicolons_in_place_of_commas(tmp_path: Path) -> None:
     with pytest.raises(QspinError) as caught:
         load(path)
     assert str(caught.value) == (
-        f"{path}: its only column is 'prompt;completion', so its fields seem to be divided by semicolons or tabs; save "
-        "it with commas"
+        f"{path}: its only column is 'prompt;completion', so its fields seem to be divided by semicolons, tabs or "
+        "bars; save it with commas"
     )
 
 
@@ -642,10 +643,13 @@ FATAL_FILES = [
      "line 3: broken CSV, which hides where later rows begin (unexpected end of data); mend its quotes"),
     ("e.csv", b'prompt,completion\na,"b"c\n',
      "line 2: broken CSV, which hides where later rows begin (',' expected after '\"'); mend its quotes"),
+    ("e.csv", b"prompt,completion\ra,b\r", "line 1: a line ends in CR alone, as on old Macs; save it anew"),
+    ("e.csv", b"prompt|completion\na|b\n", "its only column is 'prompt|completion', so its fields seem to be divided "
+     "by semicolons, tabs or bars; save it with commas"),
     ("e.csv", b"prompt,completion,prompt\na,b,c\n", "two columns are called 'prompt'; rename one"),
     ("e.parquet", b"", "cannot be read after row 0 (Parquet file size is 0 bytes); write it anew"),
-    ("e.txt", b"Hi", ".txt is not one of .jsonl, .json, .csv, .parquet; convert or rename the file"),
-    ("rows", b"{}", "no extension is not one of .jsonl, .json, .csv, .parquet; convert or rename the file"),
+    ("e.txt", b"Hi", ".txt is not one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
+    ("rows", b"{}", "no extension is not one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
 ]  # fmt: skip
 
 
@@ -676,6 +680,22 @@ def test_parquet_that_cannot_be_used(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["Hi"], "completion": answers}), path)
     with pytest.raises(QspinError, match="has columns of JSON inside Parquet; save it as JSON Lines"):
         load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    with pytest.raises(
+        QspinError, match="is a pipe or a device, and rows are read more than once; save them as a file"
+    ):
+        load(pipe)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_source_without_a_name(source: str) -> None:
+    with pytest.raises(QspinError, match=r"^data.source is empty: give --data a file"):
+        load(source)
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
@@ -994,7 +1014,7 @@ def test_too_few_to_split(records: list[Record], prompts: int) -> None:
         split_heldout("mine.jsonl", records, 64, seed=0)
     assert str(caught.value) == (
         f"mine.jsonl: {len(records)} good rows with {prompts} different prompts are too few to hold out two or more by "
-        "prompt and at most a fifth; add rows, or give data.heldout_source"
+        "prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source"
     )
 
 

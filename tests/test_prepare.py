@@ -191,7 +191,7 @@ def test_one_prompt_with_several_completions_is_kept_on_one_side(ready: Prepare,
 LAST = "and 2 are needed; the last row left out, line"
 REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
     (good(9), [], {}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or more by prompt "
-     "and at most a fifth; add rows, or give data.heldout_source"),
+     "and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source"),
     (good(9), good(9), {}, f"other.jsonl: 0 held-out rows are left, {LAST} 4: has the prompt of training line 4; "
      "add rows"),
     ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "

@@ -11,7 +11,7 @@ import pytest
 from conftest import small_run
 from test_cli import call
 
-from qspin import spin
+from qspin import api, spin
 from qspin.answering import answer
 from qspin.config import RunConfig, load_config, parse_vary
 from qspin.errors import QspinError
@@ -207,6 +207,15 @@ def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
     assert b"beta=0.1" in plot or plot.count(b"<path") > 20  # text may be drawn as outlines
     write_results(out, cells)
     assert (out / PLOT).read_bytes() == plot
+
+
+def test_a_runs_own_folder_is_no_place_for_a_sweep(settings: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    spin.run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), out, Silent())
+    before = {*out.rglob("*")}
+    with pytest.raises(QspinError, match=f"^--out: {out} is a run, and a sweep is a folder of runs; name another"):
+        api.sweep(None, {"train.beta": [0.1, 1]}, out, overrides=settings)
+    assert {*out.rglob("*")} == before
 
 
 def test_the_command_goes_on_where_it_stopped(settings: dict[str, Any], tmp_path: Path) -> None:
