@@ -122,6 +122,8 @@ def _file_of(source: str | Path) -> Path:
         return path
     path = presets_dir() / f"{source}.yaml"
     if not path.is_file():
+        if os.path.isfile(source):  # noqa: PTH113 (Path.is_file raises)
+            raise QspinError(f"{source}: no preset, and no .yaml file; rows are named with --data")
         raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
     return path
 

@@ -102,7 +102,8 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str 
     """
     if not is_hub_id(repo):
         raise QspinError(
-            f"REPO: {_short(repo)} is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' or '.'"
+            f"OWNER/NAME: {_short(repo)} is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' "
+            "or '.'"
         )
     config, record = recorded_config(run_dir), read_json(run_dir.record)
     index = chosen_iteration(run_dir, iteration)

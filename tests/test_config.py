@@ -200,6 +200,11 @@ def test_an_empty_name_is_no_path(write: Callable[[str, str], Path]) -> None:
     assert load_config(write("mine.yaml", "model: {id: ''}\n")).model.id == ""
 
 
+def test_rows_in_the_place_of_a_configuration(write: Callable[[str, str], Path]) -> None:
+    path = write("mine.jsonl", "{}")
+    assert refusal(path) == f"{path}: no preset, and no .yaml file; rows are named with --data"
+
+
 def test_a_file_that_builds_on_an_unknown_preset(write: Callable[[str, str], Path]) -> None:
     assert "did you mean paper?" in refusal(write("mine.yaml", "preset: papers\n"))
 

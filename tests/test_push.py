@@ -346,7 +346,7 @@ def test_a_name_that_is_no_hub_id(repo: str, run: RunDir) -> None:
     with pytest.raises(QspinError) as caught:
         make_upload(run, repo, content="adapter", iteration="last", say=lambda _: None)
     said = str(caught.value)
-    assert said.startswith("REPO: ")
+    assert said.startswith("OWNER/NAME: ")
     assert said.endswith(" is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' or '.'")
     assert said.isprintable()
     assert len(said) < 150

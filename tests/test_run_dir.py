@@ -226,6 +226,8 @@ def test_players_are_the_folders_that_are_there_in_order(tmp_path: Path) -> None
 def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(QspinError, match=rf"^{tmp_path}: not the folder of a run, it has no run\.json$"):
         RunDir(tmp_path).check_run()
+    with pytest.raises(QspinError, match=rf"^{tmp_path / 'none'}: no such folder$"):
+        RunDir(tmp_path / "none").check_run()
     write_text(tmp_path / "run.json", "{}")
     RunDir(tmp_path).check_run()
 
