@@ -84,7 +84,9 @@ def export(
     from qspin.files import read_json
     from qspin.players import chosen_iteration
     from qspin.run_dir import RunDir
+    from qspin.stopping import heed_stops
 
+    heed_stops("stopped; nothing was written, and the same command begins anew")
     quiet_libraries()
     console = Console()
     run_dir = RunDir(folder.resolve())

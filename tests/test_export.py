@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ import torch
 import transformers
 import yaml
 from conftest import flip_byte
-from test_cli import call
+from test_cli import call, process
 from test_gguf_file import texts
 
 from qspin import compare, gguf_file
@@ -349,6 +350,17 @@ def test_only_a_merge_needs_the_rows(run: RunDir, tmp_path: Path) -> None:
 
 
 # --- the command ---
+
+
+def test_one_that_is_stopped_leaves_nothing(run: RunDir, tmp_path: Path) -> None:
+    command = process("export", run.path, "--to", "merged-16bit", "--out", tmp_path / "out" / "model")
+    assert command.stdout is not None
+    assert "the trained model on" in command.stdout.readline()
+    command.send_signal(signal.SIGINT)
+    _, err = command.communicate(timeout=60)
+    assert err == "stopped; nothing was written, and the same command begins anew\n"
+    assert command.returncode == 130
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_the_command_says_what_came_out(run: RunDir, tmp_path: Path) -> None:
