@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import qspin
 from qspin import cli_results, cli_trials
 from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
@@ -27,6 +28,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Self-play fine-tuning (SPIN) of a 4-bit model on one GPU or a laptop.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qspin {qspin.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="qspin's version, and no more")
+    ] = False,
+) -> None: ...
 
 
 @app.command()

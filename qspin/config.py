@@ -257,12 +257,13 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
 
     Args:
         source: name of a preset, path of a YAML file, or None for the defaults.
-        overrides: `{"train.beta": 0.2}`; a value of None unsets.
+        overrides: `{"train.beta": 0.2}`; a value of None unsets, and a path may be a `Path`.
 
     Raises:
         QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
     """
-    tree = together(read_layers(source) if source is not None else [], overrides or {}, _GROUPS)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
+    tree = together(read_layers(source) if source is not None else [], plain, _GROUPS)
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:

@@ -103,6 +103,11 @@ def processor_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def test_which_version_it_is() -> None:
+    answer = call("--version")
+    assert (answer.code, answer.out, answer.err) == (0, f"qspin {qspin.__version__}\n", "")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
 def test_help_answers_at_once(arguments: list[str]) -> None:
     """In half a second; the least of three, since a busy machine only adds to it."""

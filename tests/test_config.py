@@ -533,3 +533,8 @@ def test_a_dumped_configuration_loads_as_the_same(name: str, tmp_path: Path) -> 
     assert list(yaml.safe_load(path.read_text(encoding="utf-8"))) == list(RunConfig.model_fields), (
         "in the class's order"
     )
+
+
+def test_a_path_may_be_one(tmp_path: Path) -> None:
+    config = load_config("quickstart", {"data.source": tmp_path / "mine.jsonl"})
+    assert config.data.source == str(tmp_path / "mine.jsonl")
