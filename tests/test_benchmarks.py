@@ -44,6 +44,7 @@ def test_the_readme_shows_the_gpu_too() -> None:
     ("name", "page"),
     [
         ("parts", "performance"),
+        ("busy", "performance"),
         ("growth", "performance"),
         ("exports", "exporting"),
         ("planned_memory", "fitting"),
@@ -159,6 +160,7 @@ def test_there_are_results() -> None:
         "iteration-cpu",
         "attention-cpu",
         "parts-cpu",
+        "busy-cpu",
         "export-cpu",
         "plan-cpu",
         "gpu-cuda",
