@@ -27,7 +27,7 @@ from qspin.packing import common_prefix, pack_row
 from qspin.records import Pair
 
 WAITS = {
-    "qspin": {"GOMP_SPINCOUNT": qspin.SPIN},
+    "qspin": {"GOMP_SPINCOUNT": qspin.SPIN_COUNT},
     "OpenMP's default": {"GOMP_SPINCOUNT": "300000"},
     "never spinning": {"OMP_WAIT_POLICY": "passive"},
 }

@@ -22,9 +22,9 @@ _ELSEWHERE = {"QspinError": "errors", "RunConfig": "config", "load_config": "con
 # On a CPU threads meet thousands of times a step. By default one that waits for another spins for milliseconds, which
 # on a machine with other work keeps a core from whom it waits for; to spin less often and then sleep is as fast alone
 # and faster beside others (docs/performance.md). OpenMP reads this as torch is first imported.
-SPIN = "2000"  # of the 300,000 times
+SPIN_COUNT = "2000"  # the default is 300,000
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", SPIN)
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
 
 # bitsandbytes says at each import that an optional kernel from the hub is not installed
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -160,7 +160,7 @@ def test_importing_it_imports_nothing_heavy() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP there")
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [({}, qspin.SPIN), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
+    [({}, qspin.SPIN_COUNT), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")],
     ids=str,
 )
 def test_threads_that_wait_let_others_work(asked: dict[str, str], told: str) -> None:
