@@ -49,14 +49,14 @@ class Spans:
         return x.transpose(0, 1).index_select(0, self.key_places)
 
     def gather_backward(self, grad: Tensor) -> Tensor:
-        """(S, Hkv, D) → (Hkv, T, D), summed in fp32."""
-        total = grad.index_select(0, self._first).float()
-        total.index_add_(0, self._second_places, grad.index_select(0, self._second).float())
+        """(S, Hkv, D) → (Hkv, T, D), each sum rounded once."""
+        total = grad.index_select(0, self._first)
+        total.index_add_(0, self._second_places, grad.index_select(0, self._second))
         if self._prefix.numel():
             read = grad.index_select(0, self._prefix.flatten())
             read = read.view(*self._prefix.shape, *grad.shape[1:])  # (N, P, Hkv, D)
             total[: self._prefix.shape[1]] = read.sum(0, dtype=torch.float32)
-        return total.to(grad.dtype).transpose(0, 1)
+        return total.transpose(0, 1)
 
 
 def can_flash(query: Tensor) -> bool:

@@ -28,6 +28,7 @@ SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what 
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
+WIDTH = 64  # a product as wide as a multiple of it has the fastest kernels
 PACKED_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
@@ -42,6 +43,12 @@ MAPPED = 32 << 20
 HOLES = 0.3  # what the heap of smaller ones holds between them, of the activations kept
 POST_NORMS = ("gemma2", "olmo2")  # families with norms after attention and MLP
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
+
+
+def vocabulary_step(device: str, predicted: int) -> int:
+    """How many of the vocabulary's tokens have their logits made at once, for C predicted tokens."""
+    most = max(1, LOGITS_AT_ONCE[device] // max(1, predicted))
+    return most - most % WIDTH if most > WIDTH else most
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +252,7 @@ class Footprint:
         soft-cap there are three of it, and its slope. In training the directions are summed in fp32 (C·D), and put
         together from as many four times over.
         """
-        step = max(1, LOGITS_AT_ONCE[self.device] // max(1, predicted))
+        step = vocabulary_step(self.device, predicted)
         block = min(self.shape.vocabulary, step) * predicted
         last = 4 if step < self.shape.vocabulary else 0
         own = 12 + last if self._softcap else 6 if self.itemsize == 2 else 4

@@ -51,13 +51,13 @@ class Kernels:
     def few_rows_product(
         self, x: Tensor, data: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """(N, in) and x·Aᵀ, (N, r) → x·Wᵀ + x·Aᵀ·B + bias, (N, out), of few rows; B (r, out) is (α/r)·Bᵀ."""
+        """(N, in), (α/r)·x·Aᵀ, (N, r), and B (out, r) → x·Wᵀ + (α/r)·x·Aᵀ·Bᵀ + bias, (N, out), of few rows."""
         if TRITON and fast_memory(x) and multipliable(x, data, constants, low):
             from qspin.nf4_product import product
 
             return product(x, data, constants, low, b, bias)
         y: Tensor = matmul_4bit(x, data.t(), constants, bias=bias)
-        return y.addmm_(low, b)
+        return y.addmm_(low, b.t())
 
     def rms_norm(self, norm: nn.Module, *, one_plus: bool) -> Callable[[Tensor], Tensor] | None:  # noqa: ARG002
         """x → x / rms(x) times weight, or 1 + weight, differentiable in x; None: nothing better than the module."""

@@ -78,9 +78,11 @@ class FusedLayers:
         self.biases = [base.bias for base in bases]
         self.a = [layer.lora_A[adapter].weight for layer in layers]
         self.b = [layer.lora_B[adapter].weight for layer in layers]
-        self.scalings = [layer.scaling[adapter] for layer in layers]
+        self._masters = _in_one([*self.a, *self.b])
+        self.scaling: float = layers[0].scaling[adapter]  # α/r
         self.outs = [len(b) for b in self.b]
         self.ranks = [len(a) for a in self.a]
+        self.recomputed = False  # what is kept for the backward pass lasts until the layer is computed again, or not
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = [None] * len(layers)
         self._low_rank: tuple[Any, Tensor, list[Tensor]] | None = None
@@ -104,8 +106,8 @@ class FusedLayers:
         ]
         bias = torch.cat([*biases, a.new_zeros(len(a))]) if any(bias is not None for bias in self.biases) else None
         # with few rows a product costs its call, so all B are one too, (Σ r, Σ out)
-        b: Tensor = torch.block_diag(*bs)  # type: ignore[no-untyped-call]
-        self._unpacked = laid_out(torch.cat([*self.matrices(), a]), bias), b
+        b: Tensor = torch.block_diag(*bs).t().contiguous()  # type: ignore[no-untyped-call]
+        self._unpacked = laid_out(torch.cat([*self.matrices(), a]), bias), b.mul_(self.scaling)
 
     def pack(self) -> None:
         self._unpacked = None
@@ -126,7 +128,7 @@ class FusedLayers:
                 outputs = self._few_rows_product(x)
             else:
                 a, bs = self.low_rank(x.dtype, training=False)
-                outputs = self.product(x, x.reshape(-1, x.shape[-1]) @ a.t(), bs)
+                outputs = self.product(x, self._low(x, a), bs)
             self._input, self._outputs = x, list(outputs)
         output, self._outputs[index] = self._outputs[index], None
         if not any(left is not None for left in self._outputs):
@@ -134,16 +136,21 @@ class FusedLayers:
         assert output is not None
         return output
 
+    def _low(self, x: Tensor, a: Tensor) -> Tensor:
+        """(…, in), (Σ r, in) → (α/r)·x·Aᵀ of all layers, (N, Σ r)."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat.new_empty(len(flat), len(a)).addmm_(flat, a.t(), beta=0, alpha=self.scaling)
+
     def product(self, x: Tensor, low: Tensor, bs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(…, in), and x·Aᵀ of all layers, (N, Σ r) → (…, out) for each layer."""
+        """(…, in), and (α/r)·x·Aᵀ of all layers, (N, Σ r) → (…, out) for each layer."""
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         outputs = []
         for matrix, bias, part, b in zip(self.matrices(), self.biases, _parts(low, self.ranks, 1), bs, strict=True):
             bias = None if bias is None else bias.to(x.dtype)  # noqa: PLW2901
             if x.is_cuda:  # what is written first is read where the large product is computed, and costs no time there
-                y = (part @ b if bias is None else torch.addmm(bias, part, b)).addmm_(flat, matrix.t())
+                y = (part @ b.t() if bias is None else torch.addmm(bias, part, b.t())).addmm_(flat, matrix.t())
             else:
-                y = functional.linear(flat, matrix, bias).addmm_(part, b)
+                y = functional.linear(flat, matrix, bias).addmm_(part, b.t())
             outputs.append(y.view(*x.shape[:-1], -1))
         return tuple(outputs)
 
@@ -152,10 +159,11 @@ class FusedLayers:
         make, parts = getattr(x, "make_again", (_itself, (x,)))
         a, bs = self.low_rank(x.dtype, training=True)
         with torch.no_grad():
-            low = x.reshape(-1, x.shape[-1]) @ a.t()
-        kept: Tensor = _Kept.apply(self.a[0], low, a, *bs, *parts)  # type: ignore[no-untyped-call]
+            low = self._low(x, a)
+        tensors = (low, a, *bs, *parts)
+        kept = _Kept.apply(self.a[0], *tensors) if self.recomputed else None  # type: ignore[no-untyped-call]
         outputs: tuple[Tensor, ...] = LoraLinear4bit.apply(  # type: ignore[no-untyped-call]
-            x, kept, low, bs, make, self, *self.a, *self.b
+            x, kept, tensors, make, self, *self.a, *self.b
         )
         return outputs
 
@@ -169,7 +177,7 @@ class FusedLayers:
         """(…, in) → (…, out) for each layer, of which each has been packed by itself."""
         a, bs = self.low_rank(x.dtype, training=False)
         flat = x.reshape(-1, x.shape[-1])
-        lows = _parts(flat @ a.t(), self.ranks, 1)
+        lows = _parts(self._low(x, a), self.ranks, 1)
         outputs = []
         for (data, constants, _), bias, low, b in zip(self.packed, self.biases, lows, bs, strict=True):
             y = self._kernels.few_rows_product(
@@ -185,23 +193,46 @@ class FusedLayers:
             yield from _parts(matrix, [self.outs[layer] for layer in layers])
 
     def low_rank(self, dtype: torch.dtype, *, training: bool) -> tuple[Tensor, list[Tensor]]:
-        """All A stacked, (Σ r, in), and each (α/r)·Bᵀ, (r, out).
+        """All A stacked, (Σ r, in), and each B, (out, r).
 
         Kept from call to call while nothing is trained, until the weights' versions say that another player is in the
         slot. Optimisers may write past the versions, so in training they are made anew, and nothing is kept.
         """
+        if training:
+            self._low_rank = None
+            return self._divided(self._masters.to(dtype))
         key = (dtype, [parameter._version for parameter in (*self.a, *self.b)])
-        if not training and self._low_rank is not None and self._low_rank[0] == key:
-            return self._low_rank[1:]
-        # normal tensors even when made in inference mode: a backward pass may keep them
-        with torch.inference_mode(False), torch.no_grad():
-            a = torch.cat(self.a, out=self.a[0].new_empty(sum(self.ranks), self.a[0].shape[1], dtype=dtype))
-            b = [
-                torch.mul(part.t(), scaling, out=part.new_empty(part.shape[::-1], dtype=dtype))  # made and cast at once
-                for part, scaling in zip(self.b, self.scalings, strict=True)
-            ]
-        self._low_rank = None if training else (key, a, b)
-        return a, b
+        if self._low_rank is None or self._low_rank[0] != key:
+            with torch.inference_mode(False):  # a backward pass may keep them
+                self._low_rank = key, *self._divided(self._masters.to(dtype))
+        return self._low_rank[1:]
+
+    def _divided(self, numbers: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """All weights of A and B in turn, as `_masters` has them → A stacked, (Σ r, in), and each B, (out, r)."""
+        ins = self.a[0].shape[1]
+        a, *bs = torch.split(numbers, [sum(self.ranks) * ins, *(b.numel() for b in self.b)])
+        return a.view(-1, ins), [part.view(len(b), -1) for part, b in zip(bs, self.b, strict=True)]
+
+    def gradients(
+        self, x: Tensor, low: Tensor, a: Tensor, bs: Sequence[Tensor], grads: Sequence[Tensor], *, of_x: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(N, in), (N, Σ r), A, every B, and (N, out) for each layer → d/d x if asked for, and d/d A and d/d B of each
+        layer in fp32."""
+        grad_low = low.new_empty(low.shape)
+        for part, grad, b in zip(_parts(grad_low, self.ranks, 1), grads, bs, strict=True):
+            part.addmm_(grad, b, beta=0, alpha=self.scaling)
+        grad_x = None
+        if of_x:
+            grad_x = grad_low @ a
+            for grad, matrix in zip(grads, self.matrices(), strict=True):
+                grad_x.addmm_(grad, matrix)
+        numbers = low.new_empty(len(self._masters))
+        grad_a, grad_bs = self._divided(numbers)
+        torch.mm(grad_low.t(), x, out=grad_a)
+        for grad_b, grad, part in zip(grad_bs, grads, _parts(low, self.ranks, 1), strict=True):
+            torch.mm(grad.t(), part, out=grad_b)
+        grad_a, grad_bs = self._divided(numbers.float())  # as one, as calls cost more than these few numbers
+        return grad_x, [*_parts(grad_a, self.ranks), *grad_bs]
 
 
 class _Kept(torch.autograd.Function):
@@ -227,35 +258,36 @@ class LoraLinear4bit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, kept: Tensor, low: Tensor, bs: list[Tensor], make: MakeAgain, layers: FusedLayers,
+        ctx: Any, x: Tensor, kept: Tensor | None, tensors: Sequence[Tensor], make: MakeAgain, layers: FusedLayers,
         *_masters: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        if kept is None:
+            ctx.save_for_backward(*tensors)
         ctx.kept, ctx.make, ctx.layers = kept, make, layers
-        return layers.product(x, low, bs)
+        low, _, *rest = tensors
+        return layers.product(x, low, rest[: len(layers.outs)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layers: FusedLayers = ctx.layers
-        low, a, *rest = ctx.kept.grad_fn.saved_tensors
+        low, a, *rest = ctx.saved_tensors if ctx.kept is None else ctx.kept.grad_fn.saved_tensors
         bs, parts = rest[: len(layers.outs)], rest[len(layers.outs) :]
         x = ctx.make(*parts)
-        flat = x.reshape(-1, x.shape[-1])  # (N, in)
-        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # (N, out) each
-        lows = [grad @ b.t() for grad, b in zip(flat_grads, bs, strict=True)]  # (N, r) each
-        grad_low = torch.cat(lows, 1) if len(lows) > 1 else lows[0]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_low @ a
-            for grad, matrix in zip(flat_grads, layers.matrices(), strict=True):
-                grad_x.addmm_(grad, matrix)
+        grad_x, grad_masters = layers.gradients(
+            x.reshape(-1, x.shape[-1]), low, a, bs, [grad.reshape(-1, grad.shape[-1]) for grad in grads],
+            of_x=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        if grad_x is not None:
             grad_x = grad_x.view(*grads[0].shape[:-1], -1)
-        grad_a = _parts((grad_low.t() @ flat).float(), layers.ranks)
-        grad_b = [
-            # the faster order: r rows of long dot products
-            (part.t() @ grad).t().to(torch.float32, memory_format=torch.contiguous_format).mul_(scaling)
-            for grad, part, scaling in zip(flat_grads, _parts(low, layers.ranks, 1), layers.scalings, strict=True)
-        ]
-        return grad_x, None, None, None, None, None, *grad_a, *grad_b
+        return grad_x, None, None, None, None, *grad_masters
+
+
+def _in_one(parameters: Sequence[Tensor]) -> Tensor:
+    """All numbers of some parameters in turn, which go on as views of it: what is done to all is one call."""
+    numbers = torch.cat([parameter.detach().reshape(-1) for parameter in parameters])
+    for parameter, part in zip(parameters, torch.split(numbers, [p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    return numbers
 
 
 def _parts(tensor: Tensor, sizes: list[int], dim: int = 0) -> Sequence[Tensor]:

@@ -260,6 +260,10 @@ class SlotModel:
             self._causal_lm.disable_input_require_grads()  # which reentrant recomputation alone would need
         for index, layer in enumerate(self._recomputable):
             layer.gradient_checkpointing = index < recomputed
+            own = {id(parameter) for parameter in layer.parameters()}
+            for layers in self._layers:
+                if id(layers.a[0]) in own:
+                    layers.recomputed = index < recomputed
 
     @property
     def _recomputable(self) -> list[GradientCheckpointingLayer]:

@@ -1,4 +1,4 @@
-"""y = x·Wᵀ + low·B of a decoding step's few rows, W in NF4 as bitsandbytes packs it, in one Triton kernel.
+"""y = x·Wᵀ + low·Bᵀ of a decoding step's few rows, W in NF4 as bitsandbytes packs it, in one Triton kernel.
 
 W is never written out: each program reads the packed weights of some outputs once, and multiplies by them as it goes.
 Where memory is fast, as on Hopper, making W and multiplying by it is several times the traffic of that. Of few outputs
@@ -32,7 +32,7 @@ def _product(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NESTED_BLOCK: tl.constexpr, LOOK_UP: tl.constexpr,
 ):  # fmt: skip
     # x (rows, ins), packed (outs·ins/2,), constants (outs·ins/64,), groups (outs·ins/64/256,), low (rows, rank) of a
-    # given stride, b (rank, outs), y (shares, rows, outs), of `share` blocks of the inputs each; the sums of a program
+    # given stride, b (outs, rank), y (shares, rows, outs), of `share` blocks of the inputs each; the sums of a program
     # lie the other way round, (OUTS, ROWS)
     out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     known = out < outs
@@ -68,7 +68,7 @@ def _product(  # type: ignore[no-untyped-def]
         inner = tl.arange(0, RANK)
         inside = inner < rank
         lows = tl.load(low + row[:, None] * stride + inner[None, :], mask=there[:, None] & inside[None, :], other=0.0)
-        bs = tl.load(b + inner[None, :] * outs + out[:, None], mask=known[:, None] & inside[None, :], other=0.0)
+        bs = tl.load(b + out[:, None] * rank + inner[None, :], mask=known[:, None] & inside[None, :], other=0.0)
         total = tl.dot(bs, tl.trans(lows), total)
         if BIASED:
             total += tl.load(bias + out, mask=known, other=0.0).to(tl.float32)[:, None]
@@ -88,7 +88,7 @@ def _sum(parts, y, shares, size, SIZE: tl.constexpr):  # type: ignore[no-untyped
 
 
 def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """(N, in) and x·Aᵀ, (N, r) → (N, out); B (r, out) is (α/r)·Bᵀ. All of one 16-bit type, without gaps in a row.
+    """(N, in), (α/r)·x·Aᵀ, (N, r), and B (out, r) → (N, out). All of one 16-bit type, without gaps in a row.
 
     Args:
         packed, constants: of bitsandbytes, in blocks of 64 along `in`.

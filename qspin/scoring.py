@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qspin.footprint import LOGITS_AT_ONCE
+from qspin.footprint import vocabulary_step
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Row, pack_row
 from qspin.records import Pair, Score
@@ -61,7 +61,7 @@ class _TokenLogps(torch.autograd.Function):
         peak = torch.full((count,), float("-inf"), device=hidden.device)
         total, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
         others = torch.zeros(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None  # (C, D)
-        step = max(1, LOGITS_AT_ONCE[hidden.device.type] // count)
+        step = vocabulary_step(hidden.device.type, count)
         for start in range(0, model.vocabulary, step):
             tokens = slice(start, min(start + step, model.vocabulary))
             logits = model.logits(hidden, tokens)  # (C, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,21 +144,23 @@ def backward(
     found = []
     for micro_batch in micro_batches:
         pairs = [task.pairs[index] for index in micro_batch]
-        game, nll = _losses(model, task, pairs, config, first=first)
+        game, nll = _losses(model, task, pairs, config)
         loss = game.losses + config.sft_weight * nll if config.sft_weight else game.losses
         (loss.sum() / size * scale).backward()  # type: ignore[no-untyped-call]
         parts = (game.losses, game.margins, game.real_rewards, game.generated_rewards, nll)
-        found.append(PairFigures(*(part.detach().cpu() for part in parts)))
+        # not looked at before: a GPU would have nothing to do until the backward pass is launched
+        figures = PairFigures(*torch.stack([part.detach() for part in parts]).cpu())
+        _check(figures, task, pairs, config, STEP_ZERO_BOUND[model.device.type] if first else math.inf)
+        found.append(figures)
     return found
 
 
-def _losses(
-    model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainConfig, *, first: bool
-) -> tuple[SpinLoss, Tensor]:
+def _losses(model: SlotModel, task: Task, pairs: Sequence[Pair], config: TrainConfig) -> tuple[SpinLoss, Tensor]:
     """ℓ of each pair, and the NLL a token of its real completion, (B,)."""
     scores = [task.scores[pair.key] for pair in pairs]
     opponent_real = torch.tensor([score.opponent_real_logps for score in scores], device=model.device)
     opponent_generated = torch.tensor([score.opponent_generated_logps for score in scores], device=model.device)
+    tokens = torch.tensor([len(pair.real_ids) for pair in pairs], device=model.device)
     policy_real, policy_generated = pair_logps(model, pack_row(pairs, model.device, task.prefix))
     result = spin_loss(
         policy_real,
@@ -167,19 +170,22 @@ def _losses(
         beta=at_iteration(config.beta, task.iteration),
         loss=config.loss,
     )
-    if not bool(torch.isfinite(result.losses).all()):
-        bad = [pair.record_id for pair, ok in zip(pairs, torch.isfinite(result.losses).tolist(), strict=True) if not ok]
+    return result, real_nll(policy_real, tokens)
+
+
+def _check(figures: PairFigures, task: Task, pairs: Sequence[Pair], config: TrainConfig, bound: float) -> None:
+    """Raises a QspinError if a loss is not finite, or the policy further than so many nats from the opponent."""
+    finite = torch.isfinite(figures.losses).tolist()
+    if not all(finite):
+        bad = [pair.record_id for pair, ok in zip(pairs, finite, strict=True) if not ok]
         raise QspinError(
             f"the loss is not finite for {', '.join(bad[:5])}; lower train.lr or train.beta, or drop these rows"
         )
-    if first:
-        gaps = torch.cat([policy_real - opponent_real, policy_generated - opponent_generated]).detach()
-        gap = float(gaps.abs().max())
-        if not gap <= STEP_ZERO_BOUND[model.device.type]:
-            raise QspinError(
-                f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
-                f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
-                "delete its folder and run again"
-            )
-    tokens = torch.tensor([len(pair.real_ids) for pair in pairs], device=model.device)
-    return result, real_nll(policy_real, tokens)
+    rewards = torch.cat([figures.real_rewards, figures.generated_rewards])
+    gap = float(rewards.abs().max()) / at_iteration(config.beta, task.iteration)
+    if not gap <= bound:
+        raise QspinError(
+            f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
+            f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
+            "delete its folder and run again"
+        )

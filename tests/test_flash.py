@@ -40,6 +40,9 @@ def test_gradients_go_to_the_places_that_were_read(prefix: int) -> None:
     gathered.backward(grad)
     assert x.grad is not None
     torch.testing.assert_close(spans.gather_backward(grad), x.grad)
+    rounded = grad.bfloat16()
+    (wanted,) = torch.autograd.grad(spans.gather(x), x, rounded.float())
+    assert torch.equal(spans.gather_backward(rounded), wanted.bfloat16()), "rounded more than once"
 
 
 def attention(

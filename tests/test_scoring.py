@@ -17,7 +17,7 @@ import transformers
 from conftest import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 
-from qspin import scoring
+from qspin import footprint
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.records import Pair, Score
@@ -262,7 +262,7 @@ def test_vocabulary_blocks_change_nothing(
     results = []
     for tokens in (VOCABULARY, 3):
         completion_tokens = sum(len(pair.real_ids) + len(pair.generated_ids) for pair in PAIRS)
-        monkeypatch.setitem(scoring.LOGITS_AT_ONCE, "cpu", tokens * completion_tokens)
+        monkeypatch.setitem(footprint.LOGITS_AT_ONCE, "cpu", tokens * completion_tokens)
         model.peft_model.zero_grad()
         real, generated = pair_logps(model, pack_row(PAIRS, CPU))
         scalar(real, generated).backward()
