@@ -28,7 +28,7 @@ SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what 
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
-WIDTH = 64  # a product as wide as a multiple of it has the fastest kernels
+WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
 PACKED_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
@@ -48,7 +48,7 @@ OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit"
 def vocabulary_step(device: str, predicted: int) -> int:
     """How many of the vocabulary's tokens have their logits made at once, for C predicted tokens."""
     most = max(1, LOGITS_AT_ONCE[device] // max(1, predicted))
-    return most - most % WIDTH if most > WIDTH else most
+    return most - most % WIDTH[device] if most > WIDTH[device] else most
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,6 +106,13 @@ def test_logits_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny(family="gemma2")._head(batch.predicted, training=False) == (12 + 8) * 64 * 500
 
 
+def test_blocks_of_the_vocabulary_are_as_wide_as_fast_kernels_like() -> None:
+    assert footprint.vocabulary_step("cuda", 1000) == 16768  # 2²⁴ / 1000, rounded down to a multiple of 64
+    assert footprint.vocabulary_step("cuda", 2**24 // 63) == 63  # too narrow for that
+    assert footprint.vocabulary_step("cuda", 2**25) == 1
+    assert footprint.vocabulary_step("cpu", 1000) == 4194
+
+
 def test_holes_are_a_cpus() -> None:
     batch = Batch.of([(10, 20, 30)])
     assert tiny().holes(batch) == 4 * 3 * 2 * 64 * 128 + int(0.3 * tiny().kept(batch))

@@ -17,8 +17,12 @@ from qspin.attention import Lengths, Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
+from qspin.kernels import Kernels
 from qspin.lora import FusedLayers
 from qspin.model import SlotModel
+from qspin.packing import pack_row
+from qspin.records import Pair
+from qspin.scoring import pair_logps
 
 IDS = torch.arange(3, 20)
 
@@ -191,8 +195,30 @@ def test_the_first_layers_are_recomputed_and_embeddings_left_alone(tiny_model: C
         model.use_gradient_checkpointing(recomputed)
         layers = model._decoder.layers
         assert [layer.gradient_checkpointing for layer in layers] == [index < recomputed for index in range(3)]
+        assert [fused.recomputed for fused in model._layers] == [index < 4 * recomputed for index in range(12)]
         assert model.footprint.recomputed == recomputed
     assert not model.peft_model.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("recomputed", [0, 1, 3])
+def test_a_layer_is_computed_again_up_to_its_last_product(
+    recomputed: int, tiny_model: Callable[..., SlotModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    model.use_gradient_checkpointing(recomputed)
+    pairs = [Pair("a", 0, (5, 6, 7), (8, 9), (10, 11, 12), ended=True)]
+    real, generated = pair_logps(model, pack_row(pairs, torch.device("cpu")))
+    made = []
+    own = Kernels.dequantise
+
+    def dequantise(*given: Any) -> torch.Tensor:
+        made.append(own(*given))
+        return made[-1]
+
+    monkeypatch.setattr(Kernels, "dequantise", dequantise)
+    (real - generated).sum().backward()
+    # of the first layer's input no gradient is asked for, so that queries, keys and values need no W there
+    assert len(made) == 3 * 4 - 1 + 3 * recomputed
 
 
 def test_recomputed_layers_leave_random_states_alone(
