@@ -20,9 +20,9 @@ from qspin.footprint import MOST_TOKENS, Batch, Device, Footprint
 # (benchmarks/results/parts-cpu.json); of 60 to 130 by the published rates of the cards in machine.py, which read and
 # write the weights once.
 A_PASS: dict[str, int] = {"cpu": 36, "cuda": 100}
-# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 4 to 5 ms, at half of that rate
-# (benchmarks/results: 5 pairs of 768 tokens at a time, and pairs of real lengths, on an H200). What takes the GPU less
-# has to wait for it.
+# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 3.5 to 4 ms, at half of that
+# rate (benchmarks/results/gpu-cuda.json: pairs of real lengths, on an H200), and a quarter to spare. What takes the GPU
+# less has to wait for it.
 LAUNCH = 2.5e-3
 
 T = TypeVar("T", int, tuple[int, int, int])
