@@ -178,7 +178,8 @@ class Trained:
         model, reading = self.model, Reading()
         for row in self.rows:
             packed = pack_row([Pair(row.record_id, 0, row.prompt_ids, row.real_ids, (), ended=True)], model.device)
-            hidden = model.hidden(packed.input_ids, packed.position_ids, packed.layout)[packed.predictors]
+            embedded = model.embed(packed.input_ids)
+            hidden = model.hidden(embedded, packed.position_ids, packed.layout)[packed.predictors]
             reading.add((model.logits(part) for part in torch.split(hidden, PLACES)), row.real_ids)
         answers = generate(
             model,

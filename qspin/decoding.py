@@ -37,7 +37,9 @@ class Decoder:
     def __init__(self, model: SlotModel, cache: KVCache) -> None:
         self._model, self._cache = model, cache
         self._replays = replayable(model)
-        self._inputs = torch.zeros(2, cache.slots, dtype=torch.long, device=cache.device)  # tokens; their places
+        # of each slot its last token, (slots, D), and that token's place, where graphs look for them
+        self._embedded = model.embed(torch.zeros(cache.slots, dtype=torch.long))
+        self._at = torch.zeros(cache.slots, dtype=torch.long, device=cache.device)
         self._steps: dict[int, _Step | None] = {}  # by rows, the last used last; None: computed, not recorded
         self._places = cache.places  # that they were recorded with
 
@@ -48,12 +50,13 @@ class Decoder:
         rows = padded_rows(live, self._cache.slots) if self._replays else live
         inputs = torch.zeros(2, rows, dtype=torch.long)  # what slots that are free compute is never read
         inputs[:, :live] = torch.stack([torch.tensor(tokens), places])
-        self._inputs[:, :rows] = inputs.to(self._cache.device)
+        self._embedded[:rows] = self._model.embed(inputs[0])
+        self._at[:rows] = inputs[1].to(self._cache.device)
         return (self._replayed(rows) if self._replays else self._computed(rows))[:live]
 
     def _computed(self, rows: int) -> Tensor:
-        tokens, places = self._inputs[:, :rows]
-        return self._model.logits(self._model.hidden(tokens, places, Decode(self._cache, places)))
+        places = self._at[:rows]
+        return self._model.logits(self._model.hidden(self._embedded[:rows], places, Decode(self._cache, places)))
 
     def _replayed(self, rows: int) -> Tensor:
         if self._places != self._cache.places:  # the cache lies elsewhere now

@@ -25,6 +25,7 @@ Device = Literal["cpu", "cuda"]
 MOST_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 16384}
 MOST_ROWS: dict[str, int] = {"cpu": 128, "cuda": 256}
 SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what is not counted, and for others
+ASIDE = 0.1  # of the memory that the loaded model leaves: an embedding table that is more stays in main memory
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
@@ -115,6 +116,14 @@ class Footprint:
     def unquantised(self) -> int:
         """Embeddings, head, norms and biases in the compute type."""
         return (self.shape.parameters - self.linear_weights) * self.itemsize
+
+    def set_aside(self, free: float) -> int:
+        """Of those, what is put into main memory once all is loaded and leaves so many bytes free.
+
+        On a GPU an embedding table that is not the head too, where it is more than ASIDE of them.
+        """
+        table = self.shape.vocabulary * self.shape.hidden * self.itemsize
+        return table if self.device == "cuda" and not self.shape.tied_embeddings and 0 <= ASIDE * free < table else 0
 
     @property
     def adapter_weights(self) -> int:

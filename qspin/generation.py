@@ -142,9 +142,9 @@ def _prefill(
     """Compute the prompts into slots first_slot, first_slot + 1, …; (B, V) logits after each."""
     prompts = [request.prompt_ids for request in requests]
     own = [prompt[prefix:] for prompt in prompts]
-    ids = torch.tensor([*prompts[0][:prefix], *itertools.chain(*own)], device=model.device)
+    ids = torch.tensor([*prompts[0][:prefix], *itertools.chain(*own)])
     positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, len(prompt)) for prompt in prompts)])
     layout = Prefill(cache, range(first_slot, first_slot + len(prompts)), [len(prompt) for prompt in prompts], prefix)
-    hidden = model.hidden(ids, positions.to(model.device), layout)
+    hidden = model.hidden(model.embed(ids), positions.to(model.device), layout)
     ends = torch.tensor([len(part) for part in own], device=model.device).cumsum(0) + (prefix - 1)
     return model.logits(hidden[ends])

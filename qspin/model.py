@@ -2,7 +2,7 @@
 
     model = SlotModel.load(base, config, device=torch.device("cpu"))
     model.set_adapter(opponent)                 # whoever is in the slot plays
-    h = model.hidden(input_ids, position_ids, layout)
+    h = model.hidden(model.embed(input_ids), position_ids, layout)
     logits = model.logits(h[-1:])
 
 Players are swapped by copying weights into the slot: no second base, no second adapter on the device. The LoRA
@@ -59,6 +59,7 @@ class SlotModel:
         self.peft_model = peft_model
         self._causal_lm = peft_model.get_base_model()
         self._decoder = self._causal_lm.get_decoder()
+        self._embeddings = self._causal_lm.get_input_embeddings()
         self._head = self._causal_lm.get_output_embeddings()
         self._layers = layers
         self._unpacked_head: Linear | None = None
@@ -108,13 +109,19 @@ class SlotModel:
         _check_targets(peft_model, base)
         layers = refit(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
+        loaded._set_aside()
         loaded._check_logits(reference)
         return loaded
 
-    def hidden(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
-        """(T,), (T,) → (T, D): the decoder's last hidden state, after its final norm."""
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(T,) on the CPU → (T, D): what the decoder takes in, looked up where the table is."""
+        embedded: Tensor = self._embeddings(input_ids.to(self._embeddings.weight.device))
+        return embedded.to(self.device)
+
+    def hidden(self, embedded: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+        """(T, D), (T,) → (T, D): the decoder's last hidden state, after its final norm."""
         output = self._decoder(
-            input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False, layout=layout
+            inputs_embeds=embedded[None], position_ids=position_ids[None], use_cache=False, layout=layout
         )
         hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
@@ -265,6 +272,13 @@ class SlotModel:
                 if id(layers.a[0]) in own:
                     layers.recomputed = index < recomputed
 
+    def _set_aside(self) -> None:
+        """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token."""
+        own = self._embeddings.weight is not self._head.weight
+        if own and self.footprint.set_aside(free_bytes(self.device)):
+            self._embeddings.to("cpu")
+            torch.cuda.empty_cache()
+
     @property
     def _recomputable(self) -> list[GradientCheckpointingLayer]:
         """The decoder's layers."""
@@ -277,13 +291,14 @@ class SlotModel:
                 f"model.id: {self.base.name}'s own logits are not finite numbers in {self.dtype}; set model.dtype to a "
                 "type of larger range, or take another base"
             )
-        ids, count = _some_ids(self.vocabulary, self.device), len(reference)
+        ids, count = _some_ids(self.vocabulary), len(reference)
         row = torch.cat([ids, ids.flip(0), ids])  # the same text at a row's beginning, and after another one
         positions = torch.arange(count, device=self.device).repeat(3)
         family = self._causal_lm.config.model_type
         try:
             with torch.no_grad(), refusals_told():
-                ours = self.logits(self.hidden(row, positions, Packed([GroupLengths(count)] * 3, self.device)))
+                layout = Packed([GroupLengths(count)] * 3, self.device)
+                ours = self.logits(self.hidden(self.embed(row), positions, layout))
         except torch.AcceleratorError:  # the GPU itself
             raise
         except (RuntimeError, AttributeError, TypeError) as error:  # a decoder that ours does not fit into
@@ -340,13 +355,13 @@ def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
     """(8, V) fp32: logits of the model as it came, on 8 tokens."""
     in_one_mode(causal_lm)
     with torch.no_grad():
-        ids = _some_ids(causal_lm.get_output_embeddings().weight.shape[0], device)
-        logits: Tensor = causal_lm(input_ids=ids[None], use_cache=False).logits[0]
+        ids = _some_ids(causal_lm.get_output_embeddings().weight.shape[0])
+        logits: Tensor = causal_lm(input_ids=ids[None].to(device), use_cache=False).logits[0]
     return logits.float()
 
 
-def _some_ids(vocabulary: int, device: torch.device) -> Tensor:
-    return torch.arange(8, device=device) * 37 % vocabulary
+def _some_ids(vocabulary: int) -> Tensor:
+    return torch.arange(8) * 37 % vocabulary
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -27,7 +27,7 @@ Plan = list[list[MicroBatch]]
 class Row:
     """One packed micro-batch of B pairs: T tokens computed, C completion tokens predicted."""
 
-    input_ids: Tensor  # (T,)
+    input_ids: Tensor  # (T,) on the CPU
     position_ids: Tensor  # (T,)
     layout: Packed
     predictors: Tensor  # (C,) places in the row whose hidden state predicts a completion token
@@ -85,7 +85,7 @@ def pack_row(pairs: Sequence[Pair], device: torch.device, prefix: int = 0) -> Ro
             predictors += [last_prompt, *range(start, start + len(completion) - 1)]
             targets += completion
     return Row(
-        input_ids=torch.tensor(input_ids, device=device),
+        input_ids=torch.tensor(input_ids),
         position_ids=torch.cat([torch.arange(prefix), *(group_positions(group) + prefix for group in groups)]).to(
             device
         ),

@@ -164,13 +164,16 @@ class _Load:
             itemsize=machine.itemsize,
             recomputed=0,
         )
+        quantised, unquantised = self.footprint.quantised(config.model.double_quant), self.footprint.unquantised()
+        left = machine.memory - quantised - unquantised - self.footprint.adapter() - machine.libraries
+        aside = self.footprint.set_aside(left)
         self.loaded = (
-            ("4-bit weights and their constants", self.footprint.quantised(config.model.double_quant)),
-            (f"{8 * machine.itemsize}-bit embeddings, head, norms", self.footprint.unquantised()),
+            ("4-bit weights and their constants", quantised),
+            (f"{8 * machine.itemsize}-bit {'' if aside else 'embeddings, '}head, norms", unquantised - aside),
             ("adapter", self.footprint.adapter()),
             ("CUDA context" if machine.device == "cuda" else "Python and libraries", machine.libraries),
         )
-        self.free = max(0, machine.memory - sum(size for _, size in self.loaded))
+        self.free = max(0, left + aside)
         self.groups = [(prompt - rows.prefix, real, self.new_tokens) for prompt, real in rows.lengths]
         self.longest_groups = self._longest_groups()
         self.budget = self._budget()

@@ -96,7 +96,7 @@ def _rows(order: Sequence[int], passages: Sequence[Passage], budget: int) -> Ite
 class _Row:
     """T tokens, and where in them each passage lies."""
 
-    input_ids: Tensor  # (T,)
+    input_ids: Tensor  # (T,) on the CPU
     position_ids: Tensor  # (T,)
     layout: Cut
     places: list[Tensor]  # of each passage's tokens in turn, on the CPU
@@ -122,7 +122,7 @@ def _cut(passages: Sequence[Passage], device: torch.device) -> _Row:
             keys.append(places[-1])
         before = passage.ids
     return _Row(
-        input_ids=torch.tensor(input_ids, device=device),
+        input_ids=torch.tensor(input_ids),
         position_ids=torch.cat(positions).to(device),
         layout=Cut(queries, keys, device),
         places=places,
@@ -138,7 +138,7 @@ def _shared(first: tuple[int, ...], second: tuple[int, ...]) -> int:
 @torch.inference_mode()
 def _read_row(model: SlotModel, passages: Sequence[Passage]) -> list[Reading]:
     row = _cut(passages, model.device)
-    hidden = model.hidden(row.input_ids, row.position_ids, row.layout)  # (T, D)
+    hidden = model.hidden(model.embed(row.input_ids), row.position_ids, row.layout)  # (T, D)
     ends = [places[-len(passage.targets) :] for passage, places in zip(passages, row.places, strict=True)]
     predictors = torch.cat(ends).to(model.device)  # (C,)
     targets = torch.tensor([token for passage in passages for token in passage.targets], device=model.device)

@@ -22,7 +22,7 @@ def pair_logps(model: SlotModel, row: Row) -> tuple[Tensor, Tensor]:
 
     Differentiable in the adapter.
     """
-    hidden = model.hidden(row.input_ids, row.position_ids, row.layout)  # (T, D)
+    hidden = model.hidden(model.embed(row.input_ids), row.position_ids, row.layout)  # (T, D)
     token_logps = _TokenLogps.apply(hidden[row.predictors], row.targets, model)  # type: ignore[no-untyped-call]  # (C,)
     # each sum in order of its tokens, where index_add on a GPU adds in order of arrival; unsafe leaves out a check of
     # the lengths that would wait for the GPU

@@ -14,7 +14,7 @@ from torch import Tensor
 from qspin import footprint, kv_cache
 from qspin.attention import Lengths, Packed
 from qspin.config import load_config
-from qspin.footprint import Batch, Footprint
+from qspin.footprint import ASIDE, Batch, Footprint
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.packing import lengths_of, pack_row
@@ -46,6 +46,17 @@ def test_weights_by_hand() -> None:
     assert tiny().quantised(True) == 3 * (2 * q + 2 * k + 3 * gate) + 4 * 3 * 36_864 // 64
     assert tiny(device="cuda").quantised(False) == 3 * 36_864 // 2 + 3 * 7 * 64 + 4 * 3 * 36_864 // 64
     assert tiny().unquantised() == 4 * (512 * 64 + 7 * 64)
+
+
+def test_an_embedding_table_is_put_aside_where_there_is_little_room() -> None:
+    table = 2 * 512 * 64
+    small = tiny(device="cuda", itemsize=2, tied_embeddings=False)
+    assert small.set_aside(table / ASIDE - 1) == table
+    assert small.set_aside(0) == table
+    assert small.set_aside(table / ASIDE) == 0  # room enough
+    assert small.set_aside(-1) == 0  # it does not load
+    assert tiny(device="cuda", itemsize=2).set_aside(0) == 0  # the head needs it
+    assert tiny(tied_embeddings=False).set_aside(0) == 0  # it is there already
 
 
 def test_adapters_by_hand() -> None:

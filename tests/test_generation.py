@@ -271,7 +271,7 @@ def test_tokens_are_drawn_from_the_distribution_that_scores_them(
     for request, completion in zip(requests, completions, strict=True):
         ids = torch.tensor(request.prompt_ids + completion.ids[:-1])
         with torch.no_grad():
-            hidden = model.hidden(ids, torch.arange(len(ids)), Packed([GroupLengths(len(ids))], CPU))
+            hidden = model.hidden(model.embed(ids), torch.arange(len(ids)), Packed([GroupLengths(len(ids))], CPU))
             logits = model.logits(hidden[len(request.prompt_ids) - 1 :])  # (C, V)
             pair = Pair("a", 0, request.prompt_ids, (1, 2, 3), completion.ids, completion.ended)
             _, generated = pair_logps(model, pack_row([pair], CPU))
@@ -295,7 +295,7 @@ def test_logps_are_those_along_the_steps_of_decoding(
     with torch.no_grad():
         ids = torch.tensor([token for request in requests for token in request.prompt_ids])
         positions = torch.cat([torch.arange(length) for length in lengths])
-        hidden = model.hidden(ids, positions, Prefill(cache, range(len(requests)), lengths, 0))
+        hidden = model.hidden(model.embed(ids), positions, Prefill(cache, range(len(requests)), lengths, 0))
         hidden = hidden[torch.tensor(lengths).cumsum(0) - 1]
         for step in range(CAP):
             tokens = torch.tensor([completion.ids[step] for completion in completions])
@@ -303,7 +303,7 @@ def test_logps_are_those_along_the_steps_of_decoding(
             assert torch.equal(logps.argmax(-1), tokens)
             sums += logps.gather(1, tokens[:, None])[:, 0]
             places = cache.advance(len(requests))
-            hidden = model.hidden(tokens, places, Decode(cache, places))
+            hidden = model.hidden(model.embed(tokens), places, Decode(cache, places))
         pairs = [
             Pair(str(index), 0, request.prompt_ids, (1, 2, 3), completion.ids, completion.ended)
             for index, (request, completion) in enumerate(zip(requests, completions, strict=True))

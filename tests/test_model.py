@@ -30,7 +30,7 @@ IDS = torch.arange(3, 20)
 def logits(model: SlotModel) -> torch.Tensor:
     layout = Packed([Lengths(len(IDS))], model.device)
     with torch.no_grad():
-        return model.logits(model.hidden(IDS, torch.arange(len(IDS)), layout))
+        return model.logits(model.hidden(model.embed(IDS), torch.arange(len(IDS)), layout))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -233,7 +233,7 @@ def test_recomputed_layers_leave_random_states_alone(
 
     monkeypatch.setattr(torch, "get_rng_state", read)
     logits(model)
-    model.hidden(IDS, torch.arange(len(IDS)), Packed([Lengths(len(IDS))], model.device)).sum().backward()
+    model.hidden(model.embed(IDS), torch.arange(len(IDS)), Packed([Lengths(len(IDS))], model.device)).sum().backward()
 
 
 def test_a_copy_of_the_slot_does_not_follow_it(tiny_model: Callable[..., SlotModel]) -> None:

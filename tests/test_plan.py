@@ -113,6 +113,21 @@ def test_what_takes_more_memory_takes_more_in_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "gigabytes", "aside"),
+    [("qwen3-8b", 8, 151_936 * 4096 * 2), ("qwen3-8b", 24, 0), ("qwen3-8b", 6, 0), ("gemma-2-9b-it", 8, 0)],
+)
+def test_a_small_card_is_spared_the_embedding_table(name: str, gigabytes: int, aside: int) -> None:
+    """But not one that could not load the model, and where it is the head too."""
+    plan = planned(name, gigabytes)
+    loaded = {part: size for part, size in plan.phases[0].parts if part.startswith("16-bit")}
+    assert loaded == {
+        "16-bit head, norms" if aside else "16-bit embeddings, head, norms": (
+            Footprint(plan.shape, 16, None, "cuda", 2, recomputed=0).unquantised() - aside
+        )
+    }
+
+
+@pytest.mark.parametrize(
     ("megabytes", "a_pass", "recomputed"),  # what a pass costs, as many tokens; layers of 3
     [(300, 36, 0), (12, 36, 0), (8, 10**6, 2), (5, 36, 0), (5, 10**6, 1), (3, 36, 0), (3, 10**6, 3), (2, 36, 2)],
 )

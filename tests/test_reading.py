@@ -67,7 +67,7 @@ def test_readings_are_those_of_one_passage_at_a_time(
 def test_what_the_model_finds_likeliest_is_greedy(tiny_model: LoadModel) -> None:
     model, ids = tiny_model(), [*QUESTION]
     for _ in range(3):
-        logits = model.logits(model.hidden(torch.tensor(ids), torch.arange(len(ids)), reading.Cut(
+        logits = model.logits(model.hidden(model.embed(torch.tensor(ids)), torch.arange(len(ids)), reading.Cut(
             [slice(0, len(ids))], [torch.arange(len(ids))], CPU)))  # fmt: skip
         ids.append(int(logits[-1].argmax()))
     greedy = tuple(ids[-3:])

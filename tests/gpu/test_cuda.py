@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
-from qspin import attention, spin
+from qspin import attention, footprint, spin
 from qspin.attention import Lengths, Packed, Rules, _SpanAttention
 from qspin.backends import unsloth_kernels
 from qspin.base import find_base
@@ -326,6 +326,29 @@ def test_replayed_steps_of_many_rows(backend: BackendName, tiny_folder: Callable
     with torch.inference_mode(), model.decoding():
         for one, other in zip(logits(replays=True), logits(replays=False), strict=True):
             assert relative(one, other) < 2 * ROUNDING["llama"][0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_embedding_table_in_main_memory_changes_no_bit(
+    backend: BackendName, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def figures(where: str) -> tuple[str, list[Tensor]]:
+        model = load(tiny_folder("mistral"), backend)
+        assert model._embeddings.weight.device.type == where
+        with torch.inference_mode(), model.decoding():
+            decoder = Decoder(model, KVCache(slots=3, device=CUDA))
+            steps = [decoder.step(tokens).clone() for tokens in ([5, 6], [7, 8, 9], [10, 11, 12], [13, 14], [15, 16])]
+        real, generated = pair_logps(model, pack_row(PAIRS, CUDA))
+        (real - generated).sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters.values()]
+        assert all(gradient is not None and gradient.is_cuda for gradient in gradients)
+        return model.base_hash(), [*steps, real.detach(), generated.detach(), *gradients]
+
+    name, wanted = figures("cuda")
+    monkeypatch.setattr(footprint, "ASIDE", 0.0)
+    again, found = figures("cpu")
+    assert again == name
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 # --- snapshots ---
