@@ -20,10 +20,11 @@ from qspin.footprint import MOST_TOKENS, Batch, Device, Footprint
 # (benchmarks/results/parts-cpu.json); of 60 to 130 by the published rates of the cards in machine.py, which read and
 # write the weights once.
 A_PASS: dict[str, int] = {"cpu": 36, "cuda": 100}
-# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 3.5 to 4 ms, at half of that
-# rate (benchmarks/results/gpu-cuda.json: pairs of real lengths, on an H200), and a quarter to spare. What takes the GPU
-# less has to wait for it.
-LAUNCH = 2.5e-3
+# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 3.6 ms with its part of the
+# optimiser's, by pairs of real lengths on an H200, which does larger work at 0.55 of that rate
+# (benchmarks/results/gpu-cuda.json). What takes the GPU less has to wait for it.
+LAUNCH = 2e-3
+FINER = 0.75  # of a budget of tokens is the next one to choose from
 
 T = TypeVar("T", int, tuple[int, int, int])
 
@@ -47,7 +48,7 @@ def budgets(config: TrainConfig, device: Device, longest: int) -> list[int]:
         return [asked]
     found = [MOST_TOKENS[device]]
     while found[-1] > longest:
-        found.append(found[-1] // 2)
+        found.append(int(FINER * found[-1]))
     return found
 
 
@@ -94,6 +95,20 @@ def work_with_launches(footprint: Footprint, batch: Batch, launch: float, *, tra
     aside = passes / layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
     work = footprint.training_work(batch) if training else footprint.forward_work(batch)
     return max(work + aside, passes * launch)
+
+
+def spread(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:
+    """As many bins as first fit takes, filled evenly: each member, longest first, goes to the emptiest (Graham, SIAM J.
+    Appl. Math. 17, 1969). Where that overfills one they are as first fit has them. What is too large goes alone."""
+    fitted = first_fit(members, size, room)
+    bins: list[list[T]] = [[] for _ in fitted]
+    filled = [0] * len(bins)
+    for member in sorted(members, key=lambda member: (-size(member), member)):
+        emptiest = filled.index(min(filled))
+        bins[emptiest].append(member)
+        filled[emptiest] += size(member)
+    within = all(held <= room or len(found) == 1 for held, found in zip(filled, bins, strict=True))
+    return bins if within else fitted
 
 
 def first_fit(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qspin.at_once import first_fit
+from qspin.at_once import spread
 from qspin.attention import Lengths, Packed, group_positions
 from qspin.records import Pair
 
@@ -48,7 +48,7 @@ def plan_batches(
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shares = [-(-sum(lengths[i].total for i in batch) // workers) for batch in batches]
     return [
-        first_fit(batch, lambda index: lengths[index].total, min(token_budget, share))
+        spread(batch, lambda index: lengths[index].total, min(token_budget, share))
         for batch, share in zip(batches, shares, strict=True)
     ]
 

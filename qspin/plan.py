@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qspin.at_once import LAUNCH, Budget, budgets, choose, first_fit, work_with_launches
+from qspin.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.footprint import SHARE, Batch, Footprint
@@ -198,14 +198,15 @@ class _Load:
         return sorted(self.groups, key=sum, reverse=True)[:size]
 
     def _fullest(self, tokens: int) -> Batch:
-        """The fullest micro-batch of a budget: the longest pairs that fit, or the longest alone."""
-        return Batch.of(first_fit(self.longest_groups, sum, tokens)[0], self.rows.prefix)
+        """The fullest micro-batch of a budget, of the longest pairs or of others, which may fill it better."""
+        batches = self._micro_batches([*self.longest_groups, *_some(self.groups)], tokens)
+        return max(batches, key=lambda batch: batch.tokens)
 
     def _micro_batches(self, groups: Sequence[tuple[int, int, int]], tokens: int) -> list[Batch]:
         """As `packing.plan_batches` cuts them."""
         size = self.config.train.batch_size
         batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-        return [Batch.of(members, self.rows.prefix) for batch in batches for members in first_fit(batch, sum, tokens)]
+        return [Batch.of(members, self.rows.prefix) for batch in batches for members in spread(batch, sum, tokens)]
 
     def _budget(self) -> Budget:
         """As `budget.token_budget` finds it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qspin.at_once import A_PASS, LAUNCH, Budget, budgets, choose, first_fit, recomputable, work_with_launches
+from qspin.at_once import A_PASS, LAUNCH, Budget, budgets, choose, first_fit, recomputable, spread, work_with_launches
 from qspin.config import TrainConfig, load_config
 from qspin.footprint import Batch, Device, Footprint
 from qspin.machine import GIB
@@ -25,7 +25,7 @@ def footprint(device: Device = "cuda") -> Footprint:
 
 
 def micro_batches(tokens: int) -> list[Batch]:
-    return [Batch.of(members) for members in first_fit(PAIRS, sum, tokens)]
+    return [Batch.of(members) for members in spread(PAIRS, sum, tokens)]
 
 
 def chosen(room: float, device: Device = "cuda", launch: float = 0.0, **settings: Any) -> Budget:
@@ -59,8 +59,8 @@ ALL = [
 
 
 def test_budgets_go_down_to_where_the_longest_pair_is_alone() -> None:
-    assert budgets(TrainConfig(), "cuda", 768) == [16384, 8192, 4096, 2048, 1024, 512]
-    assert budgets(TrainConfig(), "cuda", 1024) == [16384, 8192, 4096, 2048, 1024]
+    assert budgets(TrainConfig(), "cuda", 6000) == [16384, 12288, 9216, 6912, 5184]
+    assert budgets(TrainConfig(), "cuda", 6912) == [16384, 12288, 9216, 6912]
     assert budgets(TrainConfig(), "cpu", 10**5) == [4096]
     assert budgets(TrainConfig(tokens_per_micro_batch=999), "cuda", 768) == [999]
 
@@ -70,7 +70,7 @@ def test_large_rooms_recompute_nothing_small_ones_all_and_others_some() -> None:
     assert chosen(GIB // 2).recomputed >= LAYERS - 1  # the last one is recomputed beside nothing that was kept
     assert 0 < chosen(GIB).recomputed < LAYERS - 1
     nowhere = chosen(1)
-    assert nowhere == Budget(512, LAYERS)
+    assert nowhere == Budget(691, LAYERS)
     assert takes(nowhere) > 1, "and the caller sees that it does not fit"
 
 
@@ -112,9 +112,9 @@ def test_what_a_pass_takes_is_weighed_against_recomputing(monkeypatch: pytest.Mo
 def test_a_gpu_does_not_wait_for_launches_where_room_allows_it_more_at_once() -> None:
     slow, fast = (LAUNCH * rate for rate in (30e12, 919e12))  # an RTX 4060's and an H100's
     assert chosen(2 * GIB, launch=slow) == chosen(2 * GIB)
-    assert chosen(14 * GIB) == Budget(4096, 0)
-    quick = chosen(14 * GIB, launch=fast)
-    assert quick.tokens > 4096
+    assert chosen(8 * GIB) == Budget(2916, 0)
+    quick = chosen(8 * GIB, launch=fast)
+    assert quick.tokens > 2916
     assert 0 < quick.recomputed < LAYERS
     assert chosen(40 * GIB, launch=fast) == Budget(16384, 0)
 
@@ -131,6 +131,23 @@ def test_work_counts_a_third_pass_by_the_layers_that_make_it() -> None:
         assert scored == pytest.approx(with_it.forward_work(batch) + a_pass, rel=1e-12)
     assert work_with_launches(footprint(), batch, 1e16, training=True) == 2 * LAYERS * 1e16
     assert work_with_launches(footprint(), batch, 1e16, training=False) == LAYERS * 1e16
+
+
+def test_three_thirds_are_chosen_where_two_halves_want_layers_recomputed() -> None:
+    """16 pairs of 768 tokens on a fast GPU: 6, 5 and 5 of them, and none has as many as a first fit of 2 would have."""
+    assert [len(members) for members in spread(PAIRS, sum, 5184)] == [6, 5, 5]
+    assert [len(members) for members in first_fit(PAIRS, sum, 9216)] == [12, 4]
+    assert [len(members) for members in spread(PAIRS, sum, 9216)] == [8, 8]
+    assert chosen(14 * GIB, launch=LAUNCH * 919e12) == Budget(5184, 0)
+
+
+def test_what_is_spread_is_in_as_many_bins() -> None:
+    sizes = [7, 7, 6, 5, 5, 4, 3, 2, 2, 1, 30]
+    for room in range(1, 50):
+        bins, fitted = spread(sizes, lambda size: size, room), first_fit(sizes, lambda size: size, room)
+        assert sorted(size for members in bins for size in members) == sorted(sizes)
+        assert len(bins) <= len(fitted)
+        assert all(sum(members) <= room or len(members) == 1 for members in bins)
 
 
 def test_first_fit_leaves_what_is_too_large_alone() -> None:

@@ -56,10 +56,23 @@ def test_the_budget_is_kept_but_for_single_longer_pairs(budget: int) -> None:
 
 
 def test_pairs_are_packed_and_not_sent_one_by_one() -> None:
-    # totals 9, 8, 5, 4, 2, 2 under a budget of 10: first fit, longest first, by hand
-    lengths = [Lengths(n) for n in (2, 9, 4, 8, 5, 2)]
-    (batch,) = plan_batches(lengths, batch_size=6, token_budget=10, seed=0)
-    assert batch == [[1], [3, 0], [4, 2], [5]]
+    # as many as first fit takes, by hand: of 20 tokens 8 + 6 + 5 and 3 + 2, of 12 tokens 8 + 3, 6 + 5 and 2
+    lengths = [Lengths(n) for n in (2, 8, 5, 6, 3)]
+    assert plan_batches(lengths, batch_size=5, token_budget=24, seed=0) == [[[1, 3, 2, 4, 0]]]
+    assert plan_batches(lengths, batch_size=5, token_budget=20, seed=0) == [[[1, 4, 0], [3, 2]]]
+    assert plan_batches(lengths, batch_size=5, token_budget=12, seed=0) == [[[1], [3, 0], [2, 4]]]
+
+
+def test_no_micro_batch_is_much_fuller_than_the_others() -> None:
+    (batch,) = plan_batches(some_lengths(), batch_size=43, token_budget=200, seed=0)
+    sizes = [sum(some_lengths()[index].total for index in micro_batch) for micro_batch in batch]
+    assert max(sizes) - min(sizes) <= 15
+
+
+def test_where_even_ones_would_overflow_they_are_as_first_fit_has_them() -> None:
+    lengths = [Lengths(n) for n in (3, 3, 2, 2, 2)]
+    assert plan_batches(lengths, batch_size=5, token_budget=6, seed=0) == [[[0, 1], [2, 3, 4]]]
+    assert plan_batches([Lengths(9), *lengths], batch_size=6, token_budget=7, seed=0) == [[[0], [1, 3, 5], [2, 4]]]
 
 
 def test_a_pair_that_just_fits_is_within_the_budget() -> None:
