@@ -8,6 +8,7 @@ what is predicted to take the least time.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,17 +98,20 @@ def work_with_launches(footprint: Footprint, batch: Batch, launch: float, *, tra
     return max(work + aside, passes * launch)
 
 
-def spread(members: Sequence[T], size: Callable[[T], int], room: int) -> list[list[T]]:
-    """As many bins as first fit takes, filled evenly: each member, longest first, goes to the emptiest (Graham, SIAM J.
-    Appl. Math. 17, 1969). Where that overfills one they are as first fit has them. What is too large goes alone."""
+def spread(members: Sequence[T], size: Callable[[T], int], room: int, multiple: int = 1) -> list[list[T]]:
+    """As many bins as first fit takes, or the next multiple of a number, filled evenly.
+
+    Each member, longest first, goes to the emptiest (Graham, SIAM J. Appl. Math. 17, 1969); where that overfills one,
+    all are as first fit has them. What is too large goes alone.
+    """
     fitted = first_fit(members, size, room)
-    bins: list[list[T]] = [[] for _ in fitted]
-    filled = [0] * len(bins)
+    bins: list[list[T]] = [[] for _ in range(min(-(-len(fitted) // multiple) * multiple, len(members)))]
+    emptiest = [(0, place) for place in range(len(bins))]  # a heap: what is in a bin, and which it is
     for member in sorted(members, key=lambda member: (-size(member), member)):
-        emptiest = filled.index(min(filled))
-        bins[emptiest].append(member)
-        filled[emptiest] += size(member)
-    within = all(held <= room or len(found) == 1 for held, found in zip(filled, bins, strict=True))
+        held, place = emptiest[0]
+        bins[place].append(member)
+        heapq.heapreplace(emptiest, (held + size(member), place))
+    within = all(held <= room or len(bins[place]) == 1 for held, place in emptiest)
     return bins if within else fitted
 
 

@@ -101,10 +101,11 @@ def optimise(
                 _save(model, optimizer, snapshots, metrics)
                 saved_at = time.monotonic()
     except (OutOfMemory, WorkerLost, KeyboardInterrupt, SystemExit):
-        optimizer.zero_grad()
         if between_steps and len(metrics) > steps_kept(snapshots):
             _save(model, optimizer, snapshots, metrics)
         raise
+    finally:  # of a step that was not finished, which the next training would begin with
+        optimizer.zero_grad()
     return metrics
 
 

@@ -42,15 +42,11 @@ def plan_batches(
     """Shuffle the pairs, cut the order into effective batches, and pack each under the token budget.
 
     A pair longer than the budget gets a micro-batch of its own. The last effective batch may be smaller. Each effective
-    batch is cut into about as many micro-batches as there are workers, at least.
+    batch is cut into as many micro-batches as there are workers, or twice as many and so on, where it has the pairs.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    shares = [-(-sum(lengths[i].total for i in batch) // workers) for batch in batches]
-    return [
-        spread(batch, lambda index: lengths[index].total, min(token_budget, share))
-        for batch, share in zip(batches, shares, strict=True)
-    ]
+    return [spread(batch, lambda index: lengths[index].total, token_budget, workers) for batch in batches]
 
 
 def common_prefix(prompts: Sequence[tuple[int, ...]]) -> int:

@@ -374,9 +374,9 @@ def test_a_batch_is_cut_for_all_workers_and_stays_the_same_batch() -> None:
         return plan_batches(lengths, batch_size=16, token_budget=10_000, seed=0, workers=workers)
 
     assert [len(batch) for batch in plan(1)] == [1, 1]
-    assert [len(batch) for batch in plan(4)] == [5, 5]
+    assert [len(batch) for batch in plan(4)] == [4, 4]
     for cut, whole in zip(plan(4), plan(1), strict=True):
         assert sorted(index for micro_batch in cut for index in micro_batch) == sorted(whole[0])
         tokens = [sum(lengths[index].total for index in micro_batch) for micro_batch in cut]
         shares = [sum(tokens[place] for place in places) for places in deal(tokens, 4)]
-        assert max(shares) < 1.3 * sum(shares) / 4
+        assert max(shares) < 1.1 * sum(shares) / 4
