@@ -134,11 +134,14 @@ def test_work_counts_a_third_pass_by_the_layers_that_make_it() -> None:
 
 
 def test_three_thirds_are_chosen_where_two_halves_want_layers_recomputed() -> None:
-    """16 pairs of 768 tokens on a fast GPU: 6, 5 and 5 of them, and none has as many as a first fit of 2 would have."""
+    """16 pairs of 768 tokens on a fast GPU: 6, 5 and 5 of them, which is 13% less work than 10 and 6 with 14 layers."""
     assert [len(members) for members in spread(PAIRS, sum, 5184)] == [6, 5, 5]
     assert [len(members) for members in first_fit(PAIRS, sum, 9216)] == [12, 4]
     assert [len(members) for members in spread(PAIRS, sum, 9216)] == [8, 8]
     assert chosen(14 * GIB, launch=LAUNCH * 919e12) == Budget(5184, 0)
+    some, halves = replace(footprint(), recomputed=14), (Batch.of(PAIRS[:10]), Batch.of(PAIRS[:6]))
+    less = work(Budget(5184, 0)) / sum(work_with_launches(some, batch, 0.0, training=True) for batch in halves)
+    assert less == pytest.approx(0.87, abs=0.005)
 
 
 def test_what_is_spread_is_in_as_many_bins() -> None:
@@ -146,7 +149,7 @@ def test_what_is_spread_is_in_as_many_bins() -> None:
     for room in range(1, 50):
         bins, fitted = spread(sizes, lambda size: size, room), first_fit(sizes, lambda size: size, room)
         assert sorted(size for members in bins for size in members) == sorted(sizes)
-        assert len(bins) <= len(fitted)
+        assert len(bins) == len(fitted)
         assert all(sum(members) <= room or len(members) == 1 for members in bins)
 
 
