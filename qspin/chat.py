@@ -1,7 +1,7 @@
 """Messages become tokens here and nowhere else, and sampled tokens become text again.
 
     renderer = Renderer.build(tokenizer, template=None, template_kwargs={}, date=run_date, ...)
-    renderer.example(record, line=7)               # an Example, or a Reject that says why
+    renderer.example(record)                       # an Example, or a Reject that says why
     renderer.completion_text(pair.generated_ids)
 
 `build` renders a conversation of known texts and looks at what the template writes around them. From then on a full
@@ -103,7 +103,7 @@ class Renderer:
             _name=re.compile(f"(?={'|'.join(map(re.escape, control))})(.)", re.DOTALL),
             _system_fits=not refusal,
         )
-        probed = renderer.example(Record("", (_QUESTION,), _ANSWER.content), line=0)
+        probed = renderer.example(Record("", (_QUESTION,), _ANSWER.content))
         if isinstance(probed, Reject) and probed.code == "boundary":
             raise QspinError(f"chat template and tokenizer do not go together: {probed.reason}; {_OWN_TEMPLATE}")
         return renderer
@@ -158,12 +158,12 @@ class Renderer:
                 return max((name for name in self._control if text.startswith(name, found.start())), key=len)
         return None
 
-    def example(self, record: Record, line: int) -> Example | Reject:
+    def example(self, record: Record) -> Example | Reject:
         """The record as tokens, or why it is left out."""
         try:
             return self._example(record)
         except _UnfitError as unfit:
-            return Reject(line, unfit.code, str(unfit), malformed=not unfit.code.startswith("long-"))
+            return Reject(record.place, unfit.code, str(unfit), malformed=not unfit.code.startswith("long-"))
 
     def completion_text(self, ids: Sequence[int]) -> str:
         """What a person reads of a completion: no end-of-turn, no other control tokens."""

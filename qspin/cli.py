@@ -15,7 +15,7 @@ from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import redacted, show_traceback, visible
-from qspin.stopping import CODES, heed_stops, leave_stopped
+from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped
 from qspin.workers import launch, rank
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def run(
     tracker: Annotated[TrackerName | None, typer.Option("--track", help="log the figures there too")] = None,
 ) -> None:
     """Play SPIN: each iteration answers the prompts, and learns to tell the answers from the human ones."""
+    heed_stops(GOES_ON)
     from qspin.config import load_config, parse_override
 
     options: dict[str, Any] = {
@@ -226,6 +227,7 @@ def sweep(
     ] = None,
 ) -> None:
     """Play a run for each combination of settings, sharing what is the same, and compare them."""
+    heed_stops(GOES_ON)
     from qspin import api
     from qspin.config import parse_override, parse_vary
 
@@ -243,6 +245,7 @@ def baseline(
     ] = None,
 ) -> None:
     """Train on the same rows without self-play, for as many steps, and set it beside the run's iterations."""
+    heed_stops(GOES_ON)
     from qspin import api
 
     rates = lr or [api.results(folder).config.sft.lr]

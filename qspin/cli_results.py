@@ -9,6 +9,7 @@ import typer
 
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
+from qspin.stopping import GOES_ON, heed_stops
 from qspin.targets import Onto, Target
 
 
@@ -84,7 +85,6 @@ def export(
     from qspin.files import read_json
     from qspin.players import chosen_iteration
     from qspin.run_dir import RunDir
-    from qspin.stopping import heed_stops
 
     heed_stops("stopped; nothing was written, and the same command begins anew")
     quiet_libraries()
@@ -126,6 +126,7 @@ def push(
     """Publish a model or a run's pairs on the Hugging Face Hub, with a card. Log in first: hf auth login."""
     if dataset and what == "merged":
         raise QspinError("--dataset publishes pairs and --what merged a model: take one of them")
+    heed_stops(GOES_ON)
     from rich.console import Console
 
     from qspin.push import Content, make_upload, send

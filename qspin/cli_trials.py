@@ -13,6 +13,7 @@ import typer
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.safe_text import visible
+from qspin.stopping import GOES_ON, heed_stops
 from qspin.suites import SUITES, SuiteName, check_task
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ def chat(
     from qspin.players import told
     from qspin.recipe import recorded_config
     from qspin.run_dir import RunDir
-    from qspin.stopping import heed_stops
     from qspin.talk import Manner, Talk, different
     from qspin.talk_view import View, answer_lines, converse
 
-    heed_stops("stopped")  # there is nothing to go on with
     run_dir = RunDir(folder)
     players = [named(run_dir, iteration)]
     if versus is not None:
@@ -88,6 +87,7 @@ def evaluate(
     include: Annotated[Path | None, typer.Option(help="a folder with tasks of yours", callback=a_name)] = None,
 ) -> None:
     """Put public benchmarks to the base and to iterations: lm-eval's tasks, with standard errors."""
+    heed_stops(GOES_ON)
     names = [check_task(name.strip()) for name in tasks.split(",")] if tasks else []
     if not names and suite is None:
         raise QspinError(f"--tasks or --suite: name tasks, as arc_challenge,gsm8k, or a suite: {', '.join(SUITES)}")
@@ -140,6 +140,7 @@ def mtbench(
     at_once: Annotated[int, typer.Option(min=1, max=64, help="judgements asked for side by side")] = 4,
 ) -> None:
     """Have players answer MT-Bench's questions of two turns, and a judge grade or compare the answers."""
+    heed_stops(GOES_ON)
     from rich.console import Console
 
     from qspin.judge import Judge

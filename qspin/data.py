@@ -8,7 +8,7 @@ A row is good or it is rejected; nothing in it is guessed at or repaired. The co
 (or the first, by choice), earlier turns are the prompt, later ones are left out, and an empty system turn means none.
 Each turn loses the whitespace around it: a model does not sample a completion's, and where it leads it would merge
 into the template's last token. JSON and CSV are read with the standard library, so that every row is judged here and
-its line is known.
+its place is known.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from qspin.errors import QspinError, one_line
 from qspin.formats import FORMATS, INVISIBLE, Format, pair
-from qspin.records import Message, Record, Reject
+from qspin.records import Message, Place, Record, Reject
 from qspin.sources import READERS, BadRow, Object, Row, file_rows, hub_rows, short
 
 _LOOK_AHEAD = 20_000  # rows among which the format is sought, by looking at …
@@ -112,10 +112,10 @@ def check_rejects(source: str, dataset: Dataset, *, strict: bool, max_malformed_
     """
     rejects = dataset.rejects
     if strict and rejects:
-        first = min(rejects, key=lambda reject: reject.line)
+        first = min(rejects, key=lambda reject: reject.place)
         message = (
             f"{source}: {len(rejects)} of {dataset.rows} rows can't be used, and --strict (data.strict) allows none: "
-            f"the first is line {first.line}, {first.code}: {first.reason}; mend them, or go on without"
+            f"the first is {first.place}, {first.code}: {first.reason}; mend them, or go on without"
         )
         raise LeftOut(message, source, rejects)
     bad = [reject for reject in rejects if reject.malformed]
@@ -131,7 +131,7 @@ def most_common(rejects: Sequence[Reject]) -> str:
     """The three commonest reasons, each with an example."""
     examples = {reject.code: reject for reject in reversed(rejects)}
     counts = Counter(reject.code for reject in rejects).most_common(3)
-    return ", ".join(f"{count} {code} (line {examples[code].line} {examples[code].reason})" for code, count in counts)
+    return ", ".join(f"{count} {code} ({examples[code].place} {examples[code].reason})" for code, count in counts)
 
 
 def split_heldout(
@@ -164,12 +164,12 @@ def split_heldout(
 
 def remove_overlap(heldout: Sequence[Record], train: Sequence[Record]) -> tuple[tuple[Record, ...], list[Reject]]:
     """The held-out records whose prompt is not trained on, and the others."""
-    trained = {record.prompt: record.line for record in train}
+    trained = {record.prompt: record.place for record in train}
     rest = tuple(record for record in heldout if record.prompt not in trained)
     overlap = [
-        Reject(record.line, "trained-on", f"has the prompt of training line {line}", malformed=False)
+        Reject(record.place, "trained-on", f"has the prompt of training {place}", malformed=False)
         for record in heldout
-        if (line := trained.get(record.prompt)) is not None
+        if (place := trained.get(record.prompt)) is not None
     ]
     return rest, overlap
 
@@ -180,30 +180,30 @@ def remove_overlap(heldout: Sequence[Record], train: Sequence[Record]) -> tuple[
 class _Judged(NamedTuple):
     records: list[Record]
     rejects: list[Reject]
-    repeated_ids: list[tuple[int, str]]  # with the line of the later row
+    repeated_ids: list[tuple[Place, str]]  # with the place of the later row
     unread: Counter[str]  # what good rows hold beside what is read of them, and how many do
 
 
 def _judge(rows: Iterable[Row], shape: Format, which: Literal["last", "first"], limit: int | None) -> _Judged:
     records, rejects, repeated_ids, unread = judged = _Judged([], [], [], Counter())
-    lines: dict[tuple[tuple[Message, ...], str], int] = {}
+    places: dict[tuple[tuple[Message, ...], str], Place] = {}
     ids: set[str] = set()
-    for ordinal, (line, row) in enumerate(rows, 1):
+    for ordinal, (place, row) in enumerate(rows, 1):
         try:
             if isinstance(row, BadRow):
                 raise row
             prompt, completion = _conversation(row, shape, which)
         except BadRow as bad:
-            rejects.append(Reject(line, bad.code, bad.reason))
+            rejects.append(Reject(place, bad.code, bad.reason))
             continue
-        first = lines.setdefault((prompt, completion), line)
-        if first != line:
-            rejects.append(Reject(line, "duplicate", f"says the same as line {first}", malformed=False))
+        first = places.setdefault((prompt, completion), place)
+        if first != place:
+            rejects.append(Reject(place, "duplicate", f"says the same as {first}", malformed=False))
             continue
         own = [id for id in (str(row[key]) for key in _IDS if type(row.get(key)) in {str, int}) if _is_a_name(id)]
         if own and ids.issuperset(own):
-            repeated_ids.append((line, own[0]))
-        records.append(Record(next((id for id in own if id not in ids), f"row-{ordinal}"), prompt, completion, line))
+            repeated_ids.append((place, own[0]))
+        records.append(Record(next((id for id in own if id not in ids), f"row-{ordinal}"), prompt, completion, place))
         ids.add(records[-1].id)
         unread.update(name for name in shape.unread(row) if name not in _IDS)
         if len(records) == limit:
@@ -224,22 +224,22 @@ def _on_unread(source: str, unread: Counter[str]) -> Iterator[str]:
         yield f"{source}: not read of its rows: {found}; what belongs to a prompt has to stand in its text"
 
 
-def _on_ids(source: str, repeated: Sequence[tuple[int, str]]) -> Iterator[str]:
+def _on_ids(source: str, repeated: Sequence[tuple[Place, str]]) -> Iterator[str]:
     if repeated:
-        line, id = repeated[0]
+        place, id = repeated[0]
         yield (
-            f"{source}: {len(repeated)} rows have the id of an earlier row and say something else (first: line {line}, "
+            f"{source}: {len(repeated)} rows have the id of an earlier row and say something else (first: {place}, "
             f"{id!r}); they are kept, and called after their place"
         )
 
 
 def _on_invisible(source: str, records: Sequence[Record]) -> Iterator[str]:
-    odd = [(record.line, found[0]) for record in records if (found := INVISIBLE.search(_all_text(record)))]
+    odd = [(record.place, found[0]) for record in records if (found := INVISIBLE.search(_all_text(record)))]
     if odd:
-        line, character = odd[0]
+        place, character = odd[0]
         yield (
-            f"{source}: {len(odd)} rows hold zero-width characters or ones that turn the text's direction (first: line "
-            f"{line}, U+{ord(character):04X}); they are kept as they are"
+            f"{source}: {len(odd)} rows hold zero-width characters or ones that turn the text's direction (first: "
+            f"{place}, U+{ord(character):04X}); they are kept as they are"
         )
 
 

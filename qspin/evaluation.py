@@ -82,6 +82,9 @@ class Evaluation:
     def rows(self, half: Half) -> list[int]:
         return [row for row, reported in enumerate(self.reported) if reported == (half == "report")]
 
+    def prompts_of(self, half: Half) -> set[int]:
+        return {self.prompts[row] for row in self.rows(half)}
+
 
 def read_evaluation(path: Path) -> Evaluation:
     """A player's evaluation.json.
@@ -138,30 +141,31 @@ def two_samples(
 
 
 def panel(player: Evaluation, half: Half, *, seed: int, style: str | None = None) -> dict[str, Figure]:
-    """Every figure of a player by name, with its interval over the rows of a half.
+    """Every figure of a player by name, with its interval over the prompts of a half.
 
     `reward_auc`, `gap` (mean margin over β, nats) and `kl` (from opponent to policy, nats a token) are those of a
     player that had an opponent, `style` if there is one.
     """
     rows = player.rows(half)
-    found = {name: estimate(make(), len(rows), seed) for name, make in _statistics(player, rows, style).items()}
+    prompts = _prompts(player, rows)
+    found = {name: estimate(make(), prompts, seed) for name, make in _statistics(player, rows, style).items()}
     for size in (1, 2):
-        found[f"distinct_{size}"] = distinct([player.completions[row] for row in rows], size)
+        found[f"distinct_{size}"] = distinct([player.completions[row] for row in rows], prompts, size)
     return found
 
 
 def real_panel(player: Evaluation, half: Half, *, seed: int, style: str | None = None) -> dict[str, Figure]:
     """The figures that the real completions have themselves."""
     rows = player.rows(half)
-    texts = [player.real_completions[row] for row in rows]
+    texts, prompts = [player.real_completions[row] for row in rows], _prompts(player, rows)
     statistics = {
         "tokens": mean([player.real_tokens[row] for row in rows]),
         "ended": mean([player.real_ended[row] for row in rows]),
     }
     if style is not None:
         statistics["style"] = mean(_in_style(texts, style))
-    found = {name: estimate(statistic, len(rows), seed) for name, statistic in statistics.items()}
-    return {**found, **{f"distinct_{size}": distinct(texts, size) for size in (1, 2)}}
+    found = {name: estimate(statistic, prompts, seed) for name, statistic in statistics.items()}
+    return {**found, **{f"distinct_{size}": distinct(texts, prompts, size) for size in (1, 2)}}
 
 
 def values(player: Evaluation, *, seed: int, style: str | None) -> dict[str, float]:
@@ -172,7 +176,7 @@ def values(player: Evaluation, *, seed: int, style: str | None) -> dict[str, flo
 def figure(player: Evaluation, name: str, half: Half, *, seed: int) -> Figure:
     """One of the panel."""
     rows = player.rows(half)
-    return estimate(_statistics(player, rows, None)[name](), len(rows), seed)
+    return estimate(_statistics(player, rows, None)[name](), _prompts(player, rows), seed)
 
 
 def change(
@@ -183,7 +187,11 @@ def change(
     pair = [_statistics(player, rows, None)[name]() for player in (before, after)]
     if name in NEAR_HALF:
         pair = [off_chance(statistic) for statistic in pair]
-    return estimate(difference(*pair), len(rows), seed, confidence)
+    return estimate(difference(*pair), _prompts(before, rows), seed, confidence)
+
+
+def _prompts(player: Evaluation, rows: Sequence[int]) -> list[int]:
+    return [player.prompts[row] for row in rows]
 
 
 def _statistics(player: Evaluation, rows: Sequence[int], style: str | None) -> dict[str, Callable[[], Statistic]]:

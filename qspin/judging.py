@@ -104,8 +104,8 @@ def read_prompts(path: Path) -> Prompts:
         QspinError: one is missing or has other fields or another form of verdict.
     """
     found = {}
-    for line, row in file_rows(path):
-        where = f"{path}: line {line}"
+    for place, row in file_rows(path):
+        where = f"{path}: {place}"
         if isinstance(row, BadRow):
             raise QspinError(f"{where} {row.reason}")
         name, system, template = (row.get(key) for key in ("name", "system_prompt", "prompt_template"))

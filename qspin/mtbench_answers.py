@@ -122,8 +122,8 @@ def _fetched(name: str, sha256: str) -> Path:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for line, row in file_rows(path):
-        where = f"{path}: line {line}"
+    for place, row in file_rows(path):
+        where = f"{path}: {place}"
         if isinstance(row, BadRow):
             raise QspinError(f"{where} {row.reason}")
         yield where, row

@@ -192,7 +192,7 @@ def _estimated(rows: Scores, value: Callable[[Sequence[Any]], float]) -> Figure 
     """Over questions, both turns of one drawn together; None where nothing was judged."""
     judged = [row for row in rows if row[3] is not None]
     names = list(dict.fromkeys(row[0] for row in judged))
-    return estimate(_ratio(judged, names, value), len(names), SEED) if names else None
+    return estimate(_ratio(judged, names, value), range(len(names)), SEED) if names else None
 
 
 def _ratio(rows: Scores, names: Sequence[Any], value: Callable[[Sequence[Any]], float]) -> Statistic:
@@ -208,7 +208,7 @@ def _change(before: Scores, after: Scores) -> Figure | None:
     if not names:
         return None
     sides = [_ratio([rows[key] for key in shared], names, lambda row: row[3]) for rows in judged]
-    return estimate(difference(*sides), len(names), SEED)
+    return estimate(difference(*sides), range(len(names)), SEED)
 
 
 def _told(figure: Figure | None, spec: str = ".2f") -> str:

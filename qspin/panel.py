@@ -1,10 +1,11 @@
 """Estimators of how far a player's completions are from the real ones, each with its interval over held-out rows.
 
-    nll = estimate(ratio(real_nll, real_tokens), rows=64, seed=0)              # Figure(value, low, high)
-    change = estimate(difference(ratio(before, tokens), ratio(after, tokens)), rows=64, seed=0)
+    nll = estimate(ratio(real_nll, real_tokens), prompts, seed=0)              # Figure(value, low, high)
+    change = estimate(difference(ratio(before, tokens), ratio(after, tokens)), prompts, seed=0)
 
 Every statistic but `distinct` is a function of how often each row counts, so that one bootstrap serves them all, and
-that two players are compared on the same draws of rows. Lists run over rows. Free of torch.
+that two players are compared on the same draws. Rows of one prompt are alike, and are drawn together. Lists run over
+rows. Free of torch.
 """
 
 from __future__ import annotations
@@ -43,15 +44,22 @@ class Figure(NamedTuple):
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
-def estimate(statistic: Statistic, rows: int, seed: int, confidence: float = 0.95) -> Figure:
-    """A statistic of so many rows and its bootstrap interval, percentile method (Efron 1979; 1981)."""
-    low, high = np.quantile(statistic(_draws(rows, seed)), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Figure(float(statistic(np.ones((1, rows)))[0]), float(low), float(high))
+def estimate(statistic: Statistic, prompts: Sequence[int], seed: int, confidence: float = 0.95) -> Figure:
+    """A statistic and its bootstrap interval, percentile method (Efron 1979; 1981).
+
+    Args:
+        prompts: each row's; they are what is drawn, each with all of its rows (Field & Welsh 2007).
+    """
+    low, high = np.quantile(statistic(_draws(tuple(prompts), seed)), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Figure(float(statistic(np.ones((1, len(prompts))))[0]), float(low), float(high))
 
 
 @functools.lru_cache(maxsize=4)
-def _draws(rows: int, seed: int) -> Array:
-    return np.random.default_rng(seed).multinomial(rows, [1 / rows] * rows, size=RESAMPLES).astype(float)
+def _draws(prompts: tuple[int, ...], seed: int) -> Array:
+    place = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    drawn = np.random.default_rng(seed).multinomial(len(place), [1 / len(place)] * len(place), size=RESAMPLES)
+    counts: Array = drawn[:, [place[prompt] for prompt in prompts]].astype(float)
+    return counts
 
 
 def mean(values: Sequence[float]) -> Statistic:
@@ -124,26 +132,28 @@ def _normalised(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
-def distinct(texts: Sequence[str], size: int) -> Figure:
+def distinct(texts: Sequence[str], prompts: Sequence[int], size: int) -> Figure:
     """Distinct n-grams of words over all of them (distinct-1, distinct-2: Li et al. 2016).
 
-    The interval is ±1.96 standard errors by the jackknife (Efron & Stein 1981): rows that are drawn twice, as a
-    bootstrap does, repeat their n-grams and would make any text look less varied than it is.
+    The interval is ±1.96 standard errors by the jackknife over prompts (Efron & Stein 1981): texts that are drawn
+    twice, as a bootstrap does, repeat their n-grams and would make any text look less varied than it is.
     """
-    grams = [list(zip(*(text.split()[start:] for start in range(size)), strict=False)) for text in texts]
-    owners = Counter(gram for row in grams for gram in set(row))
-    total = sum(map(len, grams))
+    grams: dict[int, list[tuple[str, ...]]] = {}
+    for text, prompt in zip(texts, prompts, strict=True):
+        grams.setdefault(prompt, []).extend(zip(*(text.split()[start:] for start in range(size)), strict=False))
+    owners = Counter(gram for own in grams.values() for gram in set(own))
+    total = sum(map(len, grams.values()))
     if not total:
         return Figure(0.0, 0.0, 0.0)
     without = np.array(
         [
-            (len(owners) - sum(owners[gram] == 1 for gram in set(row))) / (total - len(row))
-            for row in grams
-            if total > len(row)
+            (len(owners) - sum(owners[gram] == 1 for gram in set(own))) / (total - len(own))
+            for own in grams.values()
+            if total > len(own)
         ]
     )
-    value, rows = len(owners) / total, len(without)
-    error = 1.96 * float(np.sqrt((rows - 1) / rows * ((without - without.mean()) ** 2).sum())) if rows else 0.0
+    value, count = len(owners) / total, len(without)
+    error = 1.96 * float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())) if count else 0.0
     return Figure(value, max(0.0, value - error), min(1.0, value + error))
 
 

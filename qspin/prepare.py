@@ -215,7 +215,7 @@ def _all_rejects(
     config: RunConfig, source: str, dataset: Dataset, rendering: Sequence[Reject]
 ) -> list[tuple[str, Reject]]:
     """The rows of a source that reading or rendering left out; raises if they are too many."""
-    rejects = tuple(sorted((*dataset.rejects, *rendering), key=lambda reject: reject.line))
+    rejects = tuple(sorted((*dataset.rejects, *rendering), key=lambda reject: reject.place))
     data = config.data
     check_rejects(
         source,
@@ -228,12 +228,12 @@ def _all_rejects(
 
 def _on_control_tokens(source: str, renderer: Renderer, records: Sequence[Record]) -> list[str]:
     """A text about chat templates is one; a text that was rendered before is a mistake that a person should see."""
-    found = [(record.line, name) for record in records if (name := renderer.control_token_in(record))]
+    found = [(record.place, name) for record in records if (name := renderer.control_token_in(record))]
     if not found:
         return []
-    line, name = found[0]
+    place, name = found[0]
     return [
-        f"{source}: {len(found)} rows hold the text of a control token (first: line {line}, {name!r}); "
+        f"{source}: {len(found)} rows hold the text of a control token (first: {place}, {name!r}); "
         "it is encoded as plain text"
     ]
 
@@ -266,7 +266,7 @@ def _adapter_hash(config: RunConfig, base: Base) -> str | None:
 def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example], list[Reject]]:
     examples, rejects = [], []
     for record in records:
-        rendered = renderer.example(record, record.line)
+        rendered = renderer.example(record)
         if isinstance(rendered, Reject):
             rejects.append(rendered)
         else:
@@ -282,7 +282,7 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
     ):
         if len(found) < 2:
             reasons = [reject for place, reject in rows.rejects if place == source]
-            last = f"the last row left out, line {reasons[-1].line}: {reasons[-1].reason}; " if reasons else ""
+            last = f"the last row left out, {reasons[-1].place}: {reasons[-1].reason}; " if reasons else ""
             limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
             raise QspinError(f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}add rows")
 

@@ -20,6 +20,17 @@ class Message:
     content: str
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where a row stands in its source, counted from 1."""
+
+    number: int
+    unit: Literal["line", "row"] = "line"  # rows of a JSON array, of Parquet and of the hub have no lines
+
+    def __str__(self) -> str:
+        return f"{self.unit} {self.number}"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One good row: a conversation that ends on a user turn, and the human's answer to it."""
@@ -27,20 +38,21 @@ class Record:
     id: str  # the row's own id, else "row-" and its number; unique within a data set
     prompt: tuple[Message, ...]
     completion: str
-    line: int = field(default=0, compare=False)  # where it was found, as in Reject
+    place: Place = field(default=Place(0), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Reject:
     """One row that is left out, and why."""
 
-    line: int  # 1-based line (JSONL, CSV) or row (JSON, Parquet, hub)
+    place: Place
     code: str  # short and stable, as in "empty-completion"
     reason: str  # a sentence for a person
     malformed: bool = True  # False for duplicates and over-long rows, which say nothing bad about the file
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = {"code": self.code, "reason": self.reason, "malformed": self.malformed}
+        return {self.place.unit: self.place.number, **found}
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,7 +273,7 @@ def measured_on(run_dir: RunDir, config: RunConfig) -> str:
     first = players(run_dir, config)[0].evaluation
     rows = len(first.rows("report"))
     return (
-        f"Measured on {rows} of {len(first.prompts)} held-out rows, with 95% bootstrap intervals over rows (of "
+        f"Measured on {rows} of {len(first.prompts)} held-out rows, with 95% bootstrap intervals over prompts (of "
         "distinct-n by the jackknife); by the others the run chooses."
     )
 

@@ -1,4 +1,4 @@
-"""Files and hub data sets → raw rows, each with its line; what can't be read as a row says why in its place.
+"""Files and hub data sets → raw rows, each with its place; what can't be read as a row says why in its place.
 
 JSON and CSV are read with the standard library, so that every row is judged on its own and its line is known.
 """
@@ -9,13 +9,14 @@ import contextlib
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
 from qspin.errors import QspinError, one_line
+from qspin.records import Place
 
 LONGEST = 2**24  # bytes of a line of JSON, characters of a record of CSV: a row is no library
 
@@ -38,7 +39,7 @@ def short(value: object) -> str:
 
 
 Object = dict[str, Any]
-Row = tuple[int, Object | BadRow]  # with its line; with its number where rows have no lines
+Row = tuple[Place, Object | BadRow]
 
 
 def file_rows(path: Path) -> Iterator[Row]:
@@ -76,7 +77,7 @@ def hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row]:
             # fails at once, or in ten seconds, where load_dataset would retry for half a minute and more
             api = huggingface_hub.HfApi(endpoint=datasets.config.HF_ENDPOINT)
             api.dataset_info(repo, timeout=10, expand=["sha"])
-        yield from enumerate(datasets.load_dataset(repo, config, split=split), 1)
+        yield from _in_turn(datasets.load_dataset(repo, config, split=split))
     except Refused as error:
         if "scripts are no longer supported" in str(error):
             raise QspinError(
@@ -137,18 +138,23 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 raise QspinError(f"{path}: {error.reason}; write it anew, or mend it there") from None
             # else the first line begins with a bracket, and is judged like any other
         else:
-            yield from ((number, _as_row(value)) for number, value in enumerate(values, 1))
+            yield from _in_turn(map(_as_row, values))
             return
     if path.suffix.lower() == ".json":
         _check_not_one_object(path)
     for number, line in _lines(path, LONGEST):
+        place = Place(number)
         if line is None:
-            yield number, BadRow("long-line", f"has {LONGEST} bytes or more")
+            yield place, BadRow("long-line", f"has {LONGEST} bytes or more")
         elif line.strip(" \t\r\n"):
             try:
-                yield number, _as_row(_parse_json(line.rstrip("\r\n")))
+                yield place, _as_row(_parse_json(line.rstrip("\r\n")))
             except BadRow as error:
-                yield number, error
+                yield place, error
+
+
+def _in_turn(rows: Iterable[Object | BadRow]) -> Iterator[Row]:
+    return ((Place(number, "row"), row) for number, row in enumerate(rows, 1))
 
 
 def _check_not_one_object(path: Path) -> None:
@@ -207,11 +213,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 header = fields
                 _check_distinct(path, [name for name in header if name])
             elif sum(map(len, fields)) > LONGEST:
-                yield start, BadRow("long-line", f"has more than {LONGEST} characters")
+                yield Place(start), BadRow("long-line", f"has more than {LONGEST} characters")
             elif fields and len(fields) == len(header):
-                yield start, dict(zip(header, fields, strict=True))
+                yield Place(start), dict(zip(header, fields, strict=True))
             elif fields:
-                yield start, BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
+                yield Place(start), BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:
         if "new-line character" in str(error):  # Python's words for a CR without LF
@@ -234,7 +240,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield Place(number, "row"), row
     # KeyError: a time zone that nobody knows
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:
         raise QspinError(f"{path}: cannot be read after row {number} ({one_line(error)}); write it anew") from None

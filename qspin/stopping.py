@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-STOPPED = "stopped; the same command goes on from the last finished piece"
+STOPPED = "stopped"
+GOES_ON = f"{STOPPED}; the same command goes on from the last finished piece"
 CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 _SHOW_CURSOR, _STDERR = "\x1b[?25h", 2

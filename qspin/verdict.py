@@ -18,7 +18,7 @@ from qspin.players import Player, best, kept, loss_of
 Stop = Literal["matched", "worse"]
 
 RATED = {"nll": "NLL", "two_sample_auc": "two-sample AUC", "f1": "token F1"}
-FEW_ROWS = 30  # below, a percentile interval is narrower than it says, and nothing is decided by it
+FEW_PROMPTS = 30  # below, a percentile interval is narrower than it says, and nothing is decided by it
 MATCHED = 0.05  # an AUC's interval that shows a match is at most this to either side
 # Rules of thumb, not measured: nats a token from the opponent that a step is called large or small by, how far from
 # 0.5 a two-sample AUC is plain to see, and what share of the real length is short.
@@ -30,11 +30,11 @@ def stop(measured: Sequence[Player], config: RunConfig) -> Stop | None:
 
     matched: the reward's AUC and the two-sample AUC hold 0.5 in narrow intervals, which is where SPIN ends (theorem
     5.2 of arXiv 2401.01335). worse: the last player is worse than the best before it in some figure of RATED beyond
-    noise, and better in none. Fewer rows than FEW_ROWS decide nothing.
+    noise, and better in none. Fewer prompts than FEW_PROMPTS decide nothing.
     """
     *earlier, last = measured
-    rows = len(last.evaluation.rows("choose"))
-    if config.evaluation.stop == "never" or not last.name.isdigit() or rows < FEW_ROWS:
+    few = len(last.evaluation.prompts_of("choose")) < FEW_PROMPTS
+    if config.evaluation.stop == "never" or not last.name.isdigit() or few:
         return None
     if _matched(
         *(figure(last.evaluation, name, "choose", seed=config.seed) for name in ("reward_auc", "two_sample_auc"))
@@ -74,14 +74,15 @@ def conclusion(measured: Sequence[Player], config: RunConfig) -> dict[str, Any]:
 
 
 def _few_rows(player: Evaluation) -> Iterator[str]:
-    rows = len(player.rows("report"))
-    if rows < FEW_ROWS:
+    rows, prompts = len(player.rows("report")), len(player.prompts_of("report"))
+    if prompts < FEW_PROMPTS:
+        of = f" with {prompts} different prompts" if prompts < rows else ""
         yield (
-            f"Few rows: {rows} of {len(player.prompts)} held out are reported, so most differences here may be "
+            f"Few rows: {rows} of {len(player.prompts)} held out are reported{of}, so most differences here may be "
             "chance, and the run does not stop by them; set data.heldout_rows to 128 or more."
         )
     halves: tuple[Half, Half] = ("choose", "report")
-    if any(len({player.prompts[row] for row in player.rows(half)}) == 1 for half in halves):
+    if any(len(player.prompts_of(half)) == 1 for half in halves):
         yield (
             "One prompt: in a half of the held-out rows there is no other, so no classifier was trained there, and its "
             "AUCs of 0.5 mean nothing."

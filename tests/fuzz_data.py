@@ -77,7 +77,8 @@ def judge(path: Path, **options: Any) -> bool:
     if path.suffix == ".jsonl" and not path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         lines = path.read_bytes().split(b"\n")
         for good in dataset.records:
-            json.loads(lines[good.line - 1].decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_constant)
+            line = lines[good.place.number - 1].decode("utf-8-sig")
+            json.loads(line, object_pairs_hook=_unique, parse_constant=_constant)
     return True
 
 

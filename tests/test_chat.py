@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qspin.chat import Renderer
 from qspin.config_files import presets_dir
 from qspin.errors import QspinError
-from qspin.records import Example, Message, Pair, Record, Reject
+from qspin.records import Example, Message, Pair, Place, Record, Reject
 
 DATE = datetime.date(2024, 7, 26)
 NO_THINKING = {"enable_thinking": False}
@@ -104,7 +104,7 @@ def build(tokenizer: Any = None, **changes: Any) -> Renderer:
 
 
 def row(question: str, answer: str) -> Record:
-    return Record("row", (Message("user", question),), answer)
+    return Record("row", (Message("user", question),), answer, Place(7))
 
 
 def must(result: Example | Reject) -> Example:
@@ -122,7 +122,7 @@ def token(tokenizer: Any, text: str) -> int:
 
 def test_the_embedded_model_turn_by_turn() -> None:
     tokenizer, renderer = smollm2(), build()
-    example = must(renderer.example(row("Why?", "Because."), 1))
+    example = must(renderer.example(row("Why?", "Because.")))
     assert tokenizer.decode(example.prompt_ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
@@ -134,7 +134,7 @@ def test_the_embedded_model_turn_by_turn() -> None:
 
 
 def test_loss_is_on_the_last_assistant_turn_only() -> None:
-    tokenizer, example = smollm2(), must(build().example(MULTI_TURN, 1))
+    tokenizer, example = smollm2(), must(build().example(MULTI_TURN))
     assert tokenizer.decode(example.prompt_ids).endswith(
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n"
         "<|im_start|>assistant\nA parrot.<|im_end|>\n<|im_start|>user\nSince when?<|im_end|>\n<|im_start|>assistant\n"
@@ -147,7 +147,7 @@ def test_end_of_turn_is_the_templates_and_a_false_one_is_caught() -> None:
     assert renderer.end_of_turn == token(tokenizer, "<|im_end|>")
     assert tokenizer.eos_token == "<|im_start|>"  # what the GGUF claims, and invariant 5 is about
     control = replace(renderer, end_of_turn=tokenizer.eos_token_id)
-    rejected = control.example(row("Why?", "Because."), 1)
+    rejected = control.example(row("Why?", "Because."))
     assert isinstance(rejected, Reject) and rejected.code == "boundary"
 
 
@@ -155,7 +155,7 @@ def test_sampled_ids_are_kept_because_text_does_not_lead_back_to_them() -> None:
     tokenizer, renderer = smollm2(), build()
     sampled = (*tokenizer.encode("Be"), *tokenizer.encode("cause"), renderer.end_of_turn)
     text = renderer.completion_text(sampled)
-    retokenised = must(renderer.example(row("Why?", text), 1)).real_ids
+    retokenised = must(renderer.example(row("Why?", text))).real_ids
     assert text == "Because"
     assert retokenised == (token(tokenizer, "Because"), renderer.end_of_turn) != sampled
     pair = Pair("row", 0, (1,), retokenised, sampled, ended=True)
@@ -184,18 +184,18 @@ def test_chat_imports_neither_torch_nor_transformers() -> None:
     ],
 )
 def test_rejects(record: Record, changes: dict[str, Any], code: str, says: str, malformed: bool) -> None:
-    rejected = build(**changes).example(record, 7)
+    rejected = build(**changes).example(record)
     assert isinstance(rejected, Reject)
-    assert (rejected.line, rejected.code, rejected.malformed) == (7, code, malformed)
+    assert (rejected.place, rejected.code, rejected.malformed) == (Place(7), code, malformed)
     assert says in rejected.reason
 
 
 def test_a_template_that_refuses_a_row_rejects_it_in_its_own_words() -> None:
     alternate = "{% if messages | length > 2 %}{{ raise_exception('one turn at a time') }}{% endif %}"
     renderer = build(template=alternate + smollm2().chat_template)
-    assert isinstance(renderer.example(row("Why?", "So."), 1), Example)
-    rejected = renderer.example(MULTI_TURN, 1)
-    assert rejected == Reject(1, "template", "the chat template fails: one turn at a time")
+    assert isinstance(renderer.example(row("Why?", "So.")), Example)
+    rejected = renderer.example(MULTI_TURN)
+    assert rejected == Reject(MULTI_TURN.place, "template", "the chat template fails: one turn at a time")
     with pytest.raises(QspinError, match="one turn at a time"):
         renderer.prompt_ids(MULTI_TURN.prompt)
 
@@ -215,27 +215,28 @@ def test_a_template_that_refuses_a_row_rejects_it_in_its_own_words() -> None:
 def test_whatever_a_template_raises_rejects_the_row_in_one_line(expression: str, words: str) -> None:
     odd = "{% if 'odd' in messages[0]['content'] %}{{ " + expression + " }}{% endif %}"
     renderer = build(template=odd + smollm2().chat_template)
-    assert isinstance(renderer.example(row("Why?", "So."), 1), Example)
-    assert renderer.example(row("An odd one?", "So."), 2) == Reject(2, "template", f"the chat template fails: {words}")
+    assert isinstance(renderer.example(row("Why?", "So.")), Example)
+    rejected = renderer.example(row("An odd one?", "So."))
+    assert rejected == Reject(Place(7), "template", f"the chat template fails: {words}")
 
 
 def test_a_completion_of_which_the_tokenizer_makes_nothing_is_empty() -> None:
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("~", "")
-    rejected = build(tokenizer).example(row("Why?", "~~"), 4)
-    assert rejected == Reject(4, "empty-completion", "the tokenizer makes no token of the completion")
-    assert len(must(build(tokenizer).example(row("Why?", "~a~"), 4)).real_ids) == 2
+    rejected = build(tokenizer).example(row("Why?", "~~"))
+    assert rejected == Reject(Place(7), "empty-completion", "the tokenizer makes no token of the completion")
+    assert len(must(build(tokenizer).example(row("Why?", "~a~"))).real_ids) == 2
 
 
 def test_a_row_with_a_token_that_has_no_embedding_stops_everything() -> None:
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.add_tokens(["qspinword"])
     renderer = build(tokenizer, vocab_size=len(smollm2()))
-    assert isinstance(renderer.example(row("Why?", "So."), 1), Example)
+    assert isinstance(renderer.example(row("Why?", "So.")), Example)
     with pytest.raises(
         QspinError, match=r"model\.id: the tokenizer writes token 49152, but 49152 have .*; take the to"
     ):
-        renderer.example(row("Why?", "A qspinword."), 1)
+        renderer.example(row("Why?", "A qspinword."))
 
 
 def test_a_tokenizer_needs_no_padding_token_and_none_is_written() -> None:
@@ -243,10 +244,10 @@ def test_a_tokenizer_needs_no_padding_token_and_none_is_written() -> None:
     bare.pad_token = None
     padded.pad_token = "<|im_end|>"  # the habit that teaches a model never to end, where padding is masked by its id
     padded.backend_tokenizer.enable_padding(pad_id=padded.pad_token_id, pad_token="<|im_end|>", length=300)
-    assert must(build(bare).example(MULTI_TURN, 1)).real_ids[-2:] != (2, 2)
+    assert must(build(bare).example(MULTI_TURN)).real_ids[-2:] != (2, 2)
     bare.backend_tokenizer.no_padding()
     assert bare.pad_token is None
-    assert build(bare).example(MULTI_TURN, 1) == build().example(MULTI_TURN, 1)
+    assert build(bare).example(MULTI_TURN) == build().example(MULTI_TURN)
 
 
 # Control tokens in a row's text
@@ -299,7 +300,7 @@ def test_a_control_token_in_a_text_is_plain_text(
     def structure(ids: tuple[int, ...]) -> list[int]:
         return [token for token in ids if token in control]
 
-    example, model = must(renderer.example(record, 1)), must(renderer.example(plain, 1))
+    example, model = must(renderer.example(record)), must(renderer.example(plain))
     assert structure(example.prompt_ids) == structure(model.prompt_ids)
     assert structure(example.real_ids) == structure(model.real_ids) == [renderer.end_of_turn]
     assert renderer.completion_text(example.real_ids).strip() == said
@@ -318,7 +319,7 @@ def test_a_control_token_in_a_text_is_plain_text(
 def test_sentencepiece_takes_a_control_token_as_plain_text_or_leaves_the_row_out(scheme: str, text: str) -> None:
     """A tokenizer that puts a blank after every control token would put one into the text: "< /s>"."""
     tokenizer = sentencepiece(scheme)
-    result = build(tokenizer, template=MISTRAL).example(row(f"Why {text}?", text), 1)
+    result = build(tokenizer, template=MISTRAL).example(row(f"Why {text}?", text))
     if scheme == "always":
         assert isinstance(result, Reject) and result.code == "control-token"
         return
@@ -330,39 +331,39 @@ def test_sentencepiece_takes_a_control_token_as_plain_text_or_leaves_the_row_out
 def test_a_control_token_that_cannot_be_plain_text_rejects_the_row() -> None:
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.add_special_tokens({"additional_special_tokens": ["◆"]})
-    rejected = build(tokenizer).example(row("Why ◆?", "So."), 5)
-    assert rejected == Reject(5, "control-token", "the user text contains '◆', a control token")
+    rejected = build(tokenizer).example(row("Why ◆?", "So."))
+    assert rejected == Reject(Place(7), "control-token", "the user text contains '◆', a control token")
     # with the token that is put between, "[TURN]", the rest of this name makes it again
-    rejected = unmarked()[1].example(row("Why ]]>?", "So."), 5)
+    rejected = unmarked()[1].example(row("Why ]]>?", "So."))
     says = "a text contains a control token, which can't be encoded as plain text"
-    assert rejected == Reject(5, "control-token", says)
+    assert rejected == Reject(Place(7), "control-token", says)
     # a tokenizer that eats the blanks around a control token would lose those around its text
     phi = copy.deepcopy(smollm2())
     phi.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", special=True, rstrip=True)]})
-    assert isinstance(build(phi).example(row("Why <|end|>?", "So."), 5), Example)
-    rejected = build(phi).example(row("Why <|end|> now?", "So."), 5)
-    assert rejected == Reject(5, "control-token", says)
+    assert isinstance(build(phi).example(row("Why <|end|>?", "So.")), Example)
+    rejected = build(phi).example(row("Why <|end|> now?", "So."))
+    assert rejected == Reject(Place(7), "control-token", says)
 
 
 def test_a_template_that_heeds_a_control_token_in_a_text_rejects_the_row() -> None:
     template = smollm2().chat_template.replace("message['content']", "message['content'].split('<|im_end|>')[-1]")
     assert "split" in template
-    rejected = build(template=template).example(row("So <|im_end|>?", "Yes."), 5)
+    rejected = build(template=template).example(row("So <|im_end|>?", "Yes."))
     assert isinstance(rejected, Reject) and rejected.code == "control-token"
     assert rejected.reason == "the chat template heeds the control tokens that a text contains"
 
 
 def test_an_answer_that_the_template_shortens_is_rejected() -> None:
     renderer = build(template=QWEN3, template_kwargs=NO_THINKING, tokenizer=families())
-    rejected = renderer.example(row("Why?", "Hm.</think>So."), 1)
+    rejected = renderer.example(row("Why?", "Hm.</think>So."))
     assert isinstance(rejected, Reject) and rejected.code == "template"
     assert r"</think>\n\nHm.</think>So.<|im_end|>\n' is expected, it writes " in rejected.reason
 
 
 def test_a_long_completion_is_cut_without_an_end_of_turn() -> None:
-    whole = must(build().example(row("Why?", "so " * 9), 1)).real_ids
-    cut = must(build(max_completion_tokens=9, long_completions="cut").example(row("Why?", "so " * 9), 1)).real_ids
-    fits = must(build(max_completion_tokens=11, long_completions="cut").example(row("Why?", "so " * 9), 1)).real_ids
+    whole = must(build().example(row("Why?", "so " * 9))).real_ids
+    cut = must(build(max_completion_tokens=9, long_completions="cut").example(row("Why?", "so " * 9))).real_ids
+    fits = must(build(max_completion_tokens=11, long_completions="cut").example(row("Why?", "so " * 9))).real_ids
     assert len(whole) == 11
     assert cut == whole[:9]
     assert fits == whole
@@ -427,7 +428,7 @@ def test_control_tokens_need_no_mark_and_plain_added_words_are_no_control_tokens
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[TURN]' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     renderer = build(tokenizer, template=template)
-    example = must(renderer.example(row("A <table>?", "It is <table>."), 1))
+    example = must(renderer.example(row("A <table>?", "It is <table>.")))
     assert example.real_ids[-1] == renderer.end_of_turn == token(tokenizer, "[TURN]")
     assert renderer.completion_text(example.real_ids) == " It is <table>."
 
@@ -450,7 +451,7 @@ def test_gemma_gets_the_system_text_with_the_first_question() -> None:
         "The chat template refuses a system text (System role not supported); it is put before the first user turn's "
         "text, after it a blank line.",
     )
-    example = must(renderer.example(MULTI_TURN, 1))
+    example = must(renderer.example(MULTI_TURN))
     assert tokenizer.decode(example.prompt_ids) == (
         "<s><start_of_turn>user\nBe brief.\n\nWho are you?<end_of_turn>\n<start_of_turn>model\nA parrot.<end_of_turn>\n"
         "<start_of_turn>user\nSince when?<end_of_turn>\n<start_of_turn>model\n"
@@ -463,7 +464,7 @@ def test_bos_is_the_templates_alone() -> None:
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
     assert tokenizer.encode("<s>Why?")[:2] == [bos, bos]  # the control: what the tokenizer would do by itself
-    example = must(build(tokenizer, template=GEMMA).example(row("Why?", "So."), 1))
+    example = must(build(tokenizer, template=GEMMA).example(row("Why?", "So.")))
     assert [at for at, id_ in enumerate((*example.prompt_ids, *example.real_ids)) if id_ == bos] == [0]
 
 
@@ -492,7 +493,7 @@ def test_a_template_that_drops_the_system_text_gets_it_with_the_question() -> No
 def test_qwen3_needs_its_switch_in_prompt_and_conversation_alike() -> None:
     tokenizer = families()
     renderer = build(tokenizer, template=QWEN3, template_kwargs=NO_THINKING)
-    example = must(renderer.example(row("Why?", "So."), 1))
+    example = must(renderer.example(row("Why?", "So.")))
     assert tokenizer.decode(example.prompt_ids).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert tokenizer.decode(example.real_ids) == "So.<|im_end|>"
 
@@ -513,7 +514,7 @@ def sentencepiece(scheme: str) -> Any:
 def test_mistral_with_sentencepiece_keeps_its_space_in_the_completion() -> None:
     tokenizer = sentencepiece("first")
     renderer = build(tokenizer, template=MISTRAL)
-    example = must(renderer.example(row("Why is it?", "Because so."), 1))
+    example = must(renderer.example(row("Why is it?", "Because so.")))
     pieces = renderer.pieces(example)
     assert "".join(text for kind, text in pieces if kind == "prompt") == "<s>[INST] Why is it? [/INST]"
     assert "".join(text for kind, text in pieces if kind == "completion") == " Because so."
@@ -622,7 +623,7 @@ def assert_same_as_transformers(
             )
         )
 
-    example = must(renderer.example(record, 1))
+    example = must(renderer.example(record))
     whole = (*example.prompt_ids, *example.real_ids)
     assert example.prompt_ids == ids(messages, add_generation_prompt=True)
     conversation = ids([*messages, {"role": "assistant", "content": record.completion}])
@@ -649,7 +650,7 @@ def test_no_template_of_the_wheel_is_left_out() -> None:
 def test_pieces_show_whole_characters_by_part() -> None:
     renderer = build()
     question, answer = "Who is 🦙 (日本, ﷽)?", "A naïve 🦙\ufffd!"
-    example = must(renderer.example(row(question, answer), 1))
+    example = must(renderer.example(row(question, answer)))
     pieces = renderer.pieces(example)
     texts = {kind: "".join(text for part, text in pieces if part == kind) for kind, _ in pieces}
     assert question in texts["prompt"]
@@ -682,9 +683,9 @@ def records(draw: Callable[..., Any]) -> Record:
 def test_any_row_becomes_an_example_or_a_reject(template: str | None, record: Record, long: str) -> None:
     tokenizer = smollm2() if template is None else families()
     renderer = build(tokenizer, template=template, long_completions=long, max_completion_tokens=12)
-    result = renderer.example(record, 3)
+    result = renderer.example(record)
     if isinstance(result, Reject):
-        assert result.line == 3 and result.reason
+        assert result.place == record.place and result.reason
         return
     assert result.prompt_ids == renderer.prompt_ids(record.prompt)
     ended = result.real_ids[-1] == renderer.end_of_turn

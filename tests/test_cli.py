@@ -668,7 +668,7 @@ def test_the_output_ends_with_the_tables_the_verdict_and_the_completions(played:
         cells = [re.escape(cell) for cell in row if cell]
         assert re.search(r"^ *" + " +".join(cells) + r" *$", table, re.MULTILINE), row
     assert "2-sample AUC: how surely a classifier tells its completions from the real ones; 0.5 is the best" in table
-    assert "Measured on 2 of 4 held-out rows, with 95% bootstrap intervals over rows" in table
+    assert "Measured on 2 of 4 held-out rows, with 95% bootstrap intervals over prompts" in table
     run = RunDir(played.out)
     sentences = read_json(run.verdict)["sentences"]
     assert sentences[0].startswith("Few rows: 2 of 4 held out are reported")

@@ -23,7 +23,7 @@ from qspin.config import DataConfig
 from qspin.data import Dataset, LeftOut, check_rejects, load_records, remove_overlap, split_heldout
 from qspin.errors import QspinError
 from qspin.formats import FORMATS
-from qspin.records import Message, Record, Reject
+from qspin.records import Message, Place, Record, Reject
 from qspin.sources import READERS
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -57,7 +57,7 @@ def record(id: str, prompt: str, completion: str) -> Record:
 
 
 def codes(dataset: Dataset) -> list[tuple[int, str]]:
-    return [(reject.line, reject.code) for reject in dataset.rejects]
+    return [(reject.place.number, reject.code) for reject in dataset.rejects]
 
 
 # --- formats ---
@@ -177,8 +177,8 @@ def test_named_columns(tmp_path: Path) -> None:
         Record("row-4", HI, "Yes."),
     )
     assert dataset.rejects == (
-        Reject(5, "not-text", "frame is 3, not text"),
-        Reject(6, "missing-column", "has no 'tell'"),
+        Reject(Place(5), "not-text", "frame is 3, not text"),
+        Reject(Place(6), "missing-column", "has no 'tell'"),
     )
     assert load(path, format="columns", columns=columns) == dataset
     for wrong in ({"format": "alpaca", "columns": columns}, {"columns": {"prompt": "ask"}}):
@@ -332,7 +332,7 @@ def test_a_bad_conversation_is_rejected(tmp_path: Path, messages: object, code: 
     path = write_jsonl(tmp_path, {"messages": messages}, {"messages": [USER, YES]})
     dataset = load(path, format="messages")
     assert dataset.records == (Record("row-2", HI, "Yes."),)
-    assert dataset.rejects == (Reject(1, code, reason),)
+    assert dataset.rejects == (Reject(Place(1), code, reason),)
     assert dataset.rows == 2
 
 
@@ -399,7 +399,7 @@ def test_a_bad_line_is_rejected(tmp_path: Path, line: str, code: str) -> None:
     good = {"prompt": "Hi", "completion": "Hello."}
     dataset = load(write_jsonl(tmp_path, "\n", good, "  \n", line + "\n", {**good, "completion": "Yes."}))
     assert dataset.records == (record("row-1", "Hi", "Hello."), record("row-3", "Hi", "Yes."))
-    assert [good.line for good in dataset.records] == [2, 5]
+    assert [good.place for good in dataset.records] == [Place(2), Place(5)]
     assert codes(dataset) == [(4, code)]
     assert len(dataset.rejects[0].reason) < 200
 
@@ -408,6 +408,7 @@ def test_reasons_can_be_written_as_they_are(tmp_path: Path) -> None:
     good = {"prompt": "Hi", "completion": "Hello."}
     row = {"prompt": ["\ud800" * 5000, {"\ud800": [[[[[[[[[1]]]]]]]]]}], "completion": "x"}
     (reject,) = load(write_jsonl(tmp_path, good, row)).rejects
+    assert list(reject.to_json()) == ["line", "code", "reason", "malformed"]
     assert len(json.dumps(reject.to_json(), ensure_ascii=False).encode()) < 300
 
 
@@ -426,7 +427,7 @@ def test_exact_duplicates_are_dropped_and_not_malformed(tmp_path: Path) -> None:
     )
     dataset = load(path)
     assert [record.id for record in dataset.records] == ["row-1", "row-2", "row-4"]
-    assert dataset.rejects == (Reject(3, "duplicate", "says the same as line 1", malformed=False),)
+    assert dataset.rejects == (Reject(Place(3), "duplicate", "says the same as line 1", malformed=False),)
 
 
 def test_limit_stops_reading(tmp_path: Path) -> None:
@@ -536,7 +537,8 @@ def test_the_same_rows_from_every_type_of_file(tmp_path: Path) -> None:
             record("row-2", 'Say "a, b"\nplease', "a,\nb\u2028c é 😀"),
             record("row-4", "Bye", "See you."),
         )
-        assert [record.line for record in dataset.records] == [first, second, fourth]
+        unit = "row" if name.casefold() in {"array.jsonl", "array.json", "bom.json", "r.parquet"} else "line"
+        assert [str(record.place) for record in dataset.records] == [f"{unit} {n}" for n in (first, second, fourth)]
         assert codes(dataset) == [(third, "empty-completion")]
         assert (dataset.format, dataset.rows) == ("prompt-completion", 4)
     assert len({dataset.fingerprint for dataset in datasets.values()}) == 1
@@ -606,8 +608,8 @@ def test_csv_rows(tmp_path: Path) -> None:
         record("row-6", "Hi", "3"),
     )
     assert dataset.rejects == (
-        Reject(7, "field-count", "has 1 fields, but the header has 4"),
-        Reject(8, "field-count", "has 5 fields, but the header has 4"),
+        Reject(Place(7), "field-count", "has 1 fields, but the header has 4"),
+        Reject(Place(8), "field-count", "has 5 fields, but the header has 4"),
     )
 
 
@@ -922,14 +924,14 @@ def check(dataset: Dataset, share: float, *, strict: bool = False) -> None:
 
 
 BAD = [
-    Reject(2, "not-text", "prompt is 1, not text"),
-    Reject(3, "broken-json", "is broken JSON: x"),
-    Reject(5, "empty-prompt", "has an empty user turn in its prompt"),
-    Reject(6, "empty-prompt", "has an empty user turn in its prompt"),
-    Reject(8, "no-user-turn", "has no user turn"),
-    Reject(9, "not-text", "prompt is 2, not text"),
+    Reject(Place(2), "not-text", "prompt is 1, not text"),
+    Reject(Place(3), "broken-json", "is broken JSON: x"),
+    Reject(Place(5), "empty-prompt", "has an empty user turn in its prompt"),
+    Reject(Place(6), "empty-prompt", "has an empty user turn in its prompt"),
+    Reject(Place(8), "no-user-turn", "has no user turn"),
+    Reject(Place(9), "not-text", "prompt is 2, not text"),
 ]
-MILD = [Reject(n, code, "…", malformed=False) for n, code in enumerate(["duplicate", "long-prompt"] * 20, 20)]
+MILD = [Reject(Place(n), code, "…", malformed=False) for n, code in enumerate(["duplicate", "long-prompt"] * 20, 20)]
 
 
 def test_malformed_share() -> None:
@@ -949,7 +951,7 @@ def test_malformed_share() -> None:
 
 def test_a_share_that_is_exactly_the_limit_is_allowed() -> None:
     # 0.29 * 100 is 28.999999999999996
-    check(dataset_of(71, *[Reject(1, "not-text", "…")] * 29), 0.29)
+    check(dataset_of(71, *[Reject(Place(1), "not-text", "…")] * 29), 0.29)
 
 
 def test_strict_allows_no_row_to_be_left_out_for_whatever_reason() -> None:
@@ -1019,13 +1021,17 @@ def test_too_few_to_split(records: list[Record], prompts: int) -> None:
 
 
 def test_overlap_is_by_prompt() -> None:
-    train = [record("1", "Hi", "Hello."), replace(record("2", "Bye", "See you."), line=4)]
-    heldout = [record("a", "Hi", "Yes."), record("b", "hi", "Hello."), replace(record("c", "Bye", "See you."), line=7)]
+    train = [record("1", "Hi", "Hello."), replace(record("2", "Bye", "See you."), place=Place(4))]
+    heldout = [
+        record("a", "Hi", "Yes."),
+        record("b", "hi", "Hello."),
+        replace(record("c", "Bye", "See you."), place=Place(7, "row")),
+    ]
     rest, overlap = remove_overlap(heldout, train)
     assert rest == (heldout[1],)
     assert overlap == [
-        Reject(0, "trained-on", "has the prompt of training line 0", malformed=False),
-        Reject(7, "trained-on", "has the prompt of training line 4", malformed=False),
+        Reject(Place(0), "trained-on", "has the prompt of training line 0", malformed=False),
+        Reject(Place(7, "row"), "trained-on", "has the prompt of training line 4", malformed=False),
     ]
     assert remove_overlap(heldout, []) == (tuple(heldout), [])
 

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -475,7 +475,7 @@ def greedy(trained: Trained, prompts: Sequence[tuple[int, ...]]) -> list[list[in
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """SmolLM2-135M after a short run, in fp32: its answers don't hang on a 16-bit rounding."""
     folder = tmp_path_factory.mktemp("embedded")
     settings = (
@@ -504,7 +504,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     done = subprocess.run([sys.executable, "-c", PROGRAM], input=asked, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     elsewhere = dict(zip(ELSEWHERE, json.loads(done.stdout), strict=True))
-    return Played(trained, prompts, answers, exports, elsewhere)
+    yield Played(trained, prompts, answers, exports, elsewhere)
+    shutil.rmtree(folder)  # 1.8 GB
 
 
 @pytest.mark.slow

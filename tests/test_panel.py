@@ -34,9 +34,9 @@ def test_rows_weigh_by_their_tokens() -> None:
 
 def test_no_change_is_zero_and_an_even_change_is_certain() -> None:
     before, tokens = [10.0, 30.0, 20.0], [5, 10, 5]
-    assert estimate(difference(ratio(before, tokens), ratio(before, tokens)), 3, 0) == Figure(0, 0, 0)
+    assert estimate(difference(ratio(before, tokens), ratio(before, tokens)), range(3), 0) == Figure(0, 0, 0)
     after = ratio([5.0, 20.0, 15.0], tokens)  # one nat less a token, in every row
-    assert estimate(difference(ratio(before, tokens), after), 3, 0) == pytest.approx((-1, -1, -1))
+    assert estimate(difference(ratio(before, tokens), after), range(3), 0) == pytest.approx((-1, -1, -1))
 
 
 def test_an_auc_by_hand() -> None:
@@ -77,12 +77,12 @@ def test_token_f1_by_hand(completion: str, real: str, f1: float) -> None:
 
 def test_distinct_by_hand() -> None:
     texts = ["a b a b", "a c"]  # words a b c of 6; pairs ab ba ac of 4
-    assert distinct(texts, 1).value == 3 / 6
-    assert distinct(texts, 2).value == 3 / 4
+    assert distinct(texts, [0, 1], 1).value == 3 / 6
+    assert distinct(texts, [0, 1], 2).value == 3 / 4
     # without the first: a c of 2; without the second: a b of 4. Standard error: half the spread of 1 and 1/2.
-    assert distinct(texts, 1) == pytest.approx((0.5, 0.5 - 1.96 * 0.25, 0.5 + 1.96 * 0.25))
-    assert distinct(["", ""], 1) == Figure(0, 0, 0)
-    assert distinct(["a b", ""], 2) == Figure(1, 1, 1)
+    assert distinct(texts, [0, 1], 1) == pytest.approx((0.5, 0.5 - 1.96 * 0.25, 0.5 + 1.96 * 0.25))
+    assert distinct(["", ""], [0, 1], 1) == Figure(0, 0, 0)
+    assert distinct(["a b", ""], [0, 1], 2) == Figure(1, 1, 1)
 
 
 def samples(texts: Callable[[np.random.Generator], str], rows: int, seed: int) -> list[str]:
@@ -100,13 +100,13 @@ ROWS = range(60)
 
 def two_sample(real: list[str], generated: list[str]) -> Figure:
     found = classifier_scores(real, generated, list(range(len(real))))
-    return estimate(auc(found.real, found.generated, found.folds), len(real), 0)
+    return estimate(auc(found.real, found.generated, found.folds), range(len(real)), 0)
 
 
 def by_length(real: list[str], generated: list[str]) -> Figure:
     lengths = [[len(text.split()) for text in texts] for texts in (real, generated)]
     found = length_scores(*lengths, list(range(len(real))))
-    return estimate(auc(found.real, found.generated, found.folds), len(real), 0)
+    return estimate(auc(found.real, found.generated, found.folds), range(len(real)), 0)
 
 
 def test_one_distribution_can_not_be_told_apart() -> None:
@@ -169,7 +169,25 @@ def test_the_interval_covers_as_often_as_it_says(kind: str) -> None:
             "paired": (difference(mean(other), mean(other + noise + 0.3)), 0.3),
             "auc": (auc(noise + 1, other), 0.7602),  # Φ(1/√2)
         }[kind]
-        figure = estimate(statistic, 64, 0)
+        figure = estimate(statistic, range(64), 0)
         assert figure.low < figure.value < figure.high
         covered += figure.holds(truth)
     assert 0.90 * 300 <= covered <= 0.985 * 300
+
+
+def test_rows_of_one_prompt_are_drawn_together() -> None:
+    """About 95% of 300 experiments of 40 prompts with 4 rows each, which are alike; by rows it would be 70%."""
+    generator = np.random.default_rng(1)
+    prompts = [row // 4 for row in range(160)]
+    by_prompts = by_rows = 0
+    for _ in range(300):
+        noise = generator.normal(0, 1, size=40)[prompts] + generator.normal(0, 0.5, size=160)
+        by_prompts += estimate(mean(noise), prompts, 0).holds(0)
+        by_rows += estimate(mean(noise), range(160), 0).holds(0)
+    assert 0.90 * 300 <= by_prompts <= 0.985 * 300
+    assert by_rows < 0.8 * 300
+
+
+def test_distinct_leaves_out_whole_prompts() -> None:
+    # without the first two: a c of 2; without the last: a b of 4
+    assert distinct(["a b", "a b", "a c"], [7, 7, 3], 1) == distinct(["a b a b", "a c"], [0, 1], 1)

@@ -21,7 +21,7 @@ from qspin.errors import QspinError
 from qspin.files import read_jsonl
 from qspin.formats import FORMATS
 from qspin.prepare import Prepared, prepare, write_rejects
-from qspin.records import Reject
+from qspin.records import Place, Reject
 from qspin.sources import READERS
 from qspin.watching import _notes
 
@@ -124,7 +124,7 @@ def test_rejects_of_reading_and_rendering_are_in_order_with_their_source(ready: 
     more = [{"prompt": f"And {n}?", "completion": "So."} for n in range(40)]
     write(other, *more[:30], {"prompt": "Other?", "completion": None}, good(3)[2], *more[30:])
     found = ready(path, **{"data.heldout_source": str(other), "data.heldout_rows": 99, "data.max_prompt_tokens": 64})
-    assert [(source, reject.line, reject.code, reject.malformed) for source, reject in found.rejects] == [
+    assert [(source, reject.place.number, reject.code, reject.malformed) for source, reject in found.rejects] == [
         (str(path), 2, "duplicate", False),
         (str(path), 3, "long-prompt", False),
         (str(path), 4, "empty-completion", True),
@@ -172,7 +172,7 @@ def test_strict_is_for_held_out_rows_too(ready: Prepare, tmp_path: Path) -> None
     with pytest.raises(LeftOut) as caught:
         ready(path, **changes)
     assert caught.value.rejects == [
-        (str(other), Reject(1, "trained-on", "has the prompt of training line 9", malformed=False))
+        (str(other), Reject(Place(1), "trained-on", "has the prompt of training line 9", malformed=False))
     ]
     assert len(ready(path, **{**changes, "data.strict": False}).heldout) == 3
     assert len(ready(write(path, *good(8)), **changes).heldout) == 4, "where none is left out, it is as without"

@@ -158,8 +158,8 @@ def test_a_template_writes_prompt_and_conversation_alike(name: str, marked: Any)
     renderer = renderer_of(marked, template.read_text(encoding="utf-8"))
     assert renderer.notes == ()  # it takes system texts
     assert marked.decode([renderer.end_of_turn]) == "</s>"
-    assert isinstance(renderer.example(ONE_TURN, 1), Example)
-    example = renderer.example(MULTI_TURN, 1)
+    assert isinstance(renderer.example(ONE_TURN), Example)
+    example = renderer.example(MULTI_TURN)
     assert isinstance(example, Example), example
     assert (marked.decode(example.prompt_ids), marked.decode(example.real_ids)) == TEXTS[name]
 
@@ -173,7 +173,7 @@ def test_the_template_for_bases_writes_no_control_tokens_but_beginning_and_end(t
     template = template_of("llama-3.1-8b")
     assert template is not None
     renderer = renderer_of(own, template.read_text(encoding="utf-8"))
-    example = renderer.example(MULTI_TURN, 1)
+    example = renderer.example(MULTI_TURN)
     assert isinstance(example, Example), example
     ids = (*example.prompt_ids, *example.real_ids)
     written = [own.decode([token]) for token in ids if token in own.added_tokens_decoder]
@@ -217,8 +217,8 @@ def test_a_system_text_that_only_an_open_question_gets_is_a_reject(marked: Any) 
         "{% endif %}{% endfor %}"
     )
     renderer = renderer_of(marked, template)
-    assert isinstance(renderer.example(ONE_TURN, 1), Example)
-    reject = renderer.example(MULTI_TURN, 1)
+    assert isinstance(renderer.example(ONE_TURN), Example)
+    reject = renderer.example(MULTI_TURN)
     assert isinstance(reject, Reject)
     assert reject.code == "template"
 

@@ -28,7 +28,7 @@ ROW = {"prompt": "Hi", "completion": "Hello."}
 
 def rows(path: Path) -> list[tuple[int, object]]:
     """Each row, or the code of what is wrong with it."""
-    return [(line, row.code if isinstance(row, BadRow) else row) for line, row in file_rows(path)]
+    return [(place.number, row.code if isinstance(row, BadRow) else row) for place, row in file_rows(path)]
 
 
 def reason(found: list[Row]) -> str:
@@ -178,13 +178,13 @@ def test_whatever_type_a_column_has_it_is_read_or_refused(tmp_path: Path) -> Non
         path = tmp_path / "rows.parquet"
         pq.write_table(pa.table({"prompt": ["Hi"], "completion": ["Hello."], name: column}), path)
         try:
-            ((line, row),) = file_rows(path)
+            ((place, row),) = file_rows(path)
         except QspinError as error:
             assert str(error).startswith(f"{path}: cannot be read after row "), name
             assert "\n" not in str(error)
         else:
             assert isinstance(row, dict)
-            assert (line, row["prompt"], row["completion"]) == (1, "Hi", "Hello."), name
+            assert (str(place), row["prompt"], row["completion"]) == ("row 1", "Hi", "Hello."), name
 
 
 # --- a data set with a loader script ---

@@ -164,6 +164,15 @@ def test_few_rows_decide_nothing_and_are_called_few() -> None:
     assert "Few rows" not in said(BASE, BASE_AGAIN)
 
 
+def test_many_rows_of_few_prompts_are_few() -> None:
+    prompts = [row // 8 for row in range(128)]
+    grouped: dict[str, Any] = {"prompts": prompts, "reported": [prompt % 2 == 0 for prompt in prompts]}
+    base = replace(BASE, **grouped)
+    worse = replace(after(BASE, real_gain=-5, generated_gain=-8, completions=texts(128, 5, words=ANIMALS)), **grouped)
+    assert said(base, worse).startswith("Few rows: 64 of 128 held out are reported with 8 different prompts, so most")
+    assert stop(line(base, worse), CONFIG) is None
+
+
 BASE_AGAIN = after(BASE, completions=BASE.completions)
 
 

@@ -31,7 +31,7 @@ from qspin.packing import plan_batches
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent
 from qspin.run_dir import IterationDir, RunDir
-from qspin.stopping import STOPPED
+from qspin.stopping import GOES_ON
 from qspin.workers import WorkerLost
 
 COUNT = 2
@@ -328,7 +328,7 @@ def test_a_launch_that_is_cut_off_ends_and_one_process_goes_on(
     said, _ = launcher.communicate(timeout=BUSY)
     assert (launcher.returncode, first.is_running()) == (1, False)
     assert said.count("2 processes share the work") == 1
-    assert said.count(STOPPED) + said.count("one of the 2 processes of this launch has ended") == 1
+    assert said.count(GOES_ON) + said.count("one of the 2 processes of this launch has ended") == 1
     assert not run.iteration(1).adapter.exists()
     monkeypatch.setattr(workers._State, "count", 1)  # the other tests' helpers may be there
     play(prepared(), run.path)
