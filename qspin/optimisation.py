@@ -34,6 +34,7 @@ Objective = Callable[[Sequence[MicroBatch], int, float], Metrics]
 # What the loss is multiplied by in float16, whose gradients would vanish below 6e-8 (Micikevicius et al. 2018, section
 # 3.2); halved when they grow beyond 65,504, and the step made again, so that no batch is left out.
 FIRST_SCALE = 2.0**16
+HIGHER_AGAIN = 200  # steps from one try of twice the scale to the next: a try in vain costs a step
 
 
 def optimise(
@@ -78,6 +79,8 @@ def optimise(
         for step in range(len(metrics), len(order)):
             check_stop()
             batch = plan[order[step]]
+            if scaled and step and step % HIGHER_AGAIN == 0:
+                scale = min(2 * scale, FIRST_SCALE)
             rate = learning_rate(step, len(order), peak=lr, warmup=config.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from qspin import optimisation
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.memory import OutOfMemory
@@ -241,6 +242,29 @@ def test_float16_scales_its_loss_and_leaves_no_batch_out(tiny_model: LoadModel, 
     never = tiny_model(dtype="float16")
     with pytest.raises(QspinError, match="the gradient is not finite"):
         run(never, overflowing(never, 0.5), tmp_path / "never")
+
+
+def test_the_scale_recovers_from_a_batch_that_needed_a_small_one(
+    tiny_model: LoadModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optimisation, "HIGHER_AGAIN", 2)
+
+    def scales(model: SlotModel, once: Callable[[int], Callable[[], None] | None] = lambda _step: None) -> list[float]:
+        whole, small = overflowing(model, FIRST_SCALE), overflowing(model, FIRST_SCALE / 4)
+
+        def objective(batch: Any, step: int, scale: float) -> Metrics:
+            if stop := once(step):
+                stop()
+            return (small if step in {1, 2} else whole)(batch, step, scale)
+
+        return [row["loss_scale"] / FIRST_SCALE for row in run(model, objective, tmp_path / "scales")]
+
+    wanted = [1, 1 / 4, 1 / 4, 1 / 4, 1 / 2, 1 / 2, 1, 1]  # at step 2 twice as much is tried in vain
+    cut, again = tiny_model(dtype="float16"), tiny_model(dtype="float16")
+    with pytest.raises(KeyboardInterrupt):
+        scales(cut, lambda step: interrupt if step == 5 else None)
+    assert steps_kept(tmp_path / "scales") == 5
+    assert scales(again) == wanted
 
 
 def test_small_gradients_survive_in_float16(tiny_model: LoadModel) -> None:
