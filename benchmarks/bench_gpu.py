@@ -1,11 +1,12 @@
 """A 7B-shaped model with random weights on one GPU, under caps that stand for smaller cards: does an iteration fit, how
 fast is each phase, and how fast is the same training done by TRL.
 
-    python benchmarks/bench_gpu.py --scratch /tmp/models --lengths lengths.json --write
+    python benchmarks/bench_gpu.py --scratch /tmp/models --write
 
 Models are made on the spot and loaded in 4 bits; nothing is downloaded. Every case is a process of its own, and what
-was measured is kept after each, so that a cut-off run keeps what it had. `lengths.json` holds [prompt, real,
-generated] token counts of real rows (`--measure-lengths rows.jsonl` makes it, with the demo model's tokenizer).
+was measured is kept after each, so that a cut-off run keeps what it had. dolly-lengths.json holds [prompt, real,
+generated] token counts of rows of databricks-dolly-15k (`--measure-lengths rows.jsonl` makes such a file, with the demo
+model's tokenizer). on_gpu.sh runs this beside all else that needs a GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scratch", type=Path, help="folder for models, 15 GB each, which stay there")
-    parser.add_argument("--lengths", type=Path, help="token counts of real rows")
+    parser.add_argument("--lengths", type=Path, default=HERE / "dolly-lengths.json", help="token counts of real rows")
     parser.add_argument("--measure-lengths", type=Path, help="file of prompts and answers to count the tokens of")
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--shares", nargs="*", help="and of qspin's shares in them")
