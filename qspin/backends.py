@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from qspin.config import BackendName
 from qspin.errors import QspinError
-from qspin.kernels import Kernels
+from qspin.kernels import Kernels, compiles
 
 OLDEST_UNSLOTH = "2026.10.9"
 
@@ -45,6 +45,8 @@ def unsloth_missing(device: torch.device) -> str | None:
         return "Unsloth is not installed: pip install unsloth"
     if Version(have) < Version(OLDEST_UNSLOTH):  # not known to compute what is expected of it
         return f"Unsloth {have} is older than {OLDEST_UNSLOTH}: pip install -U unsloth"
+    if not compiles():  # it would be found out by the first kernel
+        return "Triton finds no C compiler or no Python.h, which it builds Unsloth's kernels with: install both"
     return None
 
 

@@ -82,12 +82,14 @@ class Decoder:
     def _recorded(self, rows: int) -> _Step:
         # one pool for all: no two run at once, and what a step leaves there is read before the next
         pool = next((step.graph.pool() for step in self._steps.values() if step is not None), None)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=pool):
                 logits = self._computed(rows)
         except RuntimeError as error:
-            if is_refusal(error):  # by torch, or by the driver, which makes the graph in memory of its own
+            torch.cuda.set_stream(stream)  # where the graph can't be made of what was recorded, torch stays on its own
+            # by torch, or by the driver, which makes the graph in memory of its own; or the GPU itself
+            if is_refusal(error) or isinstance(error, torch.AcceleratorError):
                 raise
             raise QspinError(
                 f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "

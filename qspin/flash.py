@@ -60,15 +60,22 @@ class Spans:
 
 
 def can_flash(query: Tensor) -> bool:
-    """Whether this GPU, this build of torch and this type have the kernel."""
+    """Whether the kernel takes queries of this type and shape, where they are."""
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[-1] <= LARGEST_HEAD
         and query.shape[-1] % 8 == 0
-        and torch.version.hip is None  # AMD's aligns a causal mask with the first keys, and knows no window
+        and has_flash(query.device)
+    )
+
+
+def has_flash(device: torch.device) -> bool:
+    """Whether this GPU and this build of torch have the kernel."""
+    return (
+        torch.version.hip is None  # AMD's aligns a causal mask with the first keys, and knows no window
         and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

@@ -90,6 +90,7 @@ class Footprint:
     device: Device
     itemsize: int  # s: 2 or 4
     recomputed: int  # layers, the first ones, which keep their input alone for the backward pass
+    flash: bool = True  # the GPU has the flash kernel: none from before Ampere, and none of AMD's
 
     # --- what is there all the time
 
@@ -364,8 +365,8 @@ class Footprint:
 
     @property
     def _own_attention(self) -> bool:
-        """Where `flash.can_flash` says no; of GPUs that are AMD's or older than Ampere a plan knows nothing."""
-        return self.device == "cpu" or self._softcap or self.itemsize == 4
+        """Where `flash.can_flash` says no."""
+        return self.device == "cpu" or not self.flash or self._softcap or self.itemsize == 4
 
     @property
     def _stacked(self) -> int:

@@ -7,6 +7,7 @@ memory in the same way.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -295,10 +296,21 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
                 lambda told: [Score(**row) for row in told],
             )
             shard = [score for part in parts for score in part]
+            _check_finite(shard)
             write_jsonl(path, [score.to_json() for score in shard])
         game.progress.advance(len(shard))
         scores += shard
     return replace(task, scores={score.key: score for score in scores})
+
+
+def _check_finite(scores: Sequence[Score]) -> None:
+    bad = [one.key for one in scores if not math.isfinite(one.opponent_real_logps + one.opponent_generated_logps)]
+    if bad:
+        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise QspinError(
+            f"the opponent's log-probs are not finite numbers for {', '.join(bad[:5])}{more}: its training went too "
+            "far (lower train.lr or sft.lr), or the base overflows in float16 (set model.dtype)"
+        )
 
 
 def _optimise(

@@ -29,6 +29,7 @@ _REFUSALS = (
     "CUDA driver error: out of memory",
     "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate",  # each thread makes a handle, in memory of its own
 )
 # In the names of kernels under which memory that can grow fails at the first tensor: WSL's, and that of NVIDIA's boards
 # (github.com/pytorch/pytorch/issues/192330, github.com/unslothai/unsloth/issues/2401).

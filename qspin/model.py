@@ -37,6 +37,7 @@ from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from qspin.flash import has_flash
 from qspin.footprint import Footprint
 from qspin.kernels import Kernels
 from qspin.lora import FusedLayers, Linear, laid_out
@@ -172,6 +173,7 @@ class SlotModel:
             device="cpu" if self.device.type == "cpu" else "cuda",
             itemsize=self.dtype.itemsize,
             recomputed=sum(layer.gradient_checkpointing for layer in self._recomputable),
+            flash=self.device.type == "cuda" and has_flash(self.device),
         )
 
     @property
@@ -274,7 +276,7 @@ class SlotModel:
 
     def _set_aside(self) -> None:
         """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token."""
-        own = self._embeddings.weight is not self._head.weight
+        own = self.device.type == "cuda" and self._embeddings.weight is not self._head.weight
         if own and self.footprint.set_aside(free_bytes(self.device)):
             self._embeddings.to("cpu")
             torch.cuda.empty_cache()

@@ -163,6 +163,7 @@ class _Load:
             device=machine.device,
             itemsize=machine.itemsize,
             recomputed=0,
+            flash=machine.flash,
         )
         quantised, unquantised = self.footprint.quantised(config.model.double_quant), self.footprint.unquantised()
         left = machine.memory - quantised - unquantised - self.footprint.adapter() - machine.libraries

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qspin.machine import GIB, Machine
+from qspin.machine import GIB, USABLE, Machine
 from qspin.plan import DECODING, PASSES, Plan, make_plan
 from qspin.plan_change import Change, with_settings
 
@@ -41,7 +41,7 @@ def _where(machine: Machine) -> str:
     size = f"{machine.memory / GIB:.3g} GiB"
     if machine.device == "cpu":
         return f"{machine.name} with {size} of free memory"
-    return f"this {machine.name} with {size} free" if machine.measured else f"a card of {size}"
+    return f"this {machine.name} with {size} free" if machine.measured else f"a card with {size} for CUDA"
 
 
 def _verdict(plan: Plan, change: Change | None) -> str:
@@ -137,6 +137,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     yield f"of {rates}, which are {basis}, a run reaches {shares}"
     if machine.device == "cuda":
         yield "no such card was measured; what CUDA itself takes differs by driver"
+    if machine.device == "cuda" and not machine.measured:
+        yield f"of a card's memory {USABLE:.0%} are there for CUDA; where ECC is on, as in a T4, it is less"
 
 
 def _duration(seconds: float) -> str:

@@ -226,3 +226,15 @@ def test_whether_the_base_is_unpacked_is_planned(game: Game, monkeypatch: pytest
     assert notes(game) == ["memory has no room for the base in the compute type any more; on with its 4 bits alone"]
     assert unpacked(room) == (False, False), "and what is in the plan stays"
     assert len(notes(game)) == 1
+
+
+def test_log_probs_that_are_no_numbers_end_the_iteration_before_it_learns(game: Game) -> None:
+    """As where the base overflows in float16."""
+    pairs = pairs_of(game, 0)
+    generated(game, 0, [*pairs[:-1], replace(pairs[-1], generated_ids=(501, 501))])
+    with torch.no_grad():  # of a table that is the head too, so that it spoils every row's
+        game.model.peft_model.get_input_embeddings().weight[501] = float("nan")
+    with pytest.raises(QspinError, match=rf"not finite numbers for {pairs[0].key}, .*set model\.dtype"):
+        learn(game, 0)
+    assert not game.dir.iteration(0).adapter.exists()
+    assert not list(game.dir.iteration(0).scores(0).parent.glob("*"))

@@ -288,7 +288,7 @@ def test_the_command_says_what_the_page_shows() -> None:
 @pytest.mark.parametrize(
     ("setting", "gigabytes", "said"),
     [
-        ("auto", 12, r"auto +9 of 32 layers recomputed"),
+        ("auto", 12, r"auto +11 of 32 layers recomputed"),
         ("true", 12, r"true +auto: [\d.]+ (min|h) less"),
         ("true", 4, r"true"),  # which does not fit with auto either
         ("false", 24, r"false"),  # as auto would have it

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from qspin import backends
 from qspin.backends import OLDEST_UNSLOTH, choose_backend, unsloth_missing
 from qspin.errors import QspinError
 
@@ -84,11 +85,13 @@ def test_an_older_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     about.parent.mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     for version, missing in (
+        (OLDEST_UNSLOTH, "Triton finds no C compiler or no Python.h"),
         (OLDEST_UNSLOTH, None),
         ("2027.1.1", None),
         ("2026.2.10", "Unsloth 2026.2.10 is older than"),
     ):
         about.write_text(f"Metadata-Version: 2.1\nName: unsloth\nVersion: {version}\n")
+        monkeypatch.setattr(backends, "compiles", lambda missing=missing: not (missing or "").startswith("Triton"))
         told = unsloth_missing(gpu)
         assert told is None if missing is None else (told or "").startswith(missing)
     assert choose_backend("auto", gpu)[0] == "transformers"

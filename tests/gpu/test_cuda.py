@@ -395,6 +395,26 @@ def test_memory_refused_while_a_step_is_recorded(
         assert torch.equal(logits(), wanted)
 
 
+def test_memory_refused_when_a_recorded_step_becomes_a_graph(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the driver, as on a full card. torch has ended the recording by then, and is still on its stream."""
+    model = load(tiny_folder("llama"), "transformers")
+    end = torch.cuda.CUDAGraph.capture_end
+
+    def refused(graph: torch.cuda.CUDAGraph) -> None:
+        end(graph)
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    with torch.inference_mode(), model.decoding():
+        decoder, before = Decoder(model, KVCache(slots=2, device=CUDA)), torch.cuda.current_stream()
+        decoder.step([5, 6])
+        with monkeypatch.context() as patch, pytest.raises(OutOfMemory), refusals_told():
+            patch.setattr(torch.cuda.CUDAGraph, "capture_end", refused)
+            decoder.step([5, 6])
+        assert torch.cuda.current_stream() == before
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_refused_work_leaves_nothing_to_the_next(backend: BackendName, tiny_folder: Callable[[str], Path]) -> None:
     model = load(tiny_folder("llama"), backend)
