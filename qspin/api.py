@@ -14,6 +14,7 @@ What can't be done is a `QspinError`, whose text is the line that the command sh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -126,6 +127,8 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
 
     run_dir = RunDir(Path(path))
     run_dir.check_run()
+    if not rates or not all(0 < rate < 1 for rate in rates):
+        raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
     _quiet_libraries()
     prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
     if progress is None:
@@ -192,6 +195,8 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
     from qspin import machine, plan_rows
     from qspin import plan as planner
 
+    if vram is not None and not 1 <= vram < math.inf:  # NaN is neither
+        raise QspinError(f"vram={vram:g}: name the GiB of a card, at least 1")
     planner.shape_of(config)  # before anything that takes time
     if read_rows and config.data.source is not None:
         _quiet_libraries()
@@ -218,6 +223,8 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     target = run_dir.path / "report.html" if out is None else Path(out)
     if target.is_dir():
         raise QspinError(f"--out: {target} is a folder; name a file")
+    if target.suffix not in {".html", ".htm"}:  # no slip of the keys writes over a run's record, or somebody's rows
+        raise QspinError(f"--out: {target} must end in .html")
     config = recorded_config(run_dir)
     _quiet_libraries()
     text = page(run_dir, config, heldout_prompts(run_dir, config, say))

@@ -18,7 +18,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 
 from qspin import report
 from qspin.config import RunConfig
-from qspin.files import read_json, read_jsonl
+from qspin.files import read_jsonl
 from qspin.markdown import code, count, document, fenced, numbers, one_line, plain, table
 from qspin.recipe import CONFIG, TEMPLATE, base_id, command, hub_source, recorded_config
 from qspin.run_dir import RunDir
@@ -67,7 +67,7 @@ def model_card(
 
     `merge_check` is the merge's own record (merge-check.json), for merged weights.
     """
-    record, config = read_json(run_dir.record), recorded_config(run_dir)
+    record, config = run_dir.read_record(), recorded_config(run_dir)
     base = base_id(record)
     source = hub_source(config.data.source)
     data = ModelCardData(
@@ -108,7 +108,7 @@ def dataset_card(
         identical: how many of each were left out, since the opponent's completion was the real one.
         example: a pair to show.
     """
-    record, config = read_json(run_dir.record), recorded_config(run_dir)
+    record, config = run_dir.read_record(), recorded_config(run_dir)
     data = DatasetCardData(
         task_categories=["text-generation"],
         tags=["preference", "dpo", "trl", "spin", "self-play", "qspin"],

@@ -248,10 +248,7 @@ def baseline(
     heed_stops(GOES_ON)
     from qspin import api
 
-    rates = lr or [api.results(folder).config.sft.lr]
-    if not all(0 < rate < 1 for rate in rates):
-        raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
-    api.baseline(folder, rates)
+    api.baseline(folder, lr or [api.results(folder).config.sft.lr])
 
 
 @app.command()

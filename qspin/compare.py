@@ -22,7 +22,7 @@ from torch import Tensor
 from qspin.adapters import load_adapter
 from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.files import ADAPTER_WEIGHTS, check_folder, read_json, sha256_of
+from qspin.files import ADAPTER_WEIGHTS, check_folder, sha256_of
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
 from qspin.packing import pack_row
@@ -118,7 +118,7 @@ class Trained:
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        found: dict[str, Any] = read_json(self.run_dir.record)
+        found: dict[str, Any] = self.run_dir.read_record()
         return found
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,12 @@ PATHS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data
 # What is known of the model that a preset or file names, and holds for no other. A chat template may be right for
 # another as well, as one for base models is; `prepare` notes that it is used.
 OF_ONE_MODEL = ("revision", "package", "license", "gated", "architecture")
+
+# What a preset says of the rows that it names, and holds for no others.
+OF_ONE_SOURCE = {
+    "data": ("heldout_source", "split", "config", "format", "columns", "turns", "limit"),
+    "evaluation": ("style",),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,17 +104,21 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
     Args:
         groups: names of groups of settings; where one holds nothing, all of its lines are comments.
 
-    Where another `model.id` is named than below, what was known of that model is left out (`OF_ONE_MODEL`).
+    Where another `model.id` is named than below, what was known of that model is left out (`OF_ONE_MODEL`); where
+    another `data.source` than a preset's, what the presets say of that (`OF_ONE_SOURCE`).
 
     Raises:
         QspinError: an override reaches into what is no group.
     """
     tree: dict[str, Any] = {}
+    other_rows = _names_other_rows(layers, overrides.get("data.source"))
     for layer in reversed(layers):
         model = layer.tree.get("model")
         if isinstance(model, dict):
             _forget_other_model(tree, model.get("id"))
         said = {key: value for key, value in layer.tree.items() if value is not None or key not in groups}
+        if other_rows and _is_preset(layer):
+            said = _without_rows(said)
         tree = _merge(tree, said)
     _forget_other_model(tree, overrides.get("model.id"))
     for key, value in overrides.items():
@@ -151,6 +161,28 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         value = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
             section[name] = str(folder / value)
+
+
+def _is_preset(layer: Layer) -> bool:
+    return layer.path.parent == presets_dir()
+
+
+def _names_other_rows(layers: Sequence[Layer], named: Any) -> bool:
+    """Whether the rows are others than those of the presets; `named`: by what is over all layers."""
+
+    def first(layers: Iterable[Layer]) -> Any:
+        data = (layer.tree.get("data") for layer in layers)
+        return next((source for part in data if isinstance(part, dict) and (source := part.get("source"))), None)
+
+    of_presets = first(layer for layer in layers if _is_preset(layer))
+    return of_presets is not None and (named or first(layers)) != of_presets
+
+
+def _without_rows(tree: dict[str, Any]) -> dict[str, Any]:
+    def left(part: Any, names: Sequence[str]) -> Any:
+        return {key: value for key, value in part.items() if key not in names} if isinstance(part, dict) else part
+
+    return {key: left(part, OF_ONE_SOURCE.get(key, ())) for key, part in tree.items()}
 
 
 def _forget_other_model(tree: dict[str, Any], named: Any) -> None:

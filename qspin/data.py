@@ -221,7 +221,8 @@ def _on_unread(source: str, unread: Counter[str]) -> Iterator[str]:
     if unread:
         found = ", ".join(f"{short(name)} ({count} rows)" for name, count in unread.most_common(_SHOWN))
         found += f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
-        yield f"{source}: not read of its rows: {found}; what belongs to a prompt has to stand in its text"
+        advice = "; a system text is read where data.columns names all columns" if "system" in unread else ""
+        yield f"{source}: not read of its rows: {found}; what belongs to a prompt has to stand in its text{advice}"
 
 
 def _on_ids(source: str, repeated: Sequence[tuple[Place, str]]) -> Iterator[str]:
@@ -289,6 +290,10 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
                 f"{' and '.join(missing) or f'data.format is {format}'}: data.columns names a prompt and a completion "
                 "column, with data.format auto or columns"
             )
+        if columns["prompt"] == columns["completion"]:
+            raise QspinError(
+                f"data.columns: prompt and completion are both {columns['prompt']!r}; name the column of each"
+            )
         candidates = [pair("columns", columns["prompt"], columns["completion"], columns.get("system"))]
     else:
         candidates = [shape for shape in FORMATS if format in {"auto", shape.name}]
@@ -302,11 +307,6 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
     objects = [row for _, row in sample if isinstance(row, dict)]
     if objects and misfits(best)[1] == len(objects):
         names = list(islice(dict.fromkeys(chain.from_iterable(objects)), 20))
-        if len(names) == 1 and re.search("[;\t|]", names[0]):
-            raise QspinError(
-                f"{source}: its only column is {short(names[0])}, so its fields seem to be divided by semicolons, tabs "
-                "or bars; save it with commas"
-            )
         found = ", ".join(map(short, names))
         wanted = "a known format" if len(candidates) > 1 else f"format {best.name}"
         needed = "; ".join(f"{shape.name} ({', '.join(shape.keys)})" for shape in candidates)

@@ -17,7 +17,7 @@ from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
 from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
-from qspin.files import full_disk_told, read_json
+from qspin.files import full_disk_told
 from qspin.memory import OutOfMemory, keep_freed_memory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
@@ -157,7 +157,7 @@ def _backend(config: RunConfig, run_dir: RunDir, device: torch.device, progress:
     asked = config.model.backend
 
     def choose() -> BackendName:
-        began = "base_hash" in read_json(run_dir.record)  # before runs told: there was one backend
+        began = "base_hash" in run_dir.read_record()  # before runs told: there was one backend
         return "transformers" if began else choose_backend(asked, device)[0]
 
     backend: BackendName = remembered(run_dir, "backend", choose)

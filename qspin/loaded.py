@@ -172,6 +172,8 @@ class Loaded:
         return [reply.text for reply in self.reply(conversations, **settings)]
 
     def _prompt(self, conversation: Sequence[Message], new: int) -> tuple[int, ...]:
+        if not all(isinstance(turn, Message) for turn in conversation):
+            raise QspinError("reply takes conversations, lists of qspin.records.Message; generate takes texts")
         ids = self.speech.renderer.prompt_ids(conversation)
         if len(ids) + new > self.speech.context:
             raise QspinError(

@@ -21,7 +21,7 @@ from qspin import plots
 from qspin.config import RunConfig, dump_config
 from qspin.errors import QspinError
 from qspin.evaluation import panel, real_panel
-from qspin.files import read_json, read_jsonl
+from qspin.files import read_jsonl
 from qspin.players import Player, kept, players
 from qspin.report import BENCHMARKS, GIB, HELD, MAIN, PHASES, measured_on, played, sentences, tables
 from qspin.run_dir import RunDir
@@ -58,7 +58,7 @@ def page(run_dir: RunDir, config: RunConfig, prompts: Sequence[str] | None) -> s
     Raises:
         QspinError: nobody was measured yet.
     """
-    record = read_json(run_dir.record)
+    record = run_dir.read_record()
     measured = players(run_dir, config)
     if not measured:
         raise QspinError(f"{run_dir.path}: nobody has been measured yet; the command that began the run goes on")

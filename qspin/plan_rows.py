@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qspin.config import DataConfig, RunConfig
 from qspin.errors import QspinError
 
-ASSUMED_ROWS = 1000
+ASSUMED_ROWS, MOST_ROWS = 1000, 1_000_000
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 128, 256  # tokens of a row, where no data are given
 CHARACTERS = 4  # a token, in English, where there is no tokenizer to ask
 
@@ -37,6 +37,8 @@ class Rows:
 
 def assumed_rows(count: int, unread: str | None = None) -> Rows:
     """Rows of typical lengths, for plans without data, or at once, with data `unread`."""
+    if count > MOST_ROWS:
+        raise QspinError(f"data.limit, --rows: {count} rows are more than a plan is made for ({MOST_ROWS})")
     why = "no data given" if unread is None else f"{unread} is not read unless --data names it"
     source = (
         f"{why}: {count} rows assumed, of {ASSUMED_PROMPT} tokens of prompt and {ASSUMED_COMPLETION} of "

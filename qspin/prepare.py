@@ -147,7 +147,8 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
     data = load_rows(config, source, settings.limit)
-    notes = [f"{source}: {len(data.records)} good rows of {data.rows}, format {data.format}", *data.notes]
+    of = f"the first {data.rows}, as data.limit says" if len(data.records) == settings.limit else f"{data.rows}"
+    notes = [f"{source}: {len(data.records)} good rows of {of}, format {data.format}", *data.notes]
     notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
         train_records, heldout_records = split_heldout(source, data.records, settings.heldout_rows, config.seed)
@@ -157,7 +158,8 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         fingerprint = data.fingerprint
     else:
         other = load_rows(config, settings.heldout_source, settings.heldout_rows)
-        notes += [*other.notes, *_on_control_tokens(settings.heldout_source, renderer, other.records)]
+        notes += [f"{settings.heldout_source}: held-out rows, read from there", *other.notes]
+        notes += [*_on_control_tokens(settings.heldout_source, renderer, other.records)]
         train_records = data.records
         heldout_records, overlap = remove_overlap(other.records, train_records)
         if overlap:

@@ -105,7 +105,7 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str 
             f"OWNER/NAME: {_short(repo)} is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' "
             "or '.'"
         )
-    config, record = recorded_config(run_dir), read_json(run_dir.record)
+    config, record = recorded_config(run_dir), run_dir.read_record()
     index = chosen_iteration(run_dir, iteration)
     folder = _folder(run_dir, f"{content}-{index}")
     if content == "dataset":

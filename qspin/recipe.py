@@ -17,7 +17,6 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from qspin.config import RunConfig, changed_results, load_config
 from qspin.errors import QspinError
-from qspin.files import read_json
 from qspin.run_dir import RunDir
 from qspin.sources import READERS
 
@@ -33,7 +32,7 @@ def recorded_config(run_dir: RunDir) -> RunConfig:
     if not run_dir.record.is_file():
         raise QspinError(f"{run_dir.path} holds no run (no {run_dir.record.name}); name the --out of a qspin run")
     config = load_config(run_dir.config)
-    changes = changed_results(load_config(None, read_json(run_dir.record)["config"]), config)
+    changes = changed_results(load_config(None, run_dir.read_record()["config"]), config)
     if changes:
         keys = ", ".join(key for key, _, _ in changes)
         raise QspinError(f"{run_dir.config}: changed since the run was made ({keys}); put the old values back")

@@ -17,7 +17,7 @@ from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
-from qspin.files import read_json, write_json, write_text
+from qspin.files import write_json, write_text
 from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
@@ -31,7 +31,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safe
 def template_date(run_dir: RunDir) -> datetime.date:
     """The date that this run tells its template: today for a new run, then always the same."""
     if run_dir.record.is_file():
-        return datetime.date.fromisoformat(_read(run_dir)["template_date"])
+        return datetime.date.fromisoformat(run_dir.read_record()["template_date"])
     return datetime.date.today()
 
 
@@ -59,7 +59,7 @@ def commit_of(run_dir: RunDir, config: RunConfig) -> str | None:
     """The commit that the run's base was at when it began, where it is a hub id: its branch may have moved since."""
     if not run_dir.record.is_file():
         return None
-    record = _read(run_dir)
+    record = run_dir.read_record()
     model = record["config"]["model"]
     asked_alike = (model["id"], model["revision"]) == (config.model.id, config.model.revision)
     commit: str | None = record["base"].get("commit") if asked_alike else None
@@ -73,7 +73,7 @@ def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
         QspinError: it can't be had, or is another.
     """
     speech = find_speech(config, template_date(run_dir), commit_of(run_dir, config))
-    record = _read(run_dir)
+    record = run_dir.read_record()
     was, found = (next(kind for kind in ORIGINS if kind in origin) for origin in (record["base"], speech.base.origin))
     if was != found:
         raise QspinError(
@@ -86,7 +86,7 @@ def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
 
 def check_input(run_dir: RunDir, name: str, found: str) -> None:
     """Raises a QspinError: a file that a setting names is another than when the run began, by its hash."""
-    if _read(run_dir)["inputs"][name] != found:
+    if run_dir.read_record()["inputs"][name] != found:
         raise QspinError(f"{name}: its content is not what {run_dir.path} began with; bring it back")
 
 
@@ -97,7 +97,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
         QspinError: settings that define the result, or the data, differ from the record.
     """
     if run_dir.record.is_file():
-        record = _read(run_dir)
+        record = run_dir.read_record()
         _refuse_changes(record, prepared, run_dir)
     else:
         record = _new_record(prepared)
@@ -110,7 +110,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
 
 def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:
     """What the record holds under a key; made and recorded when first asked for."""
-    record = _read(run_dir)
+    record = run_dir.read_record()
     if key not in record:
         record[key] = make()
         write_json(run_dir.record, record)
@@ -123,7 +123,7 @@ def load_recorded(run_dir: RunDir, base: Base, config: RunConfig, device: torch.
     Raises:
         QspinError: it can't be loaded, or does not fit into memory.
     """
-    record = _read(run_dir)
+    record = run_dir.read_record()
     torch.set_num_threads(record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
     backend = record.get("backend", "transformers")  # the only one when runs did not tell
     if unsloth_missing(device):  # another machine's kernels: the same within rounding
@@ -159,7 +159,7 @@ def check_base(run_dir: RunDir, model: SlotModel, say: Callable[[str], None]) ->
     Raises:
         QspinError: they are others, and nothing but the base can have changed.
     """
-    record = _read(run_dir)
+    record = run_dir.read_record()
     if "base_hash" not in record or model.base_hash() == record["base_hash"]:  # without: it never came to its base
         return
     told = f"the 4-bit weights of {model.base.name} are not those that {run_dir.path} began with"
@@ -181,7 +181,7 @@ def _quantised_by(model: SlotModel) -> str:
 
 def check_rows(run_dir: RunDir, prepared: Prepared) -> None:
     """Raises a QspinError: the data is not the run's, or reads otherwise, so its held-out rows are others."""
-    record = _read(run_dir)
+    record = run_dir.read_record()
     if record["data"]["fingerprint"] != prepared.fingerprint:
         raise QspinError(
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; bring the old "
@@ -200,14 +200,6 @@ def heldout_prompts(run_dir: RunDir, config: RunConfig, say: Callable[[str], Non
         say(f"without prompts, which are read from the data: {error}")
         return None
     return prepared.heldout_prompts
-
-
-def _read(run_dir: RunDir) -> dict[str, Any]:
-    advice = (
-        f"it says what the run is, so nothing can go on from it: put a copy of it back, or delete {run_dir.path} "
-        "(adapters in it can be used as they are)"
-    )
-    return read_json(run_dir.record, advice)
 
 
 def _new_record(prepared: Prepared) -> dict[str, Any]:
@@ -240,7 +232,7 @@ def _versions() -> dict[str, str]:
 
 def other_versions(run_dir: RunDir) -> str:
     """What computes here and is of another version than when the run began; empty if all are the same."""
-    began = _read(run_dir)["versions"]
+    began = run_dir.read_record()["versions"]
     return ", ".join(f"{name} {began[name]} -> {now}" for name, now in _versions().items() if began[name] != now)
 
 

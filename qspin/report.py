@@ -9,7 +9,7 @@ from qspin import mtbench_result
 from qspin.benchmarks import Score, SetUp, all_kept, gain, shown
 from qspin.config import RunConfig, at_iteration
 from qspin.evaluation import change, panel, real_panel
-from qspin.files import read_json, read_jsonl
+from qspin.files import read_jsonl
 from qspin.markdown import plain, table
 from qspin.panel import Figure
 from qspin.players import Player, best_rival, chosen, finished, kept, players, rivals
@@ -286,7 +286,7 @@ def played(measured: Sequence[Player], config: RunConfig) -> str:
 
 def summary(run_dir: RunDir, config: RunConfig) -> str:
     """SUMMARY.md."""
-    record = read_json(run_dir.record)
+    record = run_dir.read_record()
     data = record["data"]
     lines = [
         f"# {plain(record['base']['name'])}: {played(players(run_dir, config), config)} of self-play",

@@ -139,6 +139,18 @@ class RunDir:
     def record(self) -> Path:
         return self.path / "run.json"
 
+    def read_record(self) -> dict[str, Any]:
+        """What the run is, as record.py wrote it.
+
+        Raises:
+            QspinError: it is missing or damaged.
+        """
+        advice = (
+            f"it says what the run is, so nothing can go on from it: put a copy of it back, or delete {self.path} "
+            "(adapters in it can be used as they are)"
+        )
+        return read_json(self.record, advice)
+
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"

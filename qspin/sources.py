@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -212,6 +213,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             if fields and not header:
                 header = fields
                 _check_distinct(path, [name for name in header if name])
+                if len(header) == 1 and re.search("[;\t|]", header[0]):
+                    raise QspinError(
+                        f"{path}: its only column is {short(header[0])}, so its fields seem to be divided by "
+                        "semicolons, tabs or bars; save it with commas"
+                    )
             elif sum(map(len, fields)) > LONGEST:
                 yield Place(start), BadRow("long-line", f"has more than {LONGEST} characters")
             elif fields and len(fields) == len(header):

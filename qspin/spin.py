@@ -33,7 +33,10 @@ def play(game: Game) -> None:
         warm_start(game)
         measure(game, game.dir.warm_start, None, opponent=opponent)
         opponent = game.dir.warm_start
-    for iteration in range(game.config.iterations):
+    asked = game.config.iterations
+    if game.dir.iteration(asked).adapter.is_dir():
+        game.progress.note(f"more iterations than {asked} are here from before; they stay, and count")
+    for iteration in range(asked):
         if ends_before(game, iteration):  # the players are matched, or the last was a step back
             break
         folder = game.dir.iteration(iteration)

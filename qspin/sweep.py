@@ -102,7 +102,7 @@ def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     changed = {key for key, _, _ in changed_results(other.config, game.config)}
     if not all(key == "iterations" or key.startswith("train.") for key in changed):
         return False
-    ours, theirs = read_json(game.dir.record), read_json(source.record)
+    ours, theirs = game.dir.read_record(), source.read_record()
     alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
     return all(ours.get(key) == theirs.get(key) for key in alike)
 

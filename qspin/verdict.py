@@ -18,7 +18,7 @@ from qspin.players import Player, best, kept, loss_of
 Stop = Literal["matched", "worse"]
 
 RATED = {"nll": "NLL", "two_sample_auc": "two-sample AUC", "f1": "token F1"}
-FEW_PROMPTS = 30  # below, a percentile interval is narrower than it says, and nothing is decided by it
+FEW_PROMPTS = 30  # below, a percentile interval is narrower than it says, and no run stops by it
 MATCHED = 0.05  # an AUC's interval that shows a match is at most this to either side
 # Rules of thumb, not measured: nats a token from the opponent that a step is called large or small by, how far from
 # 0.5 a two-sample AUC is plain to see, and what share of the real length is short.
@@ -30,7 +30,7 @@ def stop(measured: Sequence[Player], config: RunConfig) -> Stop | None:
 
     matched: the reward's AUC and the two-sample AUC hold 0.5 in narrow intervals, which is where SPIN ends (theorem
     5.2 of arXiv 2401.01335). worse: the last player is worse than the best before it in some figure of RATED beyond
-    noise, and better in none. Fewer prompts than FEW_PROMPTS decide nothing.
+    noise, and better in none. Fewer prompts than FEW_PROMPTS stop no run.
     """
     *earlier, last = measured
     few = len(last.evaluation.prompts_of("choose")) < FEW_PROMPTS
@@ -127,18 +127,18 @@ def _causes(
             f"(AUC {reward.told()}), and so does a classifier with its own (AUC {sample.told()}). These rows have "
             "nothing left to teach."
         )
-    elif reward.holds(0.5) and abs(sample.value - 0.5) > PLAIN and not sample.holds(0.5):
-        yield (
-            f"It learned nothing that holds on other rows: the reward's AUC is {reward.told()}, no better than "
-            f"chance, while a classifier still tells its completions from the real ones (AUC {sample.told()}). "
-            "Raise train.lr, lora.rank or train.epochs."
-        )
     elif worse and not better:
         step = f"{_margin(last, figures, config)}it went {kl.value:.2g} nats a token"
         if kl.value >= LARGE_STEP:
             yield f"The step was too large: {step} (KL) from {before.told}. Lower train.lr, or raise train.beta."
         else:
             yield f"It got worse: {step} (KL) from {before.told}, which is no large step."
+    elif reward.holds(0.5) and abs(sample.value - 0.5) > PLAIN and not sample.holds(0.5):
+        yield (
+            f"It learned nothing that holds on other rows: the reward's AUC is {reward.told()}, no better than "
+            f"chance, while a classifier still tells its completions from the real ones (AUC {sample.told()}). "
+            "Raise train.lr, lora.rank or train.epochs."
+        )
     elif not better and not worse and kl.value < SMALL_STEP:
         yield (
             f"Slow convergence: it can tell real completions from its opponent's (AUC {reward.told()}), but went only "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import small_run
+from conftest import Notes, small_run
 
 import qspin
 from qspin import api
@@ -49,6 +49,15 @@ def test_it_goes_on_where_it_stopped_and_shows_it(
     qspin.run(config, results.path)
     shown = capsys.readouterr().out
     assert "2-sample AUC" in shown and "iteration 0 (1 of 2) · generate" not in shown
+
+
+def test_fewer_iterations_than_were_played_are_said_to_stay(
+    results: qspin.Results, config: qspin.RunConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(results.path, tmp_path / "run")
+    fewer, notes = config.model_copy(update={"iterations": 1}), Notes()
+    assert list(qspin.run(fewer, tmp_path / "run", progress=notes).figures) == ["base", "0", "1"]
+    assert notes.notes[-1] == "more iterations than 1 are here from before; they stay, and count"
 
 
 def test_its_players_answer(results: qspin.Results) -> None:

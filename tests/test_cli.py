@@ -32,12 +32,15 @@ from conftest import CHATML, HOUSE_STYLE, ROOT
 from rich.cells import cell_len
 
 import qspin
+from qspin import api
 from qspin import run_dir as run_dir_module
 from qspin.cli import main
 from qspin.config import dump_config, load_config
+from qspin.errors import QspinError
 from qspin.evaluation import panel, read_evaluation, values
 from qspin.files import check_folder, read_json, read_jsonl, sha256_of, write_json
 from qspin.players import chosen_iteration
+from qspin.progress import Silent
 from qspin.run_dir import RunDir
 
 ANSI = "\x1b["
@@ -839,6 +842,8 @@ def test_settings_of_another_version_are_told_from_changed_ones(played: Played, 
 @pytest.mark.parametrize("rate", ["0", "1", "-1e-4", "nan"])
 def test_a_rate_that_is_none_is_refused_before_the_baseline_is_trained(played: Played, rate: str) -> None:
     before = contents(played.out)
+    with pytest.raises(QspinError, match="--lr: a learning rate is between 0 and 1"):
+        api.baseline(played.out, [1e-4, float(rate)], progress=Silent())
     answer = call("baseline", played.out, "--lr", "1e-4", "--lr", rate)
     assert (answer.code, answer.out) == (1, "")
     assert answer.err == "error: --lr: a learning rate is between 0 and 1, as 1e-4\n"

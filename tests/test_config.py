@@ -259,6 +259,38 @@ def test_what_is_said_with_a_model_is_of_that_model(known: Path, write: Callable
     assert load_config(nameless, {"model.id": "c/d"}).model.revision == "main"
 
 
+# --- other rows ---
+
+
+def rows_of(config: RunConfig) -> tuple[Any, ...]:
+    data = config.data
+    return data.heldout_source, data.limit, data.turns, data.split, config.evaluation.style
+
+
+def test_what_a_preset_says_of_its_rows_goes_when_others_are_named(write: Callable[[str, str], Path]) -> None:
+    for preset in ("quickstart", "paper-qlora"):
+        named = write("named.yaml", f"preset: {preset}\ndata: {{source: mine.jsonl}}\n")
+        built_on = write("built_on.yaml", "preset: named.yaml\nseed: 3\n")
+        for config in (load_config(preset, {"data.source": "mine.jsonl"}), load_config(named), load_config(built_on)):
+            assert config.data.source == "mine.jsonl"
+            assert rows_of(config) == rows_of(RunConfig())
+            assert config.data.max_completion_tokens == load_config(preset).data.max_completion_tokens
+
+
+def test_what_is_said_of_other_rows_is_of_those(write: Callable[[str, str], Path]) -> None:
+    named = write("named.yaml", "preset: quickstart\ndata: {source: mine.jsonl, limit: 5}\nevaluation: {style: x}\n")
+    assert rows_of(load_config(named)) == (None, 5, "last", "train", "x")
+    assert rows_of(load_config(named, {"data.source": "yours.jsonl"})) == (None, 5, "last", "train", "x")
+    assert load_config("quickstart", {"data.limit": 5, "data.source": "mine.jsonl"}).data.limit == 5
+
+
+def test_what_a_preset_says_of_its_rows_stays_with_them(write: Callable[[str, str], Path]) -> None:
+    quickstart = load_config("quickstart")
+    assert None not in rows_of(quickstart)
+    assert load_config("quickstart", {"data.source": quickstart.data.source}) == quickstart
+    assert load_config(write("child.yaml", "preset: quickstart\n")) == quickstart
+
+
 # --- overrides ---
 
 

@@ -23,6 +23,7 @@ from qspin.errors import QspinError
 from qspin.files import write_json
 from qspin.prepare import Prepared, prepare
 from qspin.progress import Silent
+from qspin.recipe import recorded_config
 from qspin.record import template_date
 from qspin.run_dir import RunDir
 
@@ -249,12 +250,14 @@ def test_a_damaged_record_says_that_nothing_goes_on_from_it(prepared: Prepared, 
     shutil.copytree(finished, out)
     text = (out / "run.json").read_text()
     (out / "run.json").write_text(text.replace('"threads": 1', '"threads": 2'))
-    with pytest.raises(QspinError) as caught:
-        spin.run(prepared, out, Silent())
-    assert str(caught.value) == (
-        f"{out / 'run.json'}: damaged or unreadable (it is not as it was written); it says what the run is, so nothing "
-        f"can go on from it: put a copy of it back, or delete {out} (adapters in it can be used as they are)"
-    )
+    for work in (lambda: spin.run(prepared, out, Silent()), lambda: recorded_config(RunDir(out))):
+        with pytest.raises(QspinError) as caught:
+            work()
+        assert str(caught.value) == (
+            f"{out / 'run.json'}: damaged or unreadable (it is not as it was written); it says what the run is, so "
+            "nothing can go on from it: put a copy of it back, or delete "
+            f"{out} (adapters in it can be used as they are)"
+        )
 
 
 def test_what_is_written_anew_at_each_start_is_never_relied_on(

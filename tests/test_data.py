@@ -257,9 +257,18 @@ def test_no_format_fits(tmp_path: Path) -> None:
             load(path, **options)
 
 
-def test_semicolons_in_place_of_commas(tmp_path: Path) -> None:
+def test_one_column_is_not_both(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, {"ask": "Hi", "tell": "Hello."})
+    with pytest.raises(
+        QspinError, match=r"^data\.columns: prompt and completion are both 'ask'; name the column of each"
+    ):
+        load(path, columns={"prompt": "ask", "completion": "ask"})
+
+
+@pytest.mark.parametrize("rows", ["Hi;Hello.\nBye;Goodbye.\n", "Hi, you;Hello.\nBye, then;Goodbye.\n"])
+def test_semicolons_in_place_of_commas(rows: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("prompt;completion\nHi;Hello.\nBye;Goodbye.\n")
+    path.write_text(f"prompt;completion\n{rows}")
     with pytest.raises(QspinError) as caught:
         load(path)
     assert str(caught.value) == (
@@ -1062,6 +1071,7 @@ def test_what_is_not_read_is_told(row: dict[str, Any], unread: str, tmp_path: Pa
     path = write_jsonl(tmp_path, row, {"question": "no such format", "extra": "of a row that is left out"})
     told = ", ".join(f"{name!r} (1 rows)" for name in unread.split(", "))
     note = f"{path}: not read of its rows: {told}; what belongs to a prompt has to stand in its text"
+    note += "; a system text is read where data.columns names all columns" if "system" in unread else ""
     assert load(path).notes == ((note,) if unread else ())
 
 

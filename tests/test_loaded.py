@@ -243,3 +243,8 @@ def test_a_conversation_beyond_the_context(loaded: Loaded) -> None:
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(QspinError, match="not the folder of a run"):
         Loaded.open(RunDir(tmp_path))
+
+
+def test_a_reply_is_to_messages(loaded: Loaded) -> None:
+    with pytest.raises(QspinError, match="reply takes conversations, lists of"):
+        loaded.reply(["Hi"])  # type: ignore[list-item]

@@ -162,6 +162,9 @@ def test_the_command(run: RunDir, tmp_path: Path) -> None:
     assert call("report", run.path, "--out", tmp_path / "mine.html").code == 0
     assert (tmp_path / "mine.html").is_file()
     assert refusal("report", run.path, "--out", tmp_path) == f"--out: {tmp_path} is a folder; name a file"
+    record = run.record.read_bytes()
+    assert refusal("report", run.path, "--out", run.record) == f"--out: {run.record} must end in .html"
+    assert run.record.read_bytes() == record
     (tmp_path / "file").touch()
     told = refusal("report", run.path, "--out", tmp_path / "file" / "x.html")
     assert told == f"--out: {tmp_path / 'file' / 'x.html'} can't be written: File exists"

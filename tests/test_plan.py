@@ -21,7 +21,7 @@ from conftest import HOUSE_STYLE, ROOT
 from harness import in_fresh_process
 from test_cli import call
 
-from qspin import budget, footprint
+from qspin import api, budget, footprint
 from qspin.at_once import A_PASS
 from qspin.attention import Lengths
 from qspin.base import find_base
@@ -405,3 +405,12 @@ def tensors_held(model: SlotModel) -> list[torch.Tensor]:
         tensor for state in states for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)
     ]
     return found + [constants.absmax for layers in model._layers for _, constants, _ in layers.packed]
+
+
+def test_what_no_plan_is_made_for() -> None:
+    answer = call("plan", "quickstart", "--vram", "12", "--rows", 10**12)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err.startswith("error: data.limit, --rows: 1000000000000 rows are more than a plan is made for")
+    for gigabytes in (float("nan"), float("inf"), -1.0, 0.5):
+        with pytest.raises(QspinError, match=r"^vram=.*: name the GiB of a card, at least 1$"):
+            api.plan(load_config("quickstart"), vram=gigabytes)

@@ -156,6 +156,14 @@ def test_wide_intervals_that_hold_a_half_are_no_match() -> None:
     assert "matched" not in said(base, player)
 
 
+def test_a_player_that_got_worse_is_not_told_to_learn_more() -> None:
+    """Blown up by its rate: no answer is likely, real or not, and the reward tells them no better apart."""
+    blown = after(BASE, real_gain=-60, generated_gain=-60, completions=texts(128, 5, words=ANIMALS))
+    text = said(BASE, blown)
+    assert "The step was too large" in text
+    assert "Raise train.lr" not in text
+
+
 def test_few_rows_decide_nothing_and_are_called_few() -> None:
     base = made(24, completions=texts(24, 1, words=MIXED))
     worse = after(base, real_gain=-9, generated_gain=-9, completions=texts(24, 5, words=ANIMALS))
