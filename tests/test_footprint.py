@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,6 +58,15 @@ def test_an_embedding_table_is_put_aside_where_there_is_little_room() -> None:
     assert small.set_aside(-1) == 0  # it does not load
     assert tiny(device="cuda", itemsize=2).set_aside(0) == 0  # the head needs it
     assert tiny(tied_embeddings=False).set_aside(0) == 0  # it is there already
+
+
+def test_a_gpu_without_the_flash_kernel_attends_as_a_cpu_does() -> None:
+    def kept(device: footprint.Device, **flash: bool) -> int:
+        return replace(tiny(device=device, itemsize=2), **flash).kept(Batch.of(GROUPS, PREFIX))
+
+    assert kept("cuda", flash=False) == kept("cpu")
+    scores = 2 * 3 * 4 * Batch.of(GROUPS, PREFIX).scores  # bytes, layers, heads
+    assert kept("cuda", flash=False) - kept("cuda") > scores - 4 * 3 * 4 * Batch.of(GROUPS, PREFIX).tokens
 
 
 def test_adapters_by_hand() -> None:
