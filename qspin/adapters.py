@@ -95,6 +95,12 @@ def check_config(folder: Path, base: str, lora: LoraConfig) -> None:
                 f"model.init_adapter: {path}: {key} is {_short(config.get(key))}, {setting} is {ours:g}; set "
                 f"{setting} to the adapter's"
             )
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and isinstance(lora.targets, list) and set(targets) != set(lora.targets):
+        raise QspinError(
+            f"model.init_adapter: {path}: target_modules are {_short(sorted(targets, key=str))}, lora.targets are "
+            f"{sorted(lora.targets)}; set lora.targets to the adapter's"
+        )
     named = config.get("base_model_name_or_path")
     if named and (not isinstance(named, str) or _last(named) != _last(base)):
         raise QspinError(

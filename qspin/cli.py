@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
 from qspin.progress import TrackerName
 from qspin.safe_text import redacted, show_traceback, visible
-from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped
+from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped, leave_unheard
 from qspin.workers import launch, rank
 
 if TYPE_CHECKING:
@@ -308,14 +309,26 @@ def main() -> None:
 
         help_out()
     try:
-        with launch():
-            app()
+        _run_app()
     except QspinError as error:
         _fail(f"error: {error}", 1)
     except SystemExit as stop:
         if stop.code in CODES:
             leave_stopped(int(stop.code))
         raise
+
+
+def _run_app() -> None:
+    try:
+        with launch():
+            app()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        leave_unheard(sys.stdout)
+        raise QspinError(
+            "the disk is full where the output, temporary files or caches are written; free some space"
+        ) from None
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -42,7 +42,7 @@ MOST_NLL, MOST_ELSEWHERE = 0.05, 0.1  # a drift beyond is told aloud: nats a tok
 WARNING = (
     "WARNING: the exported model is another than the trained one, better or worse: the figures differ by more than "
     f"rounding. Compare the completions in {CHECK} before you use it; merged-16bit --onto dequantised --dtype float32 "
-    "is the trained model exactly."
+    "is the trained model, but for the run's own rounding."
 )
 
 

@@ -91,6 +91,8 @@ def _check_options(to: Target, onto: Onto, dtype: str | None) -> None:
         raise QspinError(f"--to: there is no {to!r}; there are {', '.join(DTYPES)}")
     if onto not in get_args(Onto):
         raise QspinError(f"--onto: there is no {onto!r}; there are {' and '.join(get_args(Onto))}")
+    if to == "adapter" and onto != "original":
+        raise QspinError("--onto: an adapter is merged into nothing; leave it out")
     if dtype is not None and dtype not in DTYPES[to]:
         raise QspinError(f"--dtype: {to} is not written in {dtype!r}; it takes {', '.join(DTYPES[to]) or 'none'}")
 

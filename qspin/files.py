@@ -193,10 +193,12 @@ def full_disk_told(path: Path, need: int | None = None) -> Iterator[None]:
         # safetensors tells the system's number in words only
         if number not in _FULL and not any(f"os error {code}" in str(error) for code in _FULL):
             raise
-        wanted = "" if need is None else f"{need:,} bytes are to be written there and "
         free = shutil.disk_usage(existing(path)).free
+        wanted = "" if need is None else f"{need:,} bytes are to be written there and "
+        elsewhere = ", there or where the output and caches are" if need is None and free > _SOME else ""
         raise QspinError(
-            f"{path}: the disk is full: {wanted}{free:,} are free; free some space, and the same command goes on"
+            f"{path}: the disk is full: {wanted}{free:,} are free; free some space{elsewhere}, and the same command "
+            "goes on"
         ) from None
 
 
@@ -207,6 +209,7 @@ def sha256_of(path: Path) -> str:
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_SOME = 1 << 20  # bytes: of a disk with more it may be another one that is full
 _SUFFIX = ".partial"
 
 

@@ -16,10 +16,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
-STOPPED = "stopped"
-GOES_ON = f"{STOPPED}; the same command goes on from the last finished piece"
+STOPPED, ON = "stopped", "the same command goes on from the last finished piece"
+GOES_ON = f"{STOPPED}; {ON}"
 CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 _SHOW_CURSOR, _STDERR = "\x1b[?25h", 2
@@ -75,6 +75,22 @@ def leave_stopped(code: int) -> NoReturn:
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def stopped_where_nobody_reads(stream: TextIO) -> Iterator[None]:
+    """Where the output can't be written, its reader gone or its disk full, stop as if asked to, so that all is kept."""
+    try:
+        yield
+    except OSError as error:
+        leave_unheard(stream)
+        why = f"{STOPPED}, the output can't be written ({error.strerror})"
+        raise SystemExit(f"{why}; {ON}") from None
+
+
+def leave_unheard(stream: TextIO) -> None:
+    """Let what is still to be written to such a stream go nowhere, or Python would complain as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _stop(number: int) -> None:

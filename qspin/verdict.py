@@ -180,6 +180,8 @@ def _moved(before: Evaluation, after: Evaluation, half: Half, seed: int) -> tupl
     """
     better: dict[str, Figure] = {}
     worse: dict[str, Figure] = {}
+    if len(before.prompts_of(half)) == 1:  # every draw of it is the same, and no interval has a width
+        return better, worse
     for name in RATED:
         found = change(before, after, name, half, seed=seed, confidence=1 - 0.05 / len(RATED))
         if not found.holds(0):

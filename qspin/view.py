@@ -23,6 +23,7 @@ from qspin.meter import Meter, Status
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 from qspin.status import Standing
+from qspin.stopping import stopped_where_nobody_reads
 
 if TYPE_CHECKING:  # they import torch, which `qspin status` does without
     from qspin.chat import PieceKind
@@ -177,14 +178,14 @@ class JsonView:
         status = self.meter.status()
         assert status is not None
         value = asdict(status)
-        del value["prompt"], value["completion"]  # told once, as a sample
-        del value["baseline"]  # which is not told of in JSON
+        del value["prompt"], value["completion"], value["baseline"]  # told once, as a sample; not told of in JSON
         self._said = self._clock()
         self._say(event, **value)
 
     def _say(self, event: str, **value: object) -> None:
-        self.stream.write(json.dumps({"event": event, "time": self._clock(), **value}) + "\n")
-        self.stream.flush()
+        with stopped_where_nobody_reads(self.stream):
+            self.stream.write(json.dumps({"event": event, "time": self._clock(), **value}) + "\n")
+            self.stream.flush()
 
 
 class _Panel:

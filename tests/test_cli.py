@@ -1006,3 +1006,12 @@ def test_a_run_that_is_stopped_says_how_to_go_on(sent: signal.Signals, tiny: Pat
     _, err = command.communicate(timeout=60)
     assert err == "stopped; the same command goes on from the last finished piece\n"
     assert command.returncode == 128 + sent
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_on_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "qspin.cli", "presets"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    said = "error: the disk is full where the output, temporary files or caches are written; free some space\n"
+    assert (done.returncode, done.stderr) == (1, said)

@@ -157,7 +157,7 @@ def cut_off(victim: Victim, expected: dict[str, bytes], out: Path, mode: str, ev
 
 FULL = re.compile(
     r"/.*: the disk is full: ([\d,]+ bytes are to be written there and )?[\d,]+ are free; "
-    r"free some space, and the same command goes on"
+    r"free some space(, there or where the output and caches are)?, and the same command goes on"
 )
 
 

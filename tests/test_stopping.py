@@ -195,6 +195,23 @@ def undisturbed(command: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return (RunDir(out).iteration(0).adapter / "adapter_model.safetensors").read_bytes()
 
 
+def test_a_run_whose_reader_is_gone_keeps_its_steps(command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(*command, "--json", "--out", str(out))
+    assert process.stdout is not None and process.stderr is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event.get("phase") == "train" and event["figures"].get("step", 0) >= 3:
+            break
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1
+    said = "stopped, the output can't be written (Broken pipe); the same command goes on from the last finished piece"
+    assert err.splitlines()[-1] == said
+    [snapshot] = RunDir(out).iteration(0).snapshots.iterdir()
+    assert int(snapshot.name.removeprefix("step-")) >= 4
+
+
 @pytest.mark.parametrize(
     ("times", "number"),
     [

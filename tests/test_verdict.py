@@ -172,6 +172,14 @@ def test_few_rows_decide_nothing_and_are_called_few() -> None:
     assert "Few rows" not in said(BASE, BASE_AGAIN)
 
 
+def test_one_prompt_shows_no_change() -> None:
+    """Of one, every draw is the same, so that any change would be beyond noise."""
+    base = replace(BASE, prompts=[int(reported) for reported in BASE.reported])
+    text = said(base, replace(after(BASE, real_gain=5), prompts=base.prompts))
+    assert "One prompt" in text
+    assert "neither better nor worse" in text
+
+
 def test_many_rows_of_few_prompts_are_few() -> None:
     prompts = [row // 8 for row in range(128)]
     grouped: dict[str, Any] = {"prompts": prompts, "reported": [prompt % 2 == 0 for prompt in prompts]}
