@@ -164,7 +164,7 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _is_preset(layer: Layer) -> bool:
-    return layer.path.parent == presets_dir()
+    return layer.path.resolve().parent == presets_dir().resolve()
 
 
 def _names_other_rows(layers: Sequence[Layer], named: Any) -> bool:

@@ -268,8 +268,8 @@ def rows_of(config: RunConfig) -> tuple[Any, ...]:
 
 
 def test_what_a_preset_says_of_its_rows_goes_when_others_are_named(write: Callable[[str, str], Path]) -> None:
-    for preset in ("quickstart", "paper-qlora"):
-        named = write("named.yaml", f"preset: {preset}\ndata: {{source: mine.jsonl}}\n")
+    for preset in ("quickstart", "paper-qlora", os.path.relpath(presets_dir() / "quickstart.yaml")):
+        named = write("named.yaml", f"preset: {Path(preset).stem}\ndata: {{source: mine.jsonl}}\n")
         built_on = write("built_on.yaml", "preset: named.yaml\nseed: 3\n")
         for config in (load_config(preset, {"data.source": "mine.jsonl"}), load_config(named), load_config(built_on)):
             assert config.data.source == "mine.jsonl"
