@@ -153,7 +153,8 @@ def _choice(measured: Sequence[Player], config: RunConfig) -> Iterator[str]:
         return
     first, chosen = measured[0], best(iterations, config)
     theirs = figure(chosen.evaluation, by, "choose", seed=config.seed)
-    said = f"By {RATED[by]} on the rows to choose by, {chosen.told} is the best ({theirs.told()})"
+    nearest = ", the nearest to 0.5" if by in NEAR_HALF else ""
+    said = f"By {RATED[by]} on the rows to choose by, {chosen.told} is the best ({theirs.told()}{nearest})"
     if loss_of(first, by, "choose", config.seed) <= loss_of(chosen, by, "choose", config.seed):
         theirs = figure(first.evaluation, by, "choose", seed=config.seed)
         said += f" of the iterations, and {first.told} is no worse ({theirs.told()})"
