@@ -88,8 +88,8 @@ class Decoder:
                 logits = self._computed(rows)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # where the graph can't be made of what was recorded, torch stays on its own
-            # by torch, or by the driver, which makes the graph in memory of its own; or the GPU itself
-            if is_refusal(error) or isinstance(error, torch.AcceleratorError):
+            # by torch, or by the driver, which makes the graph in memory of its own; or the GPU failed by itself
+            if is_refusal(error) or (isinstance(error, torch.AcceleratorError) and "captur" not in str(error)):
                 raise
             raise QspinError(
                 f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "

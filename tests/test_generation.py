@@ -351,13 +351,17 @@ def test_a_step_that_cannot_be_recorded_is_one_line(tiny_model: LoadModel, monke
     """As torch says it where a layer asks for a tensor's value. A CPU has no graphs to record."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", lambda _graph, pool: contextlib.nullcontext(pool))
+    streams: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     decoder = Decoder(tiny_model(), KVCache(slots=2, device=CPU))
-    refused = RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for")
+    refused = torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing\nSearch for")
     full = RuntimeError("CUDA error: out of memory")  # the driver's, of its own part of a graph
     for error, raised in (
         (refused, QspinError),
         (full, OutOfMemory),
         (torch.OutOfMemoryError("2 TiB"), OutOfMemory),
+        (torch.AcceleratorError("CUDA error: the launch timed out and was terminated"), torch.AcceleratorError),
     ):
 
         def computed(_decoder: Decoder, _rows: int, error: Exception = error) -> Tensor:
@@ -367,6 +371,7 @@ def test_a_step_that_cannot_be_recorded_is_one_line(tiny_model: LoadModel, monke
         with pytest.raises(raised) as caught, refusals_told():
             decoder._recorded(2)
         assert "\n" not in str(caught.value)
+        assert streams.pop() == "before"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])

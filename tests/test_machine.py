@@ -10,7 +10,7 @@ import torch
 from qspin import machine
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
-from qspin.machine import CARDS, GIB, card, copy_rate, nominal_rate, product_rate, this_machine
+from qspin.machine import CARDS, GIB, USABLE, card, copy_rate, nominal_rate, product_rate, this_machine
 from qspin.memory import free_bytes
 from qspin.model import compute_dtype
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def test_a_card_is_as_fast_as_the_largest_that_has_no_more(gigabytes: float, name: str) -> None:
     machine = card(gigabytes, ModelConfig())
     assert (machine.name, machine.device, machine.measured) == (name, "cuda", False)
-    assert machine.memory == int(gigabytes * GIB)
+    assert machine.memory == int(USABLE * gigabytes * GIB)
 
 
 def test_figures_of_cards_are_of_the_right_size() -> None:
