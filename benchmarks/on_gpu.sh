@@ -12,9 +12,9 @@
 #
 # OUT/PART.log is what each said. PYTHON names another interpreter than .venv's, SCRATCH a folder for models.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-OUT=$(realpath "${1:?usage: benchmarks/on_gpu.sh OUT [PART ...]}")
+OUT=$(realpath "${1:?usage: benchmarks/on_gpu.sh OUT [PART ...]}") # from where one is
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 SCRATCH=${SCRATCH:-/tmp/qspin-models}
 mkdir -p "$OUT" "$SCRATCH"

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CUDA_CONTEXT = 0.8 * GIB  # CUDA's context with the kernels of torch and bitsandbytes, on an H200; it differs by driver
-# of the GiB that a card is sold with, what CUDA has to give: 23.6 of 24, 11.8 of 12 and 7.8 of 8 were seen by others
+# Of the GiB that a card is sold with, what CUDA has to give: 23.6 of 24, 11.75 of 12 and 5.8 of 6, as reported at
+# github.com in 3DTopia/Phidias-Diffusion/issues/8, Kunhao-Liu/StyleGaussian/issues/12 and
+# facebookresearch/meshrcnn/issues/92.
 USABLE = 0.97
 LIBRARIES = 0.5 * GIB  # Python with torch, transformers, peft and bitsandbytes in main memory: 0.4 seen, and kernels
 
