@@ -18,7 +18,7 @@ from harness import arguments, say, write
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from qspin.attention import Lengths, Packed, Rules
+from qspin.layers.attention import Lengths, Packed, Rules
 
 HEADS, KV_HEADS, SIZE = 9, 3, 64
 PREFIX, PROMPT = 24, 20

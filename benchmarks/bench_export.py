@@ -24,11 +24,11 @@ from typing import Any
 
 from harness import say, write
 
-from qspin.compare import Trained
 from qspin.errors import QspinError
-from qspin.export import export
+from qspin.exports.compare import Trained
+from qspin.exports.export import export
+from qspin.figures.players import chosen_iteration
 from qspin.generation import Request, generate
-from qspin.players import chosen_iteration
 from qspin.run_dir import RunDir
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -54,10 +54,10 @@ from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
 from qspin.errors import QspinError
-from qspin.footprint import Batch
+from qspin.fitting.footprint import Batch
+from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.generation import Request, generate
 from qspin.machine import GIB, copy_rate, product_rate
-from qspin.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, plan_batches
 from qspin.records import Pair

@@ -21,11 +21,11 @@ from harness import made_by, say
 
 from qspin.adapters import load_own
 from qspin.evaluate import SHARD, evaluate
-from qspin.evaluation import Evaluation, change, panel, real_panel, two_samples
-from qspin.loaded import Loaded
+from qspin.exports.recipe import recorded_config
+from qspin.figures.evaluation import Evaluation, change, panel, real_panel, two_samples
 from qspin.prepare import Prepared, prepare
-from qspin.recipe import recorded_config
 from qspin.run_dir import RunDir
+from qspin.trials.loaded import Loaded
 
 FIGURES = {"nll": ".3f", "two_sample_auc": ".3f", "length_auc": ".3f", "f1": ".3f", "tokens": ".0f", "ended": ".2f"}
 SEED = 0

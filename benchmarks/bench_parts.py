@@ -22,8 +22,8 @@ from harness import arguments, in_fresh_process, say, write
 
 from qspin.config import RunConfig
 from qspin.decoding import Decoder
-from qspin.footprint import Batch, Footprint
-from qspin.kv_cache import KVCache
+from qspin.fitting.footprint import Batch, Footprint
+from qspin.layers.kv_cache import KVCache
 from qspin.machine import Machine, this_machine
 from qspin.model import SlotModel
 from qspin.packing import Row, common_prefix, lengths_of, pack_row

@@ -25,20 +25,20 @@ from safetensors.torch import save_file
 
 from qspin.base import find_base
 from qspin.config import RunConfig, load_config
+from qspin.fitting.memory import keep_freed_memory, peak
 from qspin.generation import Request, generate
 from qspin.machine import GIB, Machine, this_machine
-from qspin.memory import keep_freed_memory, peak
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, plan_batches
-from qspin.plan import Plan, make_plan
-from qspin.plan_rows import Rows, rows_of_data
+from qspin.planning.plan import Plan, make_plan
+from qspin.planning.plan_rows import Rows, rows_of_data
 from qspin.prepare import prepare
-from qspin.progress import Audience
 from qspin.records import Pair
 from qspin.run_dir import RunDir
 from qspin.scoring import score_pairs
 from qspin.spin import run
 from qspin.training import Task, train
+from qspin.watch.progress import Audience
 
 CPU = torch.device("cpu")
 ROOMY = Machine("made up", "cpu", 8 * GIB, 2, 1e12, 1e10, measured=True)

@@ -20,8 +20,8 @@ from qspin.base import load_tokenizer
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import RunConfig, load_config
 from qspin.config_files import presets_dir
+from qspin.fitting.memory import keep_freed_memory
 from qspin.generation import Completion, Request, generate
-from qspin.memory import keep_freed_memory
 from qspin.model import SlotModel
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.prepare import Prepared, prepare

@@ -6,7 +6,7 @@
     results = qspin.run(config, "runs/mine")
     print(results.kept, results.sentences, results.figures["1"]["nll"])
     print(qspin.load("runs/mine").generate(["Why is the sky blue?"]))
-    qspin.api.export("runs/mine", to="gguf", out="mine-gguf")
+    qspin.export("runs/mine", to="gguf", out="mine-gguf")
 
 Each function does what the command of its name does, in the same folders: a run begun here can be gone on with there.
 What can't be done is a `QspinError`, whose text is the line that the command shows.
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
+from qspin.exports.targets import Onto, Target
 from qspin.run_dir import RunDir
-from qspin.targets import Onto, Target
 
 if TYPE_CHECKING:  # what is heavy is imported by the function that needs it
-    from qspin.loaded import Loaded
-    from qspin.panel import Figure
-    from qspin.plan import Plan
-    from qspin.progress import Progress
+    from qspin.figures.panel import Figure
+    from qspin.planning.plan import Plan
+    from qspin.trials.loaded import Loaded
+    from qspin.watch.progress import Progress
 
 Which = int | Literal["last", "best"]  # of the finished iterations
 
@@ -51,8 +51,8 @@ class Results:
     def figures(self) -> dict[str, dict[str, Figure]]:
         """Player (base, sft, or an iteration's number) → name of a figure → its value with a 95% interval over the
         held-out rows that are reported. docs/measuring.md has the names, units and which way is good."""
-        from qspin.evaluation import panel
-        from qspin.players import players
+        from qspin.figures.evaluation import panel
+        from qspin.figures.players import players
 
         config = self.config
         return {
@@ -63,7 +63,7 @@ class Results:
     @property
     def kept(self) -> int | None:
         """The iteration that is exported unless another is named (`evaluation.keep`); None before the first."""
-        from qspin.players import kept, players
+        from qspin.figures.players import kept, players
 
         found = kept(players(self._dir, self.config), self.config)
         return None if found is None else int(found.name)
@@ -71,14 +71,14 @@ class Results:
     @property
     def sentences(self) -> list[str]:
         """What happened, in words."""
-        from qspin.report import sentences
+        from qspin.figures.report import sentences
 
         return sentences(self._dir, self.config)
 
     @property
     def markdown(self) -> str:
         """SUMMARY.md: every table, and what the columns mean; a QspinError before anyone is measured."""
-        from qspin.report import summary
+        from qspin.figures.report import summary
 
         if not self.figures:
             raise QspinError(f"{self.path}: nobody has been measured yet; the command that began the run goes on")
@@ -90,7 +90,7 @@ class Results:
         Raises:
             QspinError: the iteration is not finished.
         """
-        from qspin.players import chosen_iteration
+        from qspin.figures.players import chosen_iteration
 
         return self._dir.iteration(chosen_iteration(self._dir, _told(iteration))).adapter
 
@@ -121,7 +121,7 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
 
 def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | None = None) -> Results:
     """Train without self-play on a run's rows, for as many steps, at each learning rate; see `run` for the rest."""
-    from qspin import baseline as supervised
+    from qspin.experiments import baseline as supervised
     from qspin.record import prepare_run
     from qspin.watching import watch_baseline
 
@@ -151,7 +151,7 @@ def sweep(
         source, overrides: as for `load_config`.
         vary: setting → its values, as `{"train.beta": [0.1, 1]}`.
     """
-    from qspin.sweep import grid
+    from qspin.experiments.sweep import grid
     from qspin.watching import watch_sweep
 
     cells = grid(source, overrides or {}, vary)
@@ -178,7 +178,7 @@ def load(
     Args:
         say: hears of it if the base is not bit by bit that of the run, as another device may make it.
     """
-    from qspin.loaded import Loaded
+    from qspin.trials.loaded import Loaded
 
     _quiet_libraries()
     return Loaded.open(RunDir(Path(path)), player, say)
@@ -192,8 +192,9 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
         read_rows: whether to plan for the lengths of the configuration's rows. Otherwise, or if it names no source,
             `data.limit` or 1,000 rows of assumed lengths are planned for.
     """
-    from qspin import machine, plan_rows
-    from qspin import plan as planner
+    from qspin import machine
+    from qspin.planning import plan as planner
+    from qspin.planning import plan_rows
 
     if vram is not None and not 1 <= vram < math.inf:  # NaN is neither
         raise QspinError(f"vram={vram:g}: name the GiB of a card, at least 1")
@@ -213,9 +214,9 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     Args:
         say: hears why the prompts are not in it, if the run's data is not to be had as it was.
     """
+    from qspin.exports.recipe import recorded_config
+    from qspin.figures.page import page
     from qspin.files import write_text
-    from qspin.page import page
-    from qspin.recipe import recorded_config
     from qspin.record import heldout_prompts
 
     run_dir = RunDir(Path(path))
@@ -246,9 +247,9 @@ def export(
 ) -> Path:
     """Write an iteration, by default the one that is kept, as a model of its own into a new folder; see export.py.
     The folder's merge-check.json says how far it is from the trained one."""
-    from qspin import export as exporting
-    from qspin.compare import Trained
-    from qspin.players import chosen_iteration
+    from qspin.exports import export as exporting
+    from qspin.exports.compare import Trained
+    from qspin.figures.players import chosen_iteration
 
     _quiet_libraries()
     run_dir = RunDir(Path(path).resolve())
@@ -265,7 +266,7 @@ def push(
     private: bool = False,
 ) -> str:
     """Publish a run's adapter, merged model or pairs on the Hugging Face Hub with a card; where it can be seen."""
-    from qspin.push import make_upload, send
+    from qspin.exports.push import make_upload, send
 
     _quiet_libraries()
     upload = make_upload(RunDir(Path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)

@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
-from qspin.at_once import LAUNCH, Budget, budgets, choose, recomputable
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.footprint import MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, recomputable
+from qspin.fitting.footprint import MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.fitting.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
 from qspin.machine import nominal_rate
-from qspin.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row
 from qspin.records import Pair

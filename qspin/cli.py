@@ -14,10 +14,10 @@ import qspin
 from qspin import cli_results, cli_trials
 from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
-from qspin.progress import TrackerName
+from qspin.processes.workers import launch, rank
 from qspin.safe_text import redacted, show_traceback, visible
 from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped, leave_unheard
-from qspin.workers import launch, rank
+from qspin.watch.progress import TrackerName
 
 if TYPE_CHECKING:
     from qspin.prepare import Prepared
@@ -96,7 +96,7 @@ def run(
     RunDir(out).check_usable()
     quiet_libraries()
     if tracker is not None:
-        from qspin.track import check
+        from qspin.watch.track import check
 
         check(tracker)
 
@@ -129,8 +129,8 @@ def plan(
 
     from qspin import api
     from qspin.config import load_config, parse_override
-    from qspin.plan_change import nearest_change
-    from qspin.plan_view import render
+    from qspin.planning.plan_change import nearest_change
+    from qspin.planning.plan_view import render
 
     overrides: dict[str, Any] = {
         key: value for key, value in {"data.source": data, "data.limit": rows}.items() if value is not None
@@ -198,8 +198,8 @@ def doctor() -> None:
     """Look at all that a run needs of this machine, and say what to do about what it lacks."""
     from rich.console import Console
 
-    from qspin.doctor import examine
-    from qspin.finding import as_text, verdict
+    from qspin.doctor.doctor import examine
+    from qspin.doctor.finding import as_text, verdict
 
     console = Console()
     findings = []
@@ -258,8 +258,8 @@ def status(folder: Folder) -> None:
     from rich.console import Console
 
     from qspin.run_dir import RunDir
-    from qspin.status import look
-    from qspin.view import standing_lines
+    from qspin.watch.status import look
+    from qspin.watch.view import standing_lines
 
     console = Console()
     for line in standing_lines(look(RunDir(folder)), RunDir(folder), console.width):
@@ -270,7 +270,7 @@ def _show_plan(prepared: Prepared) -> None:
     from rich.console import Console
 
     from qspin.config import dump_config
-    from qspin.view import example_text, plan_lines
+    from qspin.watch.view import example_text, plan_lines
 
     console = Console()
     tell(console, dump_config(prepared.config))
@@ -305,7 +305,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = show_traceback
     if rank() > 0:
-        from qspin.helping import help_out
+        from qspin.phases.helping import help_out
 
         help_out()
     try:

@@ -9,8 +9,8 @@ import typer
 
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
+from qspin.exports.targets import Onto, Target
 from qspin.stopping import GOES_ON, heed_stops
-from qspin.targets import Onto, Target
 
 
 def compare(
@@ -24,12 +24,12 @@ def compare(
     """Show held-out prompts answered by the base and by iterations, side by side."""
     from rich.console import Console
 
-    from qspin import view
-    from qspin.players import chosen_iteration, players
-    from qspin.recipe import recorded_config
+    from qspin.exports.recipe import recorded_config
+    from qspin.figures.players import chosen_iteration, players
+    from qspin.figures.report import answers
     from qspin.record import heldout_prompts
-    from qspin.report import answers
     from qspin.run_dir import RunDir
+    from qspin.watch import view
 
     run_dir = RunDir(folder)
     names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
@@ -80,10 +80,10 @@ def export(
     """Write a finished iteration as an adapter, a merged model, a GGUF file or a folder for Ollama."""
     from rich.console import Console
 
-    from qspin import compare
-    from qspin.export import export as write_export
+    from qspin.exports import compare
+    from qspin.exports.export import export as write_export
+    from qspin.figures.players import chosen_iteration
     from qspin.files import read_json
-    from qspin.players import chosen_iteration
     from qspin.run_dir import RunDir
 
     heed_stops("stopped; nothing was written, and the same command begins anew")
@@ -129,7 +129,7 @@ def push(
     heed_stops(GOES_ON)
     from rich.console import Console
 
-    from qspin.push import Content, make_upload, send
+    from qspin.exports.push import Content, make_upload, send
     from qspin.run_dir import RunDir
 
     quiet_libraries()

@@ -12,9 +12,9 @@ import typer
 
 from qspin.console import RunFolder, a_name, quiet_libraries, tell
 from qspin.errors import QspinError
+from qspin.figures.suites import SUITES, SuiteName, check_task
 from qspin.safe_text import visible
 from qspin.stopping import GOES_ON, heed_stops
-from qspin.suites import SUITES, SuiteName, check_task
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,12 +35,12 @@ def chat(
     seed: Annotated[int, typer.Option(help="of sampling")] = 0,
 ) -> None:
     """Talk with a player of a run, or with two side by side. Through a pipe each line is a message."""
-    from qspin.loaded import Loaded, named
-    from qspin.players import told
-    from qspin.recipe import recorded_config
+    from qspin.exports.recipe import recorded_config
+    from qspin.figures.players import told
     from qspin.run_dir import RunDir
-    from qspin.talk import Manner, Talk, different
-    from qspin.talk_view import View, answer_lines, converse
+    from qspin.trials.loaded import Loaded, named
+    from qspin.trials.talk import Manner, Talk, different
+    from qspin.trials.talk_view import View, answer_lines, converse
 
     run_dir = RunDir(folder)
     players = [named(run_dir, iteration)]
@@ -96,10 +96,10 @@ def evaluate(
     asked: dict[str, int | None] = {**(SUITES[suite] if suite else {}), **dict.fromkeys(names, shots)}
 
     os.environ["TQDM_DISABLE"] = "1"  # read as tqdm is first imported: the harness's bars would tear the view
-    from qspin.benchmarks import SetUp
-    from qspin.loaded import named
+    from qspin.figures.benchmarks import SetUp
     from qspin.run_dir import RunDir
-    from qspin.trials import watch_eval
+    from qspin.trials.loaded import named
+    from qspin.trials.putting import watch_eval
 
     run_dir = RunDir(run)
     quiet_libraries()
@@ -143,8 +143,8 @@ def mtbench(
     heed_stops(GOES_ON)
     from rich.console import Console
 
-    from qspin.judge import Judge
     from qspin.run_dir import RunDir
+    from qspin.trials.judge import Judge
 
     run_dir = RunDir(folder)
     if (judge_url is None) != (judge_model is None):
@@ -155,12 +155,13 @@ def mtbench(
     if judge_url is not None and judge_model is not None:
         judge = Judge(judge_url, judge_model, timeout=judge_timeout)  # before anything that takes time
 
-    from qspin import report, view
-    from qspin.judging import OWN, read_prompts
-    from qspin.loaded import named
-    from qspin.mtbench import Trial
-    from qspin.mtbench_answers import ANSWERS, read_bench
-    from qspin.mtbench_result import OURS, tables
+    from qspin.figures import report
+    from qspin.figures.mtbench_result import OURS, tables
+    from qspin.trials.judging import OWN, read_prompts
+    from qspin.trials.loaded import named
+    from qspin.trials.mtbench import Trial
+    from qspin.trials.mtbench_answers import ANSWERS, read_bench
+    from qspin.watch import view
 
     quiet_libraries()
     wanted = ["base", None] if iteration is None else [name.strip() for name in iteration.split(",")]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from qspin.errors import QspinError
-from qspin.kv_cache import Decode, KVCache
-from qspin.memory import is_refusal
+from qspin.fitting.memory import is_refusal
+from qspin.fitting.shape import has_experts
+from qspin.layers.kv_cache import Decode, KVCache
 from qspin.model import SlotModel
-from qspin.shape import has_experts
 
 # The driver keeps tens of MB for each, a hundred before CUDA 12.4, of which neither plans nor torch know
 # (github.com/vllm-project/vllm/issues/5517). Rows come and go between two or three sizes, and end through all once.

@@ -8,15 +8,15 @@ from typing import Any
 
 from qspin.chat import Renderer
 from qspin.config import RunConfig
-from qspin.dealing import complete_together, work_together
-from qspin.evaluation import Evaluation, halves, two_samples
+from qspin.figures.evaluation import Evaluation, halves, two_samples
 from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, common_prefix, lengths_of, plan_batches
+from qspin.processes.dealing import complete_together, work_together
+from qspin.processes.workers import ALONE, Crew
 from qspin.records import Example, Pair, Score
 from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
-from qspin.workers import ALONE, Crew
 
 TOKENS_AT_ONCE = 1024  # nothing is kept for a backward pass, so this is little memory
 SHARD = 64  # rows answered between two signs of life

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 
 from qspin.decoding import Decoder
-from qspin.footprint import PREFILL_TOKENS
-from qspin.kv_cache import KVCache, Prefill
+from qspin.fitting.footprint import PREFILL_TOKENS
+from qspin.layers.kv_cache import KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import common_prefix
 from qspin.sampling import sample, uniform

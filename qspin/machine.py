@@ -15,7 +15,7 @@ import psutil
 
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
-from qspin.footprint import Device
+from qspin.fitting.footprint import Device
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,9 @@ def this_machine(model: ModelConfig) -> Machine:
     """
     import torch
 
-    from qspin.backends import check_kernels
-    from qspin.flash import has_flash
-    from qspin.memory import OutOfMemory, free_bytes, refusals_told
+    from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
+    from qspin.layers.backends import check_kernels
+    from qspin.layers.flash import has_flash
     from qspin.model import compute_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

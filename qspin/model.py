@@ -30,20 +30,20 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qspin.adapters import Adapter
-from qspin.attention import Layout, Packed
-from qspin.attention import Lengths as GroupLengths
-from qspin.backends import check_kernels, unsloth_kernels
 from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from qspin.flash import has_flash
-from qspin.footprint import Footprint
-from qspin.kernels import Kernels
-from qspin.lora import FusedLayers, Linear, laid_out
-from qspin.memory import free_bytes, refusals_told
-from qspin.refit import SLOT, in_one_mode, refit
-from qspin.shape import read_shape
+from qspin.fitting.footprint import Footprint
+from qspin.fitting.memory import free_bytes, refusals_told
+from qspin.fitting.shape import read_shape
+from qspin.layers.attention import Layout, Packed
+from qspin.layers.attention import Lengths as GroupLengths
+from qspin.layers.backends import check_kernels, unsloth_kernels
+from qspin.layers.flash import has_flash
+from qspin.layers.kernels import Kernels
+from qspin.layers.lora import FusedLayers, Linear, laid_out
+from qspin.layers.refit import SLOT, in_one_mode, refit
 
 ALL = slice(None)
 

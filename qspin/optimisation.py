@@ -21,11 +21,11 @@ from torch import Tensor
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.files import check_folder, commit_folder, read_jsonl, remove, write_jsonl
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Plan
+from qspin.processes.workers import WorkerLost
 from qspin.stopping import check_stop, stops_held
-from qspin.workers import WorkerLost
 
 Metrics = dict[str, float]
 # effective batch, step, s → its metrics; leaves the gradient of s times its mean loss in the adapter

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qspin.at_once import spread
-from qspin.attention import Lengths, Packed, group_positions
+from qspin.fitting.at_once import spread
+from qspin.layers.attention import Lengths, Packed, group_positions
 from qspin.records import Pair
 
 MicroBatch = list[int]

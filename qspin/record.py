@@ -12,17 +12,17 @@ import torch
 from pydantic import ValidationError
 
 import qspin
-from qspin.backends import unsloth_missing
 from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
 from qspin.files import write_json, write_text
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.fitting.memory import OutOfMemory, refusals_told
+from qspin.layers.backends import unsloth_missing
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
+from qspin.processes.workers import ALONE, Crew
 from qspin.run_dir import RunDir
-from qspin.workers import ALONE, Crew
 
 ORIGINS = {"package": "the installed package", "folder": "the folder", "hub": "the hub's"}  # of a base: where from
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qspin.footprint import vocabulary_step
+from qspin.fitting.footprint import vocabulary_step
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, Row, pack_row
 from qspin.records import Pair, Score

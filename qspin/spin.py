@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qspin.answering import answer
-from qspin.game import Game, under_way
-from qspin.learning import learn, trained_on, warm_start
-from qspin.measuring import ends_before, measure
+from qspin.phases.answering import answer
+from qspin.phases.game import Game, under_way
+from qspin.phases.learning import learn, trained_on, warm_start
+from qspin.phases.measuring import ends_before, measure
 from qspin.prepare import Prepared
-from qspin.progress import Progress
+from qspin.watch.progress import Progress
 
 
 def run(prepared: Prepared, out: Path, progress: Progress) -> None:

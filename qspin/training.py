@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from qspin.config import TrainConfig, at_iteration
-from qspin.dealing import work_together
 from qspin.errors import QspinError
 from qspin.loss import SpinLoss, real_nll, spin_loss
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise, step_order
 from qspin.packing import MicroBatch, Plan, pack_row
+from qspin.processes.dealing import work_together
+from qspin.processes.workers import ALONE, Crew
 from qspin.records import Pair, Score
 from qspin.scoring import pair_logps
-from qspin.workers import ALONE, Crew
 
 # |log-prob − the opponent's| at step 0, nats. The same rows through the same kernels agree bit for bit on a CPU, and on
 # the H100 that was tried; on CUDA a library may choose another order of summation, and a wrong opponent is off by more.

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from qspin.config import TrainConfig
-from qspin.dealing import work_together
 from qspin.errors import QspinError
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise
 from qspin.packing import MicroBatch, Plan, pack_row
+from qspin.processes.dealing import work_together
+from qspin.processes.workers import ALONE, Crew
 from qspin.records import Pair
 from qspin.scoring import pair_logps
-from qspin.workers import ALONE, Crew
 
 
 def train_supervised(

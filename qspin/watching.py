@@ -10,18 +10,21 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from qspin import baseline, report, spin, sweep, view
+from qspin import spin
 from qspin.config import RunConfig
 from qspin.console import tell
 from qspin.errors import QspinError
-from qspin.memory import keep_freed_memory, used_and_total
-from qspin.meter import Meter, Work, measured, to_do, workload
-from qspin.players import chosen_iteration, finished, players
+from qspin.experiments import baseline, sweep
+from qspin.figures import report
+from qspin.figures.players import chosen_iteration, finished, players
+from qspin.fitting.memory import keep_freed_memory, used_and_total
 from qspin.prepare import Prepared
-from qspin.progress import Audience, Progress, TrackerName
 from qspin.record import prepare_run, template_date
 from qspin.run_dir import RunDir
-from qspin.status import StatusFile
+from qspin.watch import view
+from qspin.watch.meter import Meter, Work, measured, to_do, workload
+from qspin.watch.progress import Audience, Progress, TrackerName
+from qspin.watch.status import StatusFile
 
 
 def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
@@ -38,7 +41,7 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
         else:
             listeners.append(stack.enter_context(_shown(console, meter)))
         if tracker is not None:
-            from qspin.track import Tracker
+            from qspin.watch.track import Tracker
 
             listeners.append(stack.enter_context(Tracker(tracker, run_dir, config)))
         progress = Audience(meter, *listeners)

@@ -23,10 +23,10 @@ from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
 from qspin.files import ADAPTER_WEIGHTS
 from qspin.model import SlotModel
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Message, Record
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.watch.progress import Silent
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
 torch.set_num_threads(1)

@@ -32,12 +32,12 @@ from conftest import Notes
 from qspin import spin
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.meter import Meter, measured, to_do, workload
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Audience
 from qspin.run_dir import RunDir
-from qspin.status import StatusFile
+from qspin.watch.meter import Meter, measured, to_do, workload
+from qspin.watch.progress import Audience
+from qspin.watch.status import StatusFile
 
 MODES = {"off": 0, "die": 1, "torn": 2, "full": 3}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qspin.evaluation import Evaluation, two_samples
+from qspin.figures.evaluation import Evaluation, two_samples
 
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 

@@ -19,8 +19,8 @@ from test_cli import call
 from qspin.adapters import check_config, load_adapter
 from qspin.config import LoraConfig
 from qspin.errors import QspinError
+from qspin.exports.merge import Merged
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
-from qspin.merge import Merged
 from qspin.model import SlotModel
 
 LORA = LoraConfig(rank=4, alpha=8)

@@ -8,9 +8,19 @@ from typing import Any
 
 import pytest
 
-from qspin.at_once import A_PASS, LAUNCH, Budget, budgets, choose, first_fit, recomputable, spread, work_with_launches
 from qspin.config import TrainConfig, load_config
-from qspin.footprint import Batch, Device, Footprint
+from qspin.fitting.at_once import (
+    A_PASS,
+    LAUNCH,
+    Budget,
+    budgets,
+    choose,
+    first_fit,
+    recomputable,
+    spread,
+    work_with_launches,
+)
+from qspin.fitting.footprint import Batch, Device, Footprint
 from qspin.machine import GIB
 
 PAIR = (256, 256, 256)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import Notes
 
-from qspin.backends import no_kernels
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig, load_config
-from qspin.doctor_device import gpu
+from qspin.doctor.doctor_device import gpu
 from qspin.errors import QspinError
 from qspin.files import write_json
-from qspin.game import _backend
+from qspin.layers.backends import no_kernels
 from qspin.model import SlotModel
+from qspin.phases.game import _backend
 from qspin.run_dir import RunDir
 
 CUDA = torch.device("cuda")

@@ -11,15 +11,15 @@ import pytest
 from conftest import small_run
 
 from qspin import spin
-from qspin.baseline import baseline, workload
 from qspin.config import load_config
 from qspin.errors import QspinError
+from qspin.experiments.baseline import baseline, workload
+from qspin.figures.players import best_rival, players, rivals
+from qspin.figures.report import sentences, summary, tables
 from qspin.files import read_json, read_jsonl, remove
-from qspin.players import best_rival, players, rivals
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
-from qspin.report import sentences, summary, tables
 from qspin.run_dir import IterationDir, RunDir
+from qspin.watch.progress import Silent
 
 RATES = [0.001, 0.02]
 WEIGHTS = "adapter_model.safetensors"

@@ -16,8 +16,8 @@ import table
 from conftest import ROOT
 
 from qspin.config import load_config
-from qspin.panel import Figure
-from qspin.shape import read_shape
+from qspin.figures.panel import Figure
+from qspin.fitting.shape import read_shape
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 

@@ -20,17 +20,19 @@ import transformers
 from conftest import ARCHITECTURES, SHAPE
 from safetensors.torch import load_file
 
-from qspin import answering, at_once, budget, memory, spin, training
-from qspin.at_once import A_PASS, Budget
+from qspin import budget, spin, training
 from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.config import TrainConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
-from qspin.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
-from qspin.lora import FusedLayers
-from qspin.memory import OutOfMemory, peak, refusals_told
+from qspin.fitting import at_once, memory
+from qspin.fitting.at_once import A_PASS, Budget
+from qspin.fitting.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
+from qspin.fitting.memory import OutOfMemory, peak, refusals_told
+from qspin.layers.lora import FusedLayers
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, pack_row, plan_batches
+from qspin.phases import answering
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 
@@ -419,7 +421,7 @@ def test_what_was_freed_before_does_not_hide_what_work_takes() -> None:
     """In a process of its own, as the allocator's settings are for good."""
     script = (
         "import torch\n"
-        "from qspin.memory import give_back_freed_memory, keep_freed_memory, peak\n"
+        "from qspin.fitting.memory import give_back_freed_memory, keep_freed_memory, peak\n"
         "keep_freed_memory()\n"
         "def work():\n"
         "    parts = [torch.ones(1 << 20) for _ in range(60)]\n"  # 4 MiB each

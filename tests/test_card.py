@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from made import after, made
 from markdown_it import MarkdownIt
 
-from qspin import report
-from qspin.card import (
+from qspin.config import RunConfig, changed_results, dump_config, load_config
+from qspin.errors import QspinError
+from qspin.exports.card import (
     Example,
     Licence,
     dataset_card,
     model_card,
 )
-from qspin.config import RunConfig, changed_results, dump_config, load_config
-from qspin.errors import QspinError
+from qspin.exports.recipe import command, is_hub_id, recipe, recorded_config
+from qspin.figures import report
+from qspin.figures.markdown import plain
 from qspin.files import read_json, write_json, write_jsonl, write_text
-from qspin.markdown import plain
-from qspin.recipe import command, is_hub_id, recipe, recorded_config
 from qspin.run_dir import RunDir
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

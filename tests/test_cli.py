@@ -37,11 +37,11 @@ from qspin import run_dir as run_dir_module
 from qspin.cli import main
 from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
-from qspin.evaluation import panel, read_evaluation, values
+from qspin.figures.evaluation import panel, read_evaluation, values
+from qspin.figures.players import chosen_iteration
 from qspin.files import check_folder, read_json, read_jsonl, sha256_of, write_json
-from qspin.players import chosen_iteration
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 ANSI = "\x1b["
 COLOUR_VARIABLES = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")

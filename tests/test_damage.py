@@ -16,16 +16,16 @@ import pytest
 from conftest import Notes
 
 from qspin import spin
-from qspin.benchmarks import Outcome, Score, SetUp, keep
 from qspin.config import load_config
-from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
+from qspin.exports.recipe import recorded_config
+from qspin.figures.benchmarks import Outcome, Score, SetUp, keep
 from qspin.files import write_json
+from qspin.phases.damage import take_away_damaged
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
-from qspin.recipe import recorded_config
 from qspin.record import template_date
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 PASSING = {".lock", ".holder", "status.json", "seconds.json", "memory.json", "SUMMARY.md"}
 EACH_START = ["config.yaml", "rejects.jsonl", "SUMMARY.md", "verdict.json"]  # written anew, never read by a run

@@ -96,7 +96,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    return {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "qspin").glob("*.py"))}
+    return {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "qspin").rglob("*.py"))}
 
 
 @cache
@@ -207,7 +207,7 @@ def test_an_entry_covers_its_own_message_alone() -> None:
 
 def test_every_module_stands_on_the_page_of_the_architecture() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    modules = {path.name for path in (ROOT / "qspin").glob("*.py")} - {"__init__.py"}
+    modules = {path.name for path in (ROOT / "qspin").rglob("*.py")} - {"__init__.py"}
     named = set(re.findall(r"`(\w+\.py)`", page))
     assert sorted(modules - named) == [], "say in a line of docs/architecture.md what it is for"
     assert sorted(named - modules) == []

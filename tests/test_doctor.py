@@ -19,11 +19,21 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from qspin import doctor_device
 from qspin.config import ModelConfig
-from qspin.doctor import cache, disk, embedded_model, hub, hub_cache, memory, package, python, required
-from qspin.doctor_device import NF4_BOUND, Card, backend, gpu, nf4, nf4_error, unused_gpu
-from qspin.finding import GIB, INDENT, Finding, as_text, verdict
+from qspin.doctor import doctor_device
+from qspin.doctor.doctor import (
+    cache,
+    disk,
+    embedded_model,
+    hub,
+    hub_cache,
+    memory,
+    package,
+    python,
+    required,
+)
+from qspin.doctor.doctor_device import NF4_BOUND, Card, backend, gpu, nf4, nf4_error, unused_gpu
+from qspin.doctor.finding import GIB, INDENT, Finding, as_text, verdict
 from qspin.model import compute_dtype
 
 ANSI = "\x1b["

@@ -14,7 +14,7 @@ from conftest import moved_adapter
 
 from qspin.config import load_config
 from qspin.evaluate import evaluate, units
-from qspin.evaluation import Evaluation, panel
+from qspin.figures.evaluation import Evaluation, panel
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare

@@ -10,7 +10,7 @@ import pytest
 from made import WORDS, after, made, texts
 
 from qspin.errors import QspinError
-from qspin.evaluation import (
+from qspin.figures.evaluation import (
     Evaluation,
     change,
     halves,

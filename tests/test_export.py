@@ -25,18 +25,18 @@ from conftest import flip_byte
 from test_cli import call, process
 from test_gguf_file import texts
 
-from qspin import compare, gguf_file
 from qspin.adapters import load_adapter
 from qspin.base import find_base
-from qspin.compare import CHECK, Trained, drifted
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
-from qspin.evaluation import read_evaluation
-from qspin.export import DTYPES, export
+from qspin.exports import compare, gguf_file
+from qspin.exports.compare import CHECK, Trained, drifted
+from qspin.exports.export import DTYPES, export
+from qspin.figures.evaluation import read_evaluation
+from qspin.figures.players import chosen_iteration
 from qspin.files import check_folder, read_json, read_plain_json, write_json
 from qspin.generation import Request, generate
 from qspin.model import SlotModel
-from qspin.players import chosen_iteration
 from qspin.prepare import prepare
 from qspin.record import template_date
 from qspin.records import Message

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qspin.attention import Lengths, Packed, Rules, _SpanAttention
-from qspin.flash import FlashAttention, Spans, can_flash
+from qspin.layers.attention import Lengths, Packed, Rules, _SpanAttention
+from qspin.layers.flash import FlashAttention, Spans, can_flash
 
 CPU = torch.device("cpu")
 

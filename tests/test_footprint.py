@@ -12,10 +12,11 @@ import torch
 from conftest import ARCHITECTURES, TINY
 from torch import Tensor
 
-from qspin import footprint, kv_cache
-from qspin.attention import Lengths, Packed
 from qspin.config import load_config
-from qspin.footprint import ASIDE, Batch, Footprint
+from qspin.fitting import footprint
+from qspin.fitting.footprint import ASIDE, Batch, Footprint
+from qspin.layers import kv_cache
+from qspin.layers.attention import Lengths, Packed
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.packing import lengths_of, pack_row

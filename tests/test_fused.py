@@ -12,9 +12,9 @@ from conftest import ARCHITECTURES
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qspin.fused import fuse_gated_mlp, fuse_norm
-from qspin.kernels import Kernels
-from qspin.lora import FusedLayers
+from qspin.layers.fused import fuse_gated_mlp, fuse_norm
+from qspin.layers.kernels import Kernels
+from qspin.layers.lora import FusedLayers
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair

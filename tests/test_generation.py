@@ -18,15 +18,15 @@ from test_scoring import plain_twin
 from torch import Tensor
 
 from qspin import generation
-from qspin.attention import Lengths as GroupLengths
-from qspin.attention import Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.decoding import Decoder, padded_rows, replayable
 from qspin.errors import QspinError
+from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.generation import Completion, Request, generate
-from qspin.kv_cache import Decode, KVCache, Prefill
-from qspin.memory import OutOfMemory, refusals_told
+from qspin.layers.attention import Lengths as GroupLengths
+from qspin.layers.attention import Packed
+from qspin.layers.kv_cache import Decode, KVCache, Prefill
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair

@@ -154,7 +154,7 @@ def test_what_a_page_names_is_there(page: str) -> None:
 
 def found(path: str) -> bool:
     """In the checkout, or, a bare name, among the modules."""
-    return (ROOT / path).exists() or (ROOT / "qspin" / path).is_file()
+    return (ROOT / path).exists() or ("/" not in path and any((ROOT / "qspin").rglob(path)))
 
 
 def test_the_changelog_and_the_citation_are_of_this_version() -> None:

@@ -24,20 +24,20 @@ from lm_eval.models.huggingface import HFLM
 from test_cli import call, process, refusal
 from test_scoring import plain_twin
 
-from qspin import harness
-from qspin import tasks as tasks_module
-from qspin.benchmarks import Score, SetUp, all_kept, gain, kept
 from qspin.config import load_config
 from qspin.errors import QspinError
+from qspin.figures.benchmarks import Score, SetUp, all_kept, gain, kept
+from qspin.figures.suites import SUITES
 from qspin.files import read_json, write_json
-from qspin.harness import Player, Sampling
-from qspin.loaded import Loaded
-from qspin.memory import OutOfMemory
+from qspin.fitting.memory import OutOfMemory
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
 from qspin.spin import run
-from qspin.suites import SUITES
+from qspin.trials import harness
+from qspin.trials import tasks as tasks_module
+from qspin.trials.harness import Player, Sampling
+from qspin.trials.loaded import Loaded
+from qspin.watch.progress import Silent
 
 DATE = datetime.date(2026, 1, 2)
 TEXTS = [row["prompt"] for row in map(json.loads, (HOUSE_STYLE / "train.jsonl").read_text().splitlines())][:40]

@@ -24,13 +24,13 @@ from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import common_prefix, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.record import verify_base
 from qspin.records import Pair, Score
 from qspin.run_dir import RunDir
 from qspin.sampling import noise_key
 from qspin.scoring import pair_logps, score_pairs
 from qspin.training import Task, train
+from qspin.watch.progress import Silent
 
 CAP = 10
 ROWS = 20

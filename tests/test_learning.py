@@ -12,13 +12,13 @@ import pytest
 import torch
 from conftest import Notes
 
-from qspin.answering import answer
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, read_json, read_jsonl, remove, write_json, write_jsonl
-from qspin.game import Game
-from qspin.learning import learn
-from qspin.lora import FusedLayers
+from qspin.layers.lora import FusedLayers
+from qspin.phases.answering import answer
+from qspin.phases.game import Game
+from qspin.phases.learning import learn
 from qspin.prepare import prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir

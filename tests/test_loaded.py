@@ -20,14 +20,14 @@ from test_cli import call
 import qspin
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.evaluation import read_evaluation
+from qspin.figures.evaluation import read_evaluation
 from qspin.files import read_json, write_json
-from qspin.loaded import Loaded, Stream
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.trials.loaded import Loaded, Stream
+from qspin.watch.progress import Silent
 
 NEW = 10
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qspin.kernels import Kernels
-from qspin.lora import fuse_lora, remade
+from qspin.layers.kernels import Kernels
+from qspin.layers.lora import fuse_lora, remade
 
 IN, OUT, RANK, ALPHA = 128, 80, 4, 10  # scaling 2.5
 SHAPES = [(IN,), (1, IN), (7, IN), (1, 7, IN), (2, 3, 5, IN)]

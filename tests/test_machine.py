@@ -10,8 +10,8 @@ import torch
 from qspin import machine
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
+from qspin.fitting.memory import free_bytes
 from qspin.machine import CARDS, GIB, USABLE, card, copy_rate, nominal_rate, product_rate, this_machine
-from qspin.memory import free_bytes
 from qspin.model import compute_dtype
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from qspin import main_memory as module
-from qspin.main_memory import OWN_GROUPS, main_memory
-from qspin.memory import free_bytes, used_and_total
+from qspin.fitting import main_memory as module
+from qspin.fitting.main_memory import OWN_GROUPS, main_memory
+from qspin.fitting.memory import free_bytes, used_and_total
 
 GIB = 1 << 30
 
@@ -110,7 +110,7 @@ def test_in_a_real_group(own_group: tuple[Path, str]) -> None:
     _, join = own_group
     script = (
         f"import os; open({join!r}, 'w').write(str(os.getpid()))\n"
-        "from qspin.main_memory import main_memory\n"
+        "from qspin.fitting.main_memory import main_memory\n"
         "before = main_memory(); held = b'x' * (1 << 30); after = main_memory()\n"
         "print(before.total, before.available, after.available)"
     )

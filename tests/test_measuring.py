@@ -15,9 +15,9 @@ from qspin import spin
 from qspin.config import load_config
 from qspin.files import read_json
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
-from qspin.status import look
+from qspin.watch.progress import Silent
+from qspin.watch.status import look
 
 WORSE = 60  # held-out rows: 30 to choose by
 

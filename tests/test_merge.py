@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qspin import merge
-from qspin.compare import quantised_names, tied_names
 from qspin.errors import QspinError
-from qspin.merge import Dequantised, Merged, write_safetensors
+from qspin.exports import merge
+from qspin.exports.compare import quantised_names, tied_names
+from qspin.exports.merge import Dequantised, Merged, write_safetensors
 from qspin.model import SlotModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -397,7 +397,7 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 import torch
-from qspin.merge import Dequantised, Merged, write_safetensors
+from qspin.exports.merge import Dequantised, Merged, write_safetensors
 
 base, adapter, out = map(Path, sys.argv[1:4])
 onto = None

@@ -9,8 +9,8 @@ from conftest import Clock
 
 from qspin.config import load_config
 from qspin.files import write_json
-from qspin.meter import MOMENTS, Meter, Status, Work, aged, measured, to_do, workload
 from qspin.run_dir import IterationDir, RunDir
+from qspin.watch.meter import MOMENTS, Meter, Status, Work, aged, measured, to_do, workload
 
 MEMORY = (3 << 30, 24 << 30)
 ROWS, HELDOUT = 100, 20

@@ -13,12 +13,12 @@ import torch
 import transformers
 from conftest import ARCHITECTURES, SHAPE, moved_adapter
 
-from qspin.attention import Lengths, Packed
 from qspin.base import find_base
 from qspin.config import LoraConfig, ModelConfig
 from qspin.errors import QspinError
-from qspin.kernels import Kernels
-from qspin.lora import FusedLayers
+from qspin.layers.attention import Lengths, Packed
+from qspin.layers.kernels import Kernels
+from qspin.layers.lora import FusedLayers
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.records import Pair

@@ -24,15 +24,16 @@ from conftest import flip_byte, played_small
 from judge_server import KEY, MODEL, Failure, JudgeServer
 from test_cli import Answer, call, process
 
-from qspin import judge as judge_module
-from qspin import mtbench, mtbench_answers, mtbench_result
 from qspin.errors import QspinError
+from qspin.figures import mtbench_result
 from qspin.files import read_json
-from qspin.judge import Judge
-from qspin.judging import OWN, Question, rating, read_prompts, request, winner
-from qspin.loaded import Loaded
 from qspin.records import Message
 from qspin.run_dir import RunDir
+from qspin.trials import judge as judge_module
+from qspin.trials import mtbench, mtbench_answers
+from qspin.trials.judge import Judge
+from qspin.trials.judging import OWN, Question, rating, read_prompts, request, winner
+from qspin.trials.loaded import Loaded
 
 SEVEN = "It will do. Rating: [[7]]"
 QUESTIONS: list[dict[str, Any]] = [

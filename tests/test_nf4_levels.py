@@ -12,8 +12,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qspin.kernels import compiles, few, multipliable
-from qspin.nf4_levels import look_up
+from qspin.layers.kernels import compiles, few, multipliable
+from qspin.layers.nf4_levels import look_up
 
 
 def carried_out(instructions: str, given: int) -> dict[str, int]:

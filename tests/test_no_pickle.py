@@ -29,7 +29,7 @@ for name in ("load", "save"):
     setattr(torch, name, lambda *a, name=name, **k: reached.append(f"torch.{name}"))
 sys.addaudithook(lambda event, args: reached.append(f"{event} {args}") if event == "pickle.find_class" else None)
 
-from qspin.progress import Silent
+from qspin.watch.progress import Silent
 from qspin import spin
 from qspin.config import load_config
 from qspin.prepare import prepare

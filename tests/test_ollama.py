@@ -18,7 +18,7 @@ from test_chat import GEMMA, LLAMA_DATE, MISTRAL, NO_THINKING, QWEN3, build, fam
 
 from qspin.chat import Renderer
 from qspin.errors import QspinError
-from qspin.ollama import go_template, modelfile
+from qspin.exports.ollama import go_template, modelfile
 from qspin.records import Message
 
 SYSTEM = Message("system", "Be {{ brief }}.")

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from qspin import optimisation
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.memory import OutOfMemory
+from qspin.fitting.memory import OutOfMemory
 from qspin.model import Adapter, SlotModel
 from qspin.optimisation import FIRST_SCALE, Metrics, Objective, optimise, step_order, steps_kept
 from qspin.packing import Plan, pack_row

@@ -23,15 +23,15 @@ from torch import Tensor
 from qspin.adapters import load_adapter
 from qspin.base import find_base
 from qspin.config import RunConfig, at_iteration, load_config
-from qspin.evaluation import panel, read_evaluation
+from qspin.figures.evaluation import panel, read_evaluation
 from qspin.files import read_json, read_jsonl
 from qspin.model import SlotModel
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.records import Pair, Score
 from qspin.run_dir import RunDir
 from qspin.sampling import noise_key, uniform
 from qspin.spin import run
+from qspin.watch.progress import Silent
 
 DATE = datetime.date(2026, 1, 2)
 # everything uneven: lengths, the last batch, micro-batches, and what changes from iteration to iteration

@@ -15,15 +15,16 @@ import pytest
 import torch
 from conftest import Notes
 
-from qspin import answering, learning, measuring, spin, training, warm_start
+from qspin import spin, training, warm_start
 from qspin.adapters import load_adapter
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl
-from qspin.memory import OutOfMemory, keep_freed_memory, refusals_told
+from qspin.fitting.memory import OutOfMemory, keep_freed_memory, refusals_told
+from qspin.phases import answering, learning, measuring
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 # phase → where its memory is taken
 PHASES: dict[str, tuple[Any, str]] = {

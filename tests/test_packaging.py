@@ -62,8 +62,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_its_presets_and_no_more(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qspin").glob("*.py")}
-    assert names == {*modules, "qspin/py.typed", "qspin/report.html.j2", *(f"qspin/{name}" for name in SHIPPED)}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "qspin").rglob("*.py")}
+    assert names == {*modules, "qspin/py.typed", "qspin/figures/report.html.j2", *(f"qspin/{name}" for name in SHIPPED)}
     data = {"quickstart.yaml", "house-style/train.jsonl", "sizes/7b.yaml", "templates/plain.jinja"}
     assert {f"qspin/presets/{name}" for name in data} <= names
 
@@ -156,7 +156,7 @@ def test_everything_that_is_imported_is_declared() -> None:
     needs = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     declared = {re.split(r"[^\w.-]", need)[0].replace("-", "_").lower() for need in needs}
     imported = set()
-    for path in (ROOT / "qspin").glob("*.py"):
+    for path in (ROOT / "qspin").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}

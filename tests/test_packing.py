@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from qspin.attention import Lengths
+from qspin.layers.attention import Lengths
 from qspin.packing import Plan, common_prefix, lengths_of, pack_row, plan_batches
 from qspin.records import Pair
 

@@ -17,14 +17,15 @@ import pytest
 from conftest import small_run
 from test_cli import call, refusal
 
-from qspin import plots, spin
+from qspin import spin
 from qspin.config import load_config
-from qspin.page import SCRIPT, page
-from qspin.panel import Figure
+from qspin.figures import plots
+from qspin.figures.page import SCRIPT, page
+from qspin.figures.panel import Figure
+from qspin.figures.report import PHASES, sentences, tables
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
-from qspin.report import PHASES, sentences, tables
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 EVIL = "</script><script>alert(1)</script><img src=http://example.org/x onerror=alert(2)>&<b>"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from qspin.panel import (
+from qspin.figures.panel import (
     Figure,
     Statistic,
     auc,

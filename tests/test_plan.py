@@ -21,20 +21,21 @@ from conftest import HOUSE_STYLE, ROOT
 from harness import in_fresh_process
 from test_cli import call
 
-from qspin import api, budget, footprint
-from qspin.at_once import A_PASS
-from qspin.attention import Lengths
+from qspin import api, budget
 from qspin.base import find_base
 from qspin.config import load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
-from qspin.footprint import SHARE, Footprint
+from qspin.fitting import footprint
+from qspin.fitting.at_once import A_PASS
+from qspin.fitting.footprint import SHARE, Footprint
+from qspin.layers.attention import Lengths
 from qspin.machine import GIB, Machine, card
 from qspin.model import SlotModel
 from qspin.packing import plan_batches
-from qspin.plan import Plan, make_plan
-from qspin.plan_change import nearest_change, with_settings
-from qspin.plan_rows import Rows, assumed_rows, rows_of_data
+from qspin.planning.plan import Plan, make_plan
+from qspin.planning.plan_change import nearest_change, with_settings
+from qspin.planning.plan_rows import Rows, assumed_rows, rows_of_data
 from qspin.records import Pair
 
 CPU = torch.device("cpu")

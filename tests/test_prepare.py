@@ -265,7 +265,8 @@ def test_a_tokenizer_of_another_model(tiny_folder: Callable[[str], Path], ready:
 
 # --- the page for users ---
 
-MODULES = [ROOT / "qspin" / f"{name}.py" for name in ("sources", "formats", "data", "chat", "prepare", "learning")]
+PLACES = ("sources", "formats", "data", "chat", "prepare", "phases/learning")
+MODULES = [ROOT / "qspin" / f"{place}.py" for place in PLACES]
 
 
 def words(module: Path) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qspin.progress import Audience
+from qspin.watch.progress import Audience
 
 
 class Listener:

@@ -22,16 +22,16 @@ from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
 from test_cli import Answer
 
 from qspin import spin
-from qspin.card import Licence
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
+from qspin.exports.card import Licence
+from qspin.exports.push import Content, _explain, _licence, make_upload, send
+from qspin.exports.recipe import recorded_config
 from qspin.files import read_json, read_jsonl, read_plain_json, sha256_of, write_json, write_jsonl, write_plain_json
 from qspin.prepare import prepare
-from qspin.progress import Silent
-from qspin.push import Content, _explain, _licence, make_upload, send
-from qspin.recipe import recorded_config
 from qspin.record import template_date
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 WEIGHTS = "adapter_model.safetensors"
 EVIL = "<script>alert(1)</script> | `x`\n---\nlicense: mit"

@@ -11,11 +11,11 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY
 from test_scoring import plain_twin
 
-from qspin import reading
 from qspin.errors import QspinError
-from qspin.memory import OutOfMemory
+from qspin.fitting.memory import OutOfMemory
 from qspin.model import SlotModel
-from qspin.reading import Passage, Reading, read
+from qspin.trials import reading
+from qspin.trials.reading import Passage, Reading, read
 
 LoadModel = Callable[..., SlotModel]
 CPU = torch.device("cpu")

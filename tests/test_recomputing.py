@@ -17,17 +17,18 @@ import transformers
 from conftest import SHAPE, Notes, small_run
 from harness import in_fresh_process
 
-from qspin import budget, learning, spin, training
-from qspin.at_once import Budget
+from qspin import budget, spin, training
 from qspin.base import find_base
 from qspin.budget import token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig, load_config
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, read_json, remove, write_json
-from qspin.footprint import SHARE, Batch
-from qspin.game import Game
+from qspin.fitting.at_once import Budget
+from qspin.fitting.footprint import SHARE, Batch
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, plan_batches
+from qspin.phases import learning
+from qspin.phases.game import Game
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir

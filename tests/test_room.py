@@ -15,12 +15,12 @@ import pytest
 
 from qspin import spin
 from qspin.config import load_config
-from qspin.damage import take_away_damaged
 from qspin.errors import QspinError
+from qspin.phases.damage import take_away_damaged
+from qspin.phases.room import SMALL, check_room, room
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
-from qspin.room import SMALL, check_room, room
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 ROWS = 24
 

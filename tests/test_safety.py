@@ -24,20 +24,20 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from test_cli import call
 
-from qspin import view
 from qspin.base import find_base, quiet_libraries
 from qspin.chat import PieceKind
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
+from qspin.exports.push import make_upload
+from qspin.figures.report import Answers, Column, Results
 from qspin.files import read_json, read_plain_json, write_json
-from qspin.loaded import Loaded
-from qspin.progress import Silent
-from qspin.push import make_upload
 from qspin.record import check_rows, prepare_run
-from qspin.report import Answers, Column, Results
 from qspin.run_dir import RunDir
 from qspin.safe_text import check_path, redacted, secret_keys, show_traceback, visible
 from qspin.spin import run
+from qspin.trials.loaded import Loaded
+from qspin.watch import view
+from qspin.watch.progress import Silent
 
 CANARY = "canaryInACoalMine0123"
 HF_CANARY = "hf_" + "Canary" * 6
@@ -306,7 +306,7 @@ def test_code_that_comes_with_a_model_is_not_run(
 def test_there_is_no_way_to_trust_a_models_code() -> None:
     found = [
         line.strip()
-        for path in (ROOT / "qspin").glob("*.py")
+        for path in (ROOT / "qspin").rglob("*.py")
         for line in path.read_text().splitlines()
         if "trust_remote_code" in line
     ]

@@ -17,7 +17,7 @@ import transformers
 from conftest import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 
-from qspin import footprint
+from qspin.fitting import footprint
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.records import Pair, Score

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, TINY
 from qspin.config import load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
-from qspin.shape import count_parameters, read_shape
+from qspin.fitting.shape import count_parameters, read_shape
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -18,10 +18,10 @@ from conftest import SHAPE
 
 from qspin import spin
 from qspin.config import load_config
-from qspin.memory import keep_freed_memory
+from qspin.fitting.memory import keep_freed_memory
 from qspin.prepare import prepare
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
+from qspin.watch.progress import Silent
 
 ROWS, ITERATIONS = 2000, 3
 SECONDS_APART = 1.0

@@ -17,18 +17,18 @@ from conftest import Clock
 from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
-from qspin.meter import Meter
 from qspin.run_dir import RunDir, process_name
-from qspin.status import StatusFile, look
+from qspin.watch.meter import Meter
+from qspin.watch.status import StatusFile, look
 
 MEMORY = (3 << 30, 24 << 30)
 
 WORKER = """
 import sys, time
 from pathlib import Path
-from qspin.meter import Meter
+from qspin.watch.meter import Meter
 from qspin.run_dir import RunDir
-from qspin.status import StatusFile
+from qspin.watch.status import StatusFile
 
 run_dir = RunDir(Path(sys.argv[1]))
 meter = Meter([], {}, 2, lambda: (1, 2))

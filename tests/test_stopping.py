@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qspin.damage import take_away_damaged
 from qspin.files import read_json, read_jsonl
+from qspin.phases.damage import take_away_damaged
 from qspin.run_dir import RunDir
 from qspin.stopping import GOES_ON, STOPPED
 

@@ -12,15 +12,15 @@ from conftest import small_run
 from test_cli import call
 
 from qspin import api, spin
-from qspin.answering import answer
 from qspin.config import RunConfig, load_config, parse_vary
 from qspin.errors import QspinError
+from qspin.experiments.sweep import PLOT, TABLE, Cell, grid, play_cell, results, write_results
 from qspin.files import read_json, read_jsonl, remove
-from qspin.game import under_way
+from qspin.phases.answering import answer
+from qspin.phases.game import under_way
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.run_dir import RunDir
-from qspin.sweep import PLOT, TABLE, Cell, grid, play_cell, results, write_results
+from qspin.watch.progress import Silent
 
 WEIGHTS = "adapter_model.safetensors"
 DAY = datetime.date(2026, 1, 1)

@@ -23,16 +23,16 @@ from conftest import played_small
 from rich.console import Console
 from test_cli import COLOUR_VARIABLES, call
 
-from qspin import talk_view
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.evaluation import read_evaluation
+from qspin.figures.evaluation import read_evaluation
 from qspin.files import read_json, write_json
-from qspin.loaded import Loaded
 from qspin.prepare import prepare
 from qspin.records import Message
 from qspin.run_dir import RunDir
-from qspin.talk import COMMANDS, Manner, Show, Talk, Turn
+from qspin.trials import talk_view
+from qspin.trials.loaded import Loaded
+from qspin.trials.talk import COMMANDS, Manner, Show, Talk, Turn
 
 GREEDY = Manner(temperature=0, top_p=1, max_new_tokens=10)
 WILD = Manner(temperature=2.0, top_p=1, max_new_tokens=40)

@@ -18,12 +18,12 @@ import pytest
 from qspin import spin
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.evaluation import read_evaluation, values
+from qspin.figures.evaluation import read_evaluation, values
 from qspin.files import read_jsonl
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Audience, TrackerName
 from qspin.run_dir import RunDir
-from qspin.track import Tracker, check
+from qspin.watch.progress import Audience, TrackerName
+from qspin.watch.track import Tracker, check
 
 ROWS, ITERATIONS = 20, 2
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from qspin import backends
-from qspin.backends import OLDEST_UNSLOTH, choose_backend, unsloth_missing
 from qspin.errors import QspinError
+from qspin.layers import backends
+from qspin.layers.backends import OLDEST_UNSLOTH, choose_backend, unsloth_missing
 
 # what it imports, beside what qspin itself needs
 NEEDS = (
@@ -28,7 +28,7 @@ NEEDS = (
 )  # fmt: skip
 SIGNATURES = """
 import inspect, json
-from qspin.backends import unsloth_kernels
+from qspin.layers.backends import unsloth_kernels
 unsloth_kernels()
 import unsloth.kernels as kernels
 print(json.dumps({name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}))

@@ -10,10 +10,10 @@ import pytest
 from made import WORDS, after, made, texts
 
 from qspin.config import RunConfig, load_config
-from qspin.evaluation import Evaluation
-from qspin.players import Player, best
+from qspin.figures.evaluation import Evaluation
+from qspin.figures.players import Player, best
+from qspin.figures.verdict import conclusion, stop, verdict
 from qspin.run_dir import IterationDir
-from qspin.verdict import conclusion, stop, verdict
 
 CONFIG = load_config(None, {})
 ANIMALS = ["cat", "dog", "cow", "hen", "pig", "goat", "duck", "bear"]

@@ -16,11 +16,11 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from qspin.config import load_config
-from qspin.meter import Meter, Status, workload
-from qspin.progress import Audience, Progress
 from qspin.run_dir import RunDir
-from qspin.status import Standing
-from qspin.view import (
+from qspin.watch.meter import Meter, Status, workload
+from qspin.watch.progress import Audience, Progress
+from qspin.watch.status import Standing
+from qspin.watch.view import (
     JsonView,
     PlainView,
     RunView,

@@ -16,17 +16,17 @@ from qspin import spin
 from qspin.adapters import load_adapter
 from qspin.config import RunConfig, load_config
 from qspin.errors import QspinError
+from qspin.figures.report import tables
 from qspin.files import read_json, read_jsonl
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.records import Pair
-from qspin.report import tables
 from qspin.run_dir import RunDir
 from qspin.scoring import pair_logps
 from qspin.warm_start import train_supervised
+from qspin.watch.progress import Silent
 
 LoadModel = Callable[..., SlotModel]
 ROWS = [

@@ -19,20 +19,22 @@ import psutil
 import pytest
 from conftest import small_run
 
-from qspin import learning, spin, workers
+from qspin import spin
 from qspin.adapters import load_adapter
-from qspin.at_once import Budget
-from qspin.attention import Lengths
 from qspin.config import dump_config, load_config
-from qspin.dealing import deal
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
+from qspin.fitting.at_once import Budget
+from qspin.layers.attention import Lengths
 from qspin.packing import plan_batches
+from qspin.phases import learning
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
+from qspin.processes import workers
+from qspin.processes.dealing import deal
+from qspin.processes.workers import WorkerLost
 from qspin.run_dir import IterationDir, RunDir
 from qspin.stopping import GOES_ON
-from qspin.workers import WorkerLost
+from qspin.watch.progress import Silent
 
 COUNT = 2
 ROWS, HELDOUT = 31, 6  # so that the last effective batch is one pair, and a helper has none

@@ -25,28 +25,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.llama import modeling_llama
 
-from qspin import attention, footprint, spin
-from qspin.attention import Lengths, Packed, Rules, _SpanAttention
-from qspin.backends import unsloth_kernels
+from qspin import spin
 from qspin.base import find_base
 from qspin.budget import _need, rows_at_once, token_budget
 from qspin.config import BackendName, LoraConfig, ModelConfig, TrainConfig, load_config
 from qspin.decoding import Decoder, replayable
 from qspin.files import read_json, read_jsonl, remove
-from qspin.footprint import GROWTH
-from qspin.fused import _GatedByKernel
+from qspin.fitting import footprint
+from qspin.fitting.footprint import GROWTH
+from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.generation import Completion, Request, generate
-from qspin.kernels import Kernels
-from qspin.kv_cache import KVCache
-from qspin.memory import OutOfMemory, free_bytes, refusals_told
+from qspin.layers import attention
+from qspin.layers.attention import Lengths, Packed, Rules, _SpanAttention
+from qspin.layers.backends import unsloth_kernels
+from qspin.layers.fused import _GatedByKernel
+from qspin.layers.kernels import Kernels
+from qspin.layers.kv_cache import KVCache
 from qspin.model import SlotModel
 from qspin.optimisation import steps_kept
 from qspin.packing import lengths_of, pack_row, plan_batches
 from qspin.prepare import Prepared, prepare
-from qspin.progress import Silent
 from qspin.records import Pair
 from qspin.run_dir import RunDir
 from qspin.scoring import pair_logps, score_pairs
+from qspin.watch.progress import Silent
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +56,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 if torch.cuda.is_available():
-    from qspin import nf4_product
+    from qspin.layers import nf4_product
 BACKENDS = [
     "transformers",
     pytest.param(

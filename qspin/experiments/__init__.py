@@ -1,0 +1,1 @@
+"""Many runs, or the same rows without self-play."""

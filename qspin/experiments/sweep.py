@@ -1,0 +1,157 @@
+"""A grid of runs over any settings, in one table and one plot.
+
+    cells = grid("smollm2-135m", {"data.source": "mine.jsonl"}, {"train.beta": [0.01, 0.1, 1]})
+    for cell in cells:
+        play_cell(cell, prepared, Path("sweeps/beta"), cells, progress)
+    write_results(Path("sweeps/beta"), cells)
+
+A run whose settings differ from an earlier one's in training alone takes over what training does not change: how the
+base measures and, where it is the first opponent, iteration 0's completions and their scores. Each run is one like any
+other, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qspin.config import RunConfig, changed_results, dump_config, load_config
+from qspin.errors import QspinError
+from qspin.figures import plots
+from qspin.figures.evaluation import panel
+from qspin.figures.players import kept, players
+from qspin.figures.report import GAME, PLAYER, WRITING, Column, Results, markdown
+from qspin.files import copy_file, read_json, write_text
+from qspin.phases.game import Game, under_way
+from qspin.prepare import Prepared
+from qspin.run_dir import RunDir
+from qspin.safe_text import check_path
+from qspin.spin import play
+from qspin.watch.progress import Progress
+
+TABLE, PLOT = "SWEEP.md", "sweep.svg"
+PLOTTED = {"nll": "NLL, nats a token", "two_sample_auc": "2-sample AUC (0.5 is the best)"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a sweep."""
+
+    name: str  # of its folder
+    settings: dict[str, Any]  # what is varied, as asked for
+    config: RunConfig
+
+    def run_dir(self, out: Path) -> RunDir:
+        return RunDir(out / self.name)
+
+
+def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every combination, the last setting varying fastest, each checked before anything is computed.
+
+    Raises:
+        QspinError: a combination is no configuration; two of them would have one folder.
+    """
+    short = {key: key.rpartition(".")[2] for key in varied}
+    if len(set(short.values())) < len(short):
+        short = {key: key for key in varied}
+    cells = []
+    for values in itertools.product(*varied.values()):
+        settings = dict(zip(varied, values, strict=True))
+        name = "_".join(f"{short[key]}={_in_a_name(value)}" for key, value in settings.items())
+        check_path(name, "--vary")
+        cells.append(Cell(name, settings, load_config(source, {**overrides, **settings})))
+    if len({cell.name for cell in cells}) < len(cells):
+        raise QspinError("--vary: two combinations would have one folder's name; give values that differ in letters")
+    if len({dump_config(cell.config) for cell in cells}) < len(cells):
+        raise QspinError("--vary: two combinations are the same, so that a run would be played twice")
+    return cells
+
+
+def _in_a_name(value: Any) -> str:
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+
+
+def play_cell(cell: Cell, prepared: Prepared, out: Path, cells: Sequence[Cell], progress: Progress) -> None:
+    """Play one run, or go on with it."""
+    with under_way(prepared, cell.run_dir(out).path, progress) as game:
+        for other in itertools.takewhile(lambda earlier: earlier is not cell, cells):
+            _take_over(game, other, other.run_dir(out))
+        play(game)
+
+
+def _take_over(game: Game, other: Cell, source: RunDir) -> None:
+    """Pieces of another run that are the same in this one, unless they are here already."""
+    if not source.record.is_file() or not _same_but_for_training(game, other, source):
+        return
+    for piece in ("evaluation", "times", "memory"):
+        _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
+    if game.config.sft.epochs:  # a warm start is trained as everything is: it may be another opponent
+        return
+    first, ours = source.iteration(0), game.dir.iteration(0)
+    _copy_under_a_plan(first.generation_plan, ours.generation_plan, first.generated(0), ours.generated(0))
+    train, theirs = game.config.train, other.config.train
+    if (train.batch_size, train.tokens_per_micro_batch) == (theirs.batch_size, theirs.tokens_per_micro_batch):
+        _copy_under_a_plan(first.training_plan, ours.training_plan, first.scores(0), ours.scores(0))
+
+
+def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
+    changed = {key for key, _, _ in changed_results(other.config, game.config)}
+    if not all(key == "iterations" or key.startswith("train.") for key in changed):
+        return False
+    ours, theirs = game.dir.read_record(), source.read_record()
+    alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
+    return all(ours.get(key) == theirs.get(key) for key in alike)
+
+
+def _copy_under_a_plan(plan: Path, our_plan: Path, shard: Path, our_shard: Path) -> None:
+    """The plan, unless there is one here, and shards that are of the same plan.
+
+    A plan comes before what belongs to it; what a crash leaves half copied is found damaged and made again.
+    """
+    if not plan.is_file():
+        return
+    _copy(plan, our_plan)
+    if read_json(plan) == read_json(our_plan):
+        for path in sorted(shard.parent.glob("shard-*.jsonl")):
+            _copy(path, our_shard.parent / path.name)
+
+
+def _copy(path: Path, copy: Path) -> None:
+    if path.is_file() and not copy.exists():
+        copy_file(path, copy)
+
+
+# --- results
+
+
+def results(out: Path, cells: Sequence[Cell]) -> Results:
+    """A row for the base and each iteration of every run; the iteration that a run keeps has a star."""
+    fields = [field for field in (*GAME, *WRITING) if field[0] != "ended"]
+    rows = []
+    for cell in cells:
+        measured = players(cell.run_dir(out), cell.config)
+        chosen = kept(measured, cell.config)
+        for player in measured:
+            figures = panel(player.evaluation, "report", seed=cell.config.seed)
+            told = [look(figures[name]) if name in figures else "" for name, look, _ in fields]
+            values = [str(value) for value in cell.settings.values()]
+            rows.append([*values, f"{player.name}{'*' if player is chosen else ''}", *told])
+    varied = [Column(key, "varied") for key in cells[0].settings]
+    return Results("Runs", (*varied, PLAYER, *(column for _, _, column in fields)), rows)
+
+
+def write_results(out: Path, cells: Sequence[Cell]) -> None:
+    """SWEEP.md and sweep.svg, of what there is so far."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / TABLE, f"# Sweep\n\n{markdown(results(out, cells))}\n\n![NLL and 2-sample AUC]({PLOT})\n")
+    measured = {cell.name: players(cell.run_dir(out), cell.config) for cell in cells}
+    panels = {
+        cell.name: {who.name: panel(who.evaluation, "report", seed=cell.config.seed) for who in measured[cell.name]}
+        for cell in cells
+        if measured[cell.name]
+    }
+    write_text(out / PLOT, plots.compared(panels, PLOTTED))

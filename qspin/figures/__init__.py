@@ -1,0 +1,1 @@
+"""What players came to: figures with intervals, sentences, tables and pictures. Free of torch."""

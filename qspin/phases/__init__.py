@@ -1,0 +1,1 @@
+"""A run under way: what its phases share, and each of them."""

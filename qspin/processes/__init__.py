@@ -1,0 +1,1 @@
+"""Several processes of one launch, and the work dealt to them."""
