@@ -17,32 +17,31 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import jinja2
-
-from qspin.config_files import presets_dir
-from qspin.errors import QspinError, one_line
+from qspin.chat_template import (
+    ADVICE,
+    ANSWER,
+    QUESTION,
+    Template,
+    Tokenizer,
+    UnfitError,
+    control_tokens,
+    find_end_of_turn,
+    own_template,
+    parting,
+    probe_answer,
+    probe_system,
+)
+from qspin.errors import QspinError
 from qspin.records import Example, Message, Record, Reject
 
 PieceKind = Literal["prompt", "completion", "end-of-turn"]
-
-
-class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
-
-    chat_template: str | dict[str, str] | None
-    bos_token_id: int | None
-    eos_token_id: int | None
-    added_tokens_decoder: Mapping[int, Any]  # tokens that are matched as a whole: .content, .special
-
-    def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> str: ...
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-    def decode(self, token_ids: Sequence[int], **kwargs: bool) -> str: ...
+_MARK = "\ufdd0"  # by Unicode's definition no character: nobody's text holds it
+_NO_TEXT = re.compile(f"[\ud800-\udfff{_MARK}]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class Renderer:
     max_completion_tokens: int  # end-of-turn included
     long_completions: Literal["drop", "cut"]
     vocab_size: int  # rows of the model's embedding matrix
-    _template: _Template
+    _template: Template
     _tail: str  # what the template writes after the last answer ...
     _tail_kept: int  # ... and how many characters of it belong to the completion
     _control: Mapping[str, int]  # tokens that structure a conversation
@@ -81,12 +80,12 @@ class Renderer:
         Raises:
             QspinError: there is no template; its generation prompt does not lead up to the answer; no token ends one.
         """
-        source = template or _own_template(tokenizer)
-        chat = _Template(tokenizer, source, template_kwargs, date)
-        conversation, tail = _probe_answer(chat)
-        control = _control_tokens(tokenizer, written=conversation)
-        end_of_turn, tail_kept = _find_end_of_turn(control, tail)
-        refusal = _probe_system(chat)
+        source = own_template(tokenizer) if template is None else template
+        chat = Template(tokenizer, source, template_kwargs, date)
+        conversation, tail = probe_answer(chat)
+        control = control_tokens(tokenizer, written=conversation)
+        end_of_turn, tail_kept = find_end_of_turn(control, tail)
+        refusal = probe_system(chat)
         note = f"The chat template {refusal}; it is put before the first user turn's text, after it a blank line."
         renderer = Renderer(
             end_of_turn=end_of_turn,
@@ -103,9 +102,11 @@ class Renderer:
             _name=re.compile(f"(?={'|'.join(map(re.escape, control))})(.)", re.DOTALL),
             _system_fits=not refusal,
         )
-        probed = renderer.example(Record("", (_QUESTION,), _ANSWER.content))
+        probed = renderer.example(Record("", (QUESTION,), ANSWER.content))
         if isinstance(probed, Reject) and probed.code == "boundary":
-            raise QspinError(f"chat template and tokenizer do not go together: {probed.reason}; {_OWN_TEMPLATE}")
+            raise QspinError(f"chat template and tokenizer do not go together: {probed.reason}; {ADVICE}")
+        if isinstance(probed, Example) and probed.prompt_ids[:2] == (tokenizer.bos_token_id,) * 2:
+            raise QspinError(f"the chat template begins a conversation with two tokens BOS; {ADVICE}")
         return renderer
 
     @property
@@ -162,7 +163,7 @@ class Renderer:
         """The record as tokens, or why it is left out."""
         try:
             return self._example(record)
-        except _UnfitError as unfit:
+        except UnfitError as unfit:
             return Reject(record.place, unfit.code, str(unfit), malformed=not unfit.code.startswith("long-"))
 
     def completion_text(self, ids: Sequence[int]) -> str:
@@ -181,30 +182,36 @@ class Renderer:
 
     def _example(self, record: Record) -> Example:
         if not record.completion.strip():
-            raise _UnfitError("empty-completion", "the completion is empty")
+            raise UnfitError("empty-completion", "the completion is empty")
         *prompt, completion = self._marked([*record.prompt, Message("assistant", record.completion)])
         prompt_text = self._text(prompt, generation_prompt=True)
+        for number, message in enumerate(prompt, 1):
+            said = message.content.rpartition("</think>")[2]  # what earlier answers thought is left out on purpose
+            if said.strip() not in prompt_text:
+                raise UnfitError(
+                    "template", f"the chat template leaves out, or changes, the {message.role} text of turn {number}"
+                )
         prompt_ids = self._encode(prompt_text)
         if (size := len(prompt_ids)) > (limit := self.max_prompt_tokens):
-            raise _UnfitError("long-prompt", f"the prompt has {size} tokens; data.max_prompt_tokens is {limit}")
+            raise UnfitError("long-prompt", f"the prompt has {size} tokens; data.max_prompt_tokens is {limit}")
 
         full_text = self._text([*prompt, completion], generation_prompt=False)
         answer = full_text[len(prompt_text) : len(full_text) - len(self._tail)]  # many templates trim it
         if full_text != prompt_text + answer + self._tail or answer.strip() != completion.content.strip():
-            seen = _parting(prompt_text + completion.content + self._tail, full_text)
-            raise _UnfitError("template", f"the chat template changes this answer, or what stands around it: {seen}")
+            seen = parting(prompt_text + completion.content + self._tail, full_text)
+            raise UnfitError("template", f"the chat template changes this answer, or what stands around it: {seen}")
 
         # end-of-turn is matched as a whole: cutting the text right after it changes no token before the cut
         ids = self._encode(full_text[: len(full_text) - len(self._tail) + self._tail_kept])
         real_ids = ids[len(prompt_ids) :]
         if ids[: len(prompt_ids)] != prompt_ids or real_ids[-1:] != (self.end_of_turn,):
-            raise _UnfitError("boundary", "a token spans the border between prompt and completion; none sampled could")
+            raise UnfitError("boundary", "a token spans the border between prompt and completion; none sampled could")
         if not set(real_ids[:-1]).isdisjoint(self._control.values()):  # SmolLM2 writes <|endoftext|> for bytes it lacks
-            raise _UnfitError("unknown-character", "the tokenizer has no token for a character of the completion")
+            raise UnfitError("unknown-character", "the tokenizer has no token for a character of the completion")
         if len(real_ids) == 1:
-            raise _UnfitError("empty-completion", "the tokenizer makes no token of the completion")
+            raise UnfitError("empty-completion", "the tokenizer makes no token of the completion")
         if (size := len(real_ids)) > (limit := self.max_completion_tokens) and self.long_completions == "drop":
-            raise _UnfitError("long-completion", f"it has {size} tokens; data.max_completion_tokens is {limit}")
+            raise UnfitError("long-completion", f"it has {size} tokens; data.max_completion_tokens is {limit}")
         return Example(record.id, prompt_ids, real_ids[:limit])
 
     def _marked(self, messages: Sequence[Message]) -> list[Message]:
@@ -212,11 +219,11 @@ class Renderer:
         for message in messages:
             if found := _NO_TEXT.search(message.content):
                 reason = f"the {message.role} text contains {found.group()!r}, which is not plain text"
-                raise _UnfitError("encoding", reason)
+                raise UnfitError("encoding", reason)
         marked = [replace(message, content=self._name.sub(rf"\1{_MARK}", message.content)) for message in messages]
         for message in marked:
             if found := self._name.search(message.content):  # a name of one character
-                raise _UnfitError("control-token", f"the {message.role} text contains {found[1]!r}, a control token")
+                raise UnfitError("control-token", f"the {message.role} text contains {found[1]!r}, a control token")
         return marked
 
     def _text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
@@ -224,7 +231,7 @@ class Renderer:
         if _MARK in text:
             plain = [replace(message, content=message.content.replace(_MARK, "")) for message in messages]
             if self._rendered(plain, generation_prompt) != text.replace(_MARK, ""):
-                raise _UnfitError("control-token", "the chat template heeds the control tokens that a text contains")
+                raise UnfitError("control-token", "the chat template heeds the control tokens that a text contains")
         return text
 
     def _rendered(self, messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -243,7 +250,7 @@ class Renderer:
             ids = tuple(token for at, token in enumerate(ids) if at not in wedges)
             if self._decode(ids) == self._decode(self._ids(text.replace(_MARK, ""))):
                 return ids
-        raise _UnfitError("control-token", "a text contains a control token, which can't be encoded as plain text")
+        raise UnfitError("control-token", "a text contains a control token, which can't be encoded as plain text")
 
     def _ids(self, text: str, *, add_special_tokens: bool = False) -> tuple[int, ...]:
         # the template writes BOS where the model wants one; the tokenizer would write it a second time
@@ -266,125 +273,6 @@ class Renderer:
             if "\ufffd" not in text or at - start == 3 or at == end - 1:
                 yield text
                 start = at + 1
-
-
-class _UnfitError(QspinError):
-    """One conversation that can't be rendered; becomes a Reject."""
-
-    def __init__(self, code: str, reason: str) -> None:
-        super().__init__(reason)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class _Template:
-    """The chat template, with all that its text depends on besides the messages."""
-
-    tokenizer: Tokenizer
-    source: str
-    kwargs: Mapping[str, Any]
-    date: datetime.date
-
-    def text(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
-                chat_template=self.source,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                strftime_now=self.date.strftime,  # shadows the environment's clock
-                **self.kwargs,
-            )
-        # besides Jinja's own errors: Python's, of the template's expressions and of a switch of the wrong kind
-        except (jinja2.TemplateError, *_OF_EXPRESSIONS) as error:
-            raise _UnfitError("template", f"the chat template fails: {one_line(error)}") from None
-
-    def probe(self) -> tuple[str, str]:
-        """The generation prompt of a plain question, and the conversation with an answer to it."""
-        return self.text([_QUESTION], generation_prompt=True), self.text([_QUESTION, _ANSWER], generation_prompt=False)
-
-
-_MARK = "\ufdd0"  # by Unicode's definition no character: nobody's text holds it
-_NO_TEXT = re.compile(f"[\ud800-\udfff{_MARK}]")
-_OF_EXPRESSIONS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
-_SYSTEM = Message("system", "qspin probes the system text")
-_QUESTION = Message("user", "qspin probes a question")
-_ANSWER = Message("assistant", "qspin probes an answer")
-_OWN_TEMPLATE = "set chat.template to a Jinja file that suits this model"
-
-
-def _own_template(tokenizer: Tokenizer) -> str:
-    own = tokenizer.chat_template
-    source = own.get("default") if isinstance(own, dict) else own
-    if source:
-        return source
-    named = f" called default, but {', '.join(sorted(own))}" if isinstance(own, dict) and own else ""
-    folder = presets_dir() / "templates"
-    shipped = ", ".join(sorted(path.name for path in folder.glob("*.jinja")))
-    raise QspinError(
-        f"the tokenizer has no chat template{named} (a base model?): take the model's instruct version, or "
-        f"{_OWN_TEMPLATE}; {folder} has {shipped}, and plain.jinja is for base models"
-    )
-
-
-def _probe_answer(chat: _Template) -> tuple[str, str]:
-    """A conversation, and what comes after its answer; sees to it that the generation prompt leads up to that."""
-    try:
-        prompt, full = chat.probe()
-    except _UnfitError as unfit:
-        raise QspinError(f"{unfit} (on a plain question); check chat.template_kwargs, or {_OWN_TEMPLATE}") from None
-    if _QUESTION.content not in prompt or _ANSWER.content not in full:
-        raise QspinError(f"the chat template does not show plain text (is it for images?): {_OWN_TEMPLATE}")
-    if not _leads_up(prompt, full):
-        mended = _leads_up(*replace(chat, kwargs={**chat.kwargs, "enable_thinking": False}).probe())
-        advice = f"look for a switch to give in chat.template_kwargs, or {_OWN_TEMPLATE}"
-        raise QspinError(
-            "the chat template's generation prompt does not lead up to the answer, so its other text would tell the "
-            f"real completions from the generated ones: {_parting(prompt + _ANSWER.content, full)}; "
-            + ("they agree with --set chat.template_kwargs.enable_thinking=false" if mended else advice)
-        )
-    return full, full.rpartition(_ANSWER.content)[2]
-
-
-def _leads_up(prompt: str, full: str) -> bool:
-    """Whether nothing but white space is between generation prompt and answer (Mistral's space is generated)."""
-    before = full.rpartition(_ANSWER.content)[0]
-    return before.startswith(prompt) and not before[len(prompt) :].strip()
-
-
-def _parting(expected: str, actual: str) -> str:
-    at = len(os.path.commonprefix([expected, actual]))  # noqa: RUF071 (character by character is what is wanted)
-    around = slice(max(0, at - 40), at + 40)
-    return f"where {expected[around]!r} is expected, it writes {actual[around]!r}"
-
-
-def _control_tokens(tokenizer: Tokenizer, written: str) -> dict[str, int]:
-    """What the template writes, marked as special or not (and no plain words or blanks, which may be added as well)."""
-    return {
-        added.content: token
-        for token, added in tokenizer.added_tokens_decoder.items()
-        if added.content.strip() and (added.special or added.content in written)
-    }
-
-
-def _find_end_of_turn(control: Mapping[str, int], tail: str) -> tuple[int, int]:
-    """The first control token of the tail, and where in the tail it ends."""
-    start, _, text = min(((tail.index(text), -len(text), text) for text in control if text in tail), default=(0, 0, ""))
-    if not text or tail[:start].strip():
-        raise QspinError(
-            f"no end-of-turn token: after an answer the chat template writes {tail!r}, which does not begin with one "
-            f"of the tokenizer's added tokens, so no completion could end; {_OWN_TEMPLATE}"
-        )
-    return control[text], start + len(text)
-
-
-def _probe_system(chat: _Template) -> str:
-    """How the template refuses system messages; empty if it takes them."""
-    try:
-        text = chat.text([_SYSTEM, _QUESTION], generation_prompt=True)
-    except _UnfitError as unfit:
-        return f"refuses a system text ({str(unfit).removeprefix('the chat template fails: ')})"
-    return "" if _SYSTEM.content in text else "leaves out a system text"
 
 
 def _system_into_user(messages: Sequence[Message]) -> list[Message]:

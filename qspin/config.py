@@ -120,10 +120,12 @@ class DataConfig(_Part):
         "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "prompt-response", "instruction-response",
         "question-answer", "columns",
     ] = Field("auto", description="shape of a row; auto looks at many rows and says what it found")  # fmt: skip
-    columns: dict[Literal["prompt", "completion", "system"], str] = Field(
+    columns: dict[Literal["prompt", "completion", "system"], Annotated[str, Field(min_length=1)]] = Field(
         {}, description="names of the columns that hold prompt and completion, for format columns"
     )
-    turns: Literal["last", "first"] = Field("last", description="which answer of a conversation is the completion")
+    turns: Literal["last", "first"] = Field(
+        "last", description="which answer of a conversation in one column (messages, sharegpt) is the completion"
+    )
     limit: int | None = Field(None, ge=1, description="use the first so many good rows")
     heldout_source: Annotated[str | None, _FREE] = Field(
         None, description="file or hub id of held-out rows; else heldout_rows are split off"

@@ -111,6 +111,7 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
         QspinError: an override reaches into what is no group.
     """
     tree: dict[str, Any] = {}
+    overrides = _dotted(overrides, groups)
     other_rows = _names_other_rows(layers, overrides.get("data.source"))
     for layer in reversed(layers):
         model = layer.tree.get("model")
@@ -198,6 +199,15 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _dotted(overrides: Mapping[str, Any], groups: Container[str]) -> dict[str, Any]:
+    """A group that is given as a mapping, `model={id: …}`, is the same as its settings one by one."""
+    dotted: dict[str, Any] = {}
+    for key, value in overrides.items():
+        several = key in groups and isinstance(value, dict)
+        dotted |= {f"{key}.{name}": each for name, each in value.items()} if several else {key: value}
+    return dotted
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -19,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -254,7 +254,7 @@ def _conversation(row: Object, shape: Format, which: Literal["last", "first"]) -
         if key not in row:
             raise BadRow("missing-column", f"has no {short(key)}")
     turns = [turn for turn in shape.turns(row) if turn.content or turn.role != "system"]
-    if which == "first":
+    if which == "first" and shape.dialogue:
         answers = (number for number, turn in enumerate(turns, 1) if turn.role == "assistant")
         turns = turns[: next(answers, None)]
     while turns and turns[-1].role == "user":
@@ -290,10 +290,9 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
                 f"{' and '.join(missing) or f'data.format is {format}'}: data.columns names a prompt and a completion "
                 "column, with data.format auto or columns"
             )
-        if columns["prompt"] == columns["completion"]:
-            raise QspinError(
-                f"data.columns: prompt and completion are both {columns['prompt']!r}; name the column of each"
-            )
+        for (one, name), (other, same) in combinations(columns.items(), 2):
+            if name == same:
+                raise QspinError(f"data.columns: {one} and {other} are both {name!r}; name the column of each")
         candidates = [pair("columns", columns["prompt"], columns["completion"], columns.get("system"))]
     else:
         candidates = [shape for shape in FORMATS if format in {"auto", shape.name}]
@@ -315,4 +314,6 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
             f"Columns found: {found or 'none'}. Needed: {needed}. Choose a format with --format, or name the columns: "
             f"--set data.columns.prompt=NAME --set data.columns.completion=NAME"
         )
+    if "system" in columns and objects and not any(columns["system"] in row for row in objects):
+        raise QspinError(f"{source}: no row has the column {short(columns['system'])} of data.columns.system")
     return best

@@ -27,6 +27,7 @@ class Format(NamedTuple):
     keys: tuple[str, ...]  # that every row of this format has
     turns: Callable[[Object], list[Message]]
     others: tuple[str, ...] = ()  # that are read where a row has them
+    dialogue: bool = False  # of several answers, `data.turns` says which is the completion
 
     def unread(self, row: Object) -> list[str]:
         """What a row of this format holds that no text is made of; `messages[].name` is a turn's."""
@@ -127,8 +128,8 @@ def _text(value: object, place: str) -> str:
 
 
 FORMATS = (
-    Format("messages", ("messages",), _messages),
-    Format("sharegpt", ("conversations",), _sharegpt),
+    Format("messages", ("messages",), _messages, dialogue=True),
+    Format("sharegpt", ("conversations",), _sharegpt, dialogue=True),
     Format("alpaca", ("instruction", "output"), _alpaca, ("input",)),
     pair("prompt-completion", "prompt", "completion"),
     pair("prompt-response", "prompt", "response"),

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from qspin.adapters import check_config, load_adapter
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
-from qspin.chat import Renderer, Tokenizer
+from qspin.chat import Renderer
+from qspin.chat_template import Tokenizer
 from qspin.config import RunConfig
 from qspin.data import Dataset, check_rejects, load_records, most_common, remove_overlap, split_heldout
 from qspin.errors import QspinError

@@ -201,6 +201,30 @@ def test_a_template_that_refuses_a_row_rejects_it_in_its_own_words() -> None:
 
 
 @pytest.mark.parametrize(
+    ("messages", "turn", "role"),
+    [
+        ("messages[-2:] if messages|length > 3 else messages", 1, "system"),
+        ("messages[:1] + messages[3:] if messages|length > 3 else messages", 2, "user"),
+    ],
+)
+def test_a_template_that_leaves_a_text_of_the_prompt_out_rejects_the_row(messages: str, turn: int, role: str) -> None:
+    usual = smollm2().chat_template.replace("for message in messages", "for message in shown")
+    renderer = build(template="{% set shown = " + messages + " %}" + usual)
+    assert isinstance(renderer.example(row("Why?", "So.")), Example)
+    rejected = renderer.example(MULTI_TURN)
+    reason = f"the chat template leaves out, or changes, the {role} text of turn {turn}"
+    assert rejected == Reject(MULTI_TURN.place, "template", reason)
+
+
+def test_what_earlier_answers_thought_may_be_left_out() -> None:
+    thought = replace(MULTI_TURN.prompt[2], content="<think>\nHm.\n</think>\n\nA parrot.")
+    record = replace(MULTI_TURN, prompt=(*MULTI_TURN.prompt[:2], thought, *MULTI_TURN.prompt[3:]))
+    renderer = build(template=QWEN3, template_kwargs=NO_THINKING, tokenizer=families())
+    assert "Hm." not in renderer.prompt_text(record.prompt)
+    assert isinstance(renderer.example(record), Example)
+
+
+@pytest.mark.parametrize(
     ("expression", "words"),
     [
         ("raise_exception('no\n  \x1b[2Jrow of mine')", r"no \x1b[2Jrow of mine"),
@@ -387,6 +411,8 @@ def test_a_token_that_spans_the_border_would_differ_from_what_generation_saw() -
         ({"template": "{% if %}"}, "chat template fails: Expected an expression.*on a plain question"),
         ({"template": "{{ none + 'a' }}"}, "chat template fails: unsupported operand.*chat.template_kwargs"),
         ({"template": "{{ bos_token }}"}, "does not show plain text"),
+        ({"template": ""}, "does not show plain text"),
+        ({"template": "{{ bos_token }}" + LLAMA_DATE}, "begins a conversation with two tokens BOS"),
         ({"template_kwargs": {"tokenize": True}}, "multiple values for keyword argument 'tokenize'"),
         ({"vocab_size": 3}, "model.id: the tokenizer writes token .* but 3 have an embedding"),
         ({"template": QWEN3}, r"it writes '.*<think>.*--set chat.template_kwargs.enable_thinking=false"),

@@ -333,6 +333,16 @@ def test_overrides_lie_on_top(write: Callable[[str, str], Path]) -> None:
     assert config.chat.template_kwargs == {"enable_thinking": False}
 
 
+def test_a_group_as_a_mapping_is_its_settings_one_by_one(known: Path) -> None:
+    for source, group, settings in (
+        (known, "model", {"id": "c/d"}),
+        ("quickstart", "model", {"id": "c/d", "revision": "main"}),
+        ("quickstart", "data", {"source": "mine.jsonl"}),
+    ):
+        dotted = {f"{group}.{name}": value for name, value in settings.items()}
+        assert load_config(source, {group: settings}) == load_config(source, dotted) != load_config(source)
+
+
 def test_an_override_takes_a_value_of_the_preset_away() -> None:
     assert load_config("smollm2-135m").model.package is not None
     assert load_config("smollm2-135m", {"model.package": None}).model.package is None

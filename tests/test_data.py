@@ -263,6 +263,16 @@ def test_one_column_is_not_both(tmp_path: Path) -> None:
         QspinError, match=r"^data\.columns: prompt and completion are both 'ask'; name the column of each"
     ):
         load(path, columns={"prompt": "ask", "completion": "ask"})
+    with pytest.raises(QspinError, match=r"^data\.columns: completion and system are both 'tell'; name the column"):
+        load(path, columns={"prompt": "ask", "completion": "tell", "system": "tell"})
+
+
+def test_a_system_column_that_no_row_has(tmp_path: Path) -> None:
+    rows = [{"ask": f"Is it {n}?", "tell": "Yes.", "sys": "Be brief."} for n in range(3)]
+    path, columns = write_jsonl(tmp_path, *rows), {"prompt": "ask", "completion": "tell"}
+    assert load(path, columns=columns | {"system": "sys"}).records[0].prompt[0] == Message("system", "Be brief.")
+    with pytest.raises(QspinError, match=r"rows\.jsonl: no row has the column 'sytem' of data\.columns\.system$"):
+        load(path, columns=columns | {"system": "sytem"})
 
 
 @pytest.mark.parametrize("rows", ["Hi;Hello.\nBye;Goodbye.\n", "Hi, you;Hello.\nBye, then;Goodbye.\n"])
@@ -463,6 +473,13 @@ def test_the_first_answer_by_choice(tmp_path: Path) -> None:
     dataset = load(path, turns="first")
     assert dataset.records == (Record("row-1", KIND, "Hello."),)
     assert codes(dataset) == [(2, "no-completion")]
+
+
+def test_the_completions_column_has_the_completion_whatever_answer_is_chosen(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path = write_jsonl(tmp_path, {"prompt": [*asked, {"role": "user", "content": "More?"}], "completion": "No."})
+    [record] = load(path, turns="first").records
+    assert (len(record.prompt), record.completion) == (3, "No.")
 
 
 def test_ids(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def messages() -> tuple[tuple[str, str], ...]:
     """(where, what) of all that a QspinError may say, but for those that only pass on what another said."""
     nodes = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     kinds = {node.name for node in nodes if "QspinError" in {getattr(base, "id", None) for base in node.bases}}
-    kinds = (kinds | {"QspinError"}) - {"_UnfitError"}  # why a row is left out: docs/data.md has those
+    kinds = (kinds | {"QspinError"}) - {"UnfitError"}  # why a row is left out: docs/data.md has those
     found = {}
     for module, tree in trees().items():
         for function in (node for node in ast.walk(tree) if isinstance(node, Function)):

@@ -15,7 +15,7 @@ LAYERS = [  # each may import what stands above it
     {"errors", "targets", "nf4_levels"},
     {"safe_text", "config_files", "main_memory", "nf4_product"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
-    {"files", "sources", "presets", "shape", "judge", "suites"},
+    {"files", "sources", "presets", "shape", "judge", "suites", "chat_template"},
     {"formats", "footprint", "judging", "mtbench_result"},
     {"data", "chat", "run_dir", "memory", "at_once", "unsloth_kernels", "plots"},
     {

@@ -265,7 +265,7 @@ def test_a_tokenizer_of_another_model(tiny_folder: Callable[[str], Path], ready:
 
 # --- the page for users ---
 
-PLACES = ("sources", "formats", "data", "chat", "prepare", "phases/learning")
+PLACES = ("sources", "formats", "data", "chat", "chat_template", "prepare", "phases/learning")
 MODULES = [ROOT / "qspin" / f"{place}.py" for place in PLACES]
 
 
@@ -289,7 +289,7 @@ def defects() -> list[list[str]]:
 
 def test_the_page_has_every_reject_code_and_no_other() -> None:
     code = "\n".join(module.read_text(encoding="utf-8") for module in MODULES)
-    used = set(re.findall(r"""(?:BadRow|_UnfitError)\(\s*"([a-z-]+)\"""", code))
+    used = set(re.findall(r"""(?:BadRow|UnfitError)\(\s*"([a-z-]+)\"""", code))
     used |= set(re.findall(r"""Reject\([\w.]+, "([a-z-]+)\"""", code))
     used |= {f"empty-{where}" for where in ("prompt", "completion")}  # of an f-string
     assert {"broken-json", "duplicate", "trained-on", "template", "control-token", "encoding"} <= used

@@ -48,7 +48,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 HELPER = """
 import sys, torch
 from pathlib import Path
-from qspin import helping
+from qspin.phases import helping
 from qspin.errors import QspinError
 
 def failing(name, job):

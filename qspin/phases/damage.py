@@ -46,7 +46,7 @@ def _pieces(folder: IterationDir) -> Iterator[tuple[Path, tuple[Path, ...]]]:
     """What can be made again, each with what belongs to it alone."""
     generated, scores = folder.generated(0).parent, folder.scores(0).parent
     yield folder.generation_plan, (generated,)
-    yield folder.training_plan, (scores,)
+    yield folder.training_plan, (folder.snapshots, scores)
     for path in (*_shards(generated), *_shards(scores), *sorted(folder.snapshots.glob("step-*"))):
         yield path, ()
     shown = (folder.times, folder.memory, *sorted(folder.benchmarks.glob("*.json")))

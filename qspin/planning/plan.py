@@ -296,6 +296,7 @@ class _Load:
         evaluate = 2 * self._generation_seconds(held_out, EVALUATION_SHARD) + (
             (score + self._passes_seconds(real, training=False)) * held_out / rows
         )
+        players = config.iterations + 1 + bool(config.sft.epochs)  # the base, and what its warm start ended with
         if config.sft.epochs:
             warm_up = config.sft.epochs * self._passes_seconds(real, training=True)
             yield Seconds("warm start", warm_up, 0.0, warm_up)
@@ -303,7 +304,7 @@ class _Load:
         yield phase("generate", lambda _: generate)
         yield phase("score", lambda times: times * score)
         yield phase("train", lambda times: times * config.train.epochs * train)
-        yield Seconds("evaluate", evaluate, evaluate, (config.iterations + 1) * evaluate)
+        yield Seconds("evaluate", evaluate, evaluate, players * evaluate)
 
     def _passes_seconds(self, groups: Sequence[tuple[int, int, int]], *, training: bool) -> float:
         """Over all of these groups once, micro-batch by micro-batch."""
