@@ -71,7 +71,7 @@ def run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
 # variables as it is imported, but for the token.
 WORKER = """
 import json, os, sys, traceback
-from qspin import push
+from qspin.exports import push
 from qspin.cli import main
 
 answers = os.fdopen(os.dup(1), "w")
