@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,10 +104,23 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     else:
         record = _new_record(prepared)
         write_json(run_dir.record, record)
-    write_text(run_dir.config, dump_config(prepared.config))
+    write_text(run_dir.config, dump_config(_from_anywhere(prepared.config)))
     write_rejects(run_dir.rejects, prepared.rejects)
     threads: int = record["threads"]
     return threads
+
+
+def _from_anywhere(config: RunConfig) -> RunConfig:
+    """With whole paths to the files that it names, as what is done with the run later may be done in another folder."""
+    data, template = config.data, config.chat.template
+    sources = {"source": data.source, "heldout_source": data.heldout_source}
+    files = {
+        name: str(Path(source).absolute())
+        for name, source in sources.items()
+        if source and os.path.isfile(source)  # noqa: PTH113 (Path.is_file raises)
+    }
+    chat = config.chat.model_copy(update={"template": template and str(Path(template).absolute())})
+    return config.model_copy(update={"data": data.model_copy(update=files), "chat": chat})
 
 
 def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:

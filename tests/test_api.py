@@ -51,6 +51,23 @@ def test_it_goes_on_where_it_stopped_and_shows_it(
     assert "2-sample AUC" in shown and "iteration 0 (1 of 2) · generate" not in shown
 
 
+def test_what_was_named_from_one_folder_is_found_from_another(
+    config: qspin.RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(str(config.data.source), "rows.jsonl")
+    template = transformers.AutoTokenizer.from_pretrained(config.model.id).chat_template
+    Path("mine.jinja").write_text(template, encoding="utf-8")
+    named = {"data": {"source": "rows.jsonl"}, "chat": {"template": "mine.jinja"}}
+    settings = config.model_dump(exclude={"data": {"source"}, "chat": {"template"}}) | {"iterations": 1}
+    merged = {**settings, **{group: {**settings[group], **values} for group, values in named.items()}}
+    qspin.run(qspin.RunConfig.model_validate(merged), tmp_path / "run", progress=qspin.Silent())
+    monkeypatch.chdir(tmp_path)
+    assert qspin.load("run").generate(["Why?"], max_new_tokens=2)
+    assert qspin.export("run", to="adapter", out="adapter").is_dir()
+
+
 def test_fewer_iterations_than_were_played_are_said_to_stay(
     results: qspin.Results, config: qspin.RunConfig, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from qspin.exports.card import (
 )
 from qspin.exports.recipe import command, is_hub_id, recipe, recorded_config
 from qspin.figures import report
+from qspin.figures.benchmarks import Outcome, Score, SetUp, keep
 from qspin.figures.markdown import plain
 from qspin.files import read_json, write_json, write_jsonl, write_text
 from qspin.run_dir import RunDir
@@ -224,6 +225,16 @@ def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
     assert any(row[1].startswith("1.25 / ") for row in page.rows), "the margin of the last epoch"
     assert "This is player 1 of the tables." in page.text
     assert "Measured on 1 of 2 held-out rows, with 95% bootstrap intervals" in page.text
+
+
+def test_benchmarks_are_not_held_out_rows(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert "not by benchmarks or by people" in card(run) and "## On benchmarks" not in card(run)
+    score = Score("gsm8k", "exact_match", 0.5, 0.1, 5, 2, [0, 1])
+    keep(run.base, Outcome(SetUp("gsm8k"), [score], "0.4.13", 1.0))
+    heldout, _, rest = card(run).partition("## On benchmarks")
+    assert "gsm8k" in rest and "gsm8k" not in heldout
+    assert "and by the benchmarks above, not by people" in rest and "not by benchmarks" not in rest
 
 
 @pytest.mark.parametrize(("asked", "told"), [(5, "2 of 5 iterations"), (1, "2 of 2 iterations")])

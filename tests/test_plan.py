@@ -309,6 +309,9 @@ def test_the_command_plans_for_a_folder_and_its_data(tiny_folder: Callable[[str]
     assert answer.code == 0, answer.err
     assert "Fits: " in answer.out
     assert "26 rows, in the model's own tokens" in answer.out
+    answer = call("plan", config, "--data", HOUSE_STYLE / "train.jsonl", "--rows", "30000", "--vram", "8")
+    said = " ".join(answer.out.split())
+    assert "188 rows (30000 were asked for, and 192 are good), in the model's own tokens" in said
 
 
 def test_the_command_on_this_machine() -> None:

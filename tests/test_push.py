@@ -444,6 +444,18 @@ def test_a_completion_equal_to_the_real_one_is_no_pair(run: RunDir, tmp_path: Pa
     assert "| 0 | 10 | 0 |\n| 1 | 9 | 1 |" in card
 
 
+def test_pairs_of_which_all_are_alike_are_not_published(run: RunDir, tmp_path: Path) -> None:
+    other = copied(run, tmp_path / "run")
+    for iteration in (0, 1):
+        for shard in other.iteration(iteration).generated(0).parent.glob("shard-*.jsonl"):
+            write_jsonl(shard, [{**row, "generated_ids": row["real_ids"]} for row in read_jsonl(shard)])
+        if iteration == 0:  # a later one has pairs, as with sft_weight
+            upload = make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+            assert "| 0 | 0 | 10 |\n| 1 | 10 | 0 |" in (upload.folder / "README.md").read_text()
+    with pytest.raises(QspinError, match="every completion is the real one, so there is no pair to publish"):
+        make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+
+
 def test_a_stray_file_is_not_uploaded(run: RunDir, hub: HubServer, push: Pusher) -> None:
     upload = make_upload(run, "me/mine", content="adapter", iteration="0", say=lambda _: None)
     (upload.folder / ".env").write_text("secret")

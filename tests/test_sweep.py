@@ -76,6 +76,9 @@ def test_a_grid_is_every_combination_checked_beforehand() -> None:
         grid("smollm2-135m", {}, {"data.source": ["a b.jsonl", "a-b.jsonl"]})
     with pytest.raises(QspinError, match=r"--vary: .* is too long for a file's name"):
         grid("smollm2-135m", {}, {"data.source": ["a" * 300]})
+    for nothing in ({}, {"train.beta": []}, {"train.beta": 0.1}, {"train.beta": "0.1"}):
+        with pytest.raises(QspinError, match=r"^--vary: a sweep varies settings, each over a list"):
+            grid("smollm2-135m", {}, nothing)  # type: ignore[arg-type]
     with pytest.raises(QspinError, match="two combinations are the same"):
         grid("smollm2-135m", {}, {"train.lr": ["1e-4", 0.0001]})
 

@@ -53,8 +53,10 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     """Every combination, the last setting varying fastest, each checked before anything is computed.
 
     Raises:
-        QspinError: a combination is no configuration; two of them would have one folder.
+        QspinError: nothing is varied; a combination is no configuration; two of them would have one folder.
     """
+    if not varied or any(not isinstance(values, list | tuple) or not values for values in varied.values()):
+        raise QspinError("--vary: a sweep varies settings, each over a list: --vary train.beta=0.1,1")
     short = {key: key.rpartition(".")[2] for key in varied}
     if len(set(short.values())) < len(short):
         short = {key: key for key in varied}
@@ -100,7 +102,7 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
 
 def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     changed = {key for key, _, _ in changed_results(other.config, game.config)}
-    if not all(key == "iterations" or key.startswith("train.") for key in changed):
+    if not all(key.startswith("train.") for key in changed):
         return False
     ours, theirs = game.dir.read_record(), source.read_record()
     alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")

@@ -69,7 +69,7 @@ def model_card(
     """
     record, config = run_dir.read_record(), recorded_config(run_dir)
     base = base_id(record)
-    source = hub_source(config.data.source)
+    source, tables = hub_source(config.data.source), report.tables(run_dir, config)
     data = ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else "adapter" if content == "adapter" else "finetune",
@@ -88,12 +88,12 @@ def model_card(
         f"{what} {_base(record)}, made by {count(iteration + 1, 'iteration')} of self-play fine-tuning "
         f"([SPIN]({PAPER})) with qspin {code(record['qspin'])}.",
         *_use(repo, content, record, config),
-        *_results(run_dir, config, record, iteration),
+        *_results(tables, run_dir, config, record, iteration),
         *_training_data(run_dir, config, record),
         *_method(config),
         *_recipe(config, record),
         *_merge(content, merge_check),
-        *_limitations(record, content),
+        *_limitations(record, content, benchmarked=not all(results.of_heldout_rows for results in tables)),
         *_licence(licence),
     )
 
@@ -198,16 +198,26 @@ def _use(repo: str, content: str, record: Mapping[str, Any], config: RunConfig) 
         yield f"It was trained with the chat template in {code(TEMPLATE)}, not with the tokenizer's own."
 
 
-def _results(run_dir: RunDir, config: RunConfig, record: Mapping[str, Any], iteration: int) -> Iterable[str]:
+def _results(
+    tables: Sequence[report.Results], run_dir: RunDir, config: RunConfig, record: Mapping[str, Any], iteration: int
+) -> Iterable[str]:
     yield "## On held-out rows"
     yield f"This is player {iteration} of the tables."
-    for results in report.tables(run_dir, config):
-        yield f"### {results.title}"
-        yield report.markdown(results)
+    yield from _shown(results for results in tables if results.of_heldout_rows)
     yield (
         f"{report.measured_on(run_dir, config)} None of the {record['data']['heldout_rows']} rows was trained on. It "
         "was one run with one seed: an interval over rows tells nothing of how another run would end."
     )
+
+    if others := [results for results in tables if not results.of_heldout_rows]:
+        yield "## On benchmarks"
+        yield from _shown(others)
+
+
+def _shown(tables: Iterable[report.Results]) -> Iterable[str]:
+    for results in tables:
+        yield f"### {results.title}"
+        yield report.markdown(results)
 
 
 def _training_data(run_dir: RunDir, config: RunConfig, record: Mapping[str, Any]) -> Iterable[str]:
@@ -293,13 +303,13 @@ def _merge(content: str, check: Mapping[str, Any] | None) -> Iterable[str]:
     )
 
 
-def _limitations(record: Mapping[str, Any], content: str) -> Iterable[str]:
+def _limitations(record: Mapping[str, Any], content: str, *, benchmarked: bool) -> Iterable[str]:
     yield "## Limitations"
     points = [
         "It learned to sound like the training answers. Whether what it says is true, safe or fair was not checked; "
         "what is wrong with the base is to be expected here as well.",
-        "It was measured by the likelihood of held-out answers of the same source and by its own answers' form, not "
-        "by benchmarks or by people.",
+        "It was measured by the likelihood of held-out answers of the same source, by its own answers' form"
+        + (" and by the benchmarks above, not by people." if benchmarked else ", not by benchmarks or by people."),
     ]
     if content == "adapter":
         points.append("It was trained and measured on the base in 4 bits (NF4), not on 16-bit weights.")

@@ -223,6 +223,7 @@ def _pairs(run_dir: RunDir, repo: str, folder: Path, config: RunConfig, last: in
     text = prepared.renderer.completion_text
     assert config.data.source is not None  # prepare has read it
     records = {record.id: record for record in load_rows(config, config.data.source, config.data.limit).records}
+    shown: Example | None = None
     files, kept, identical = [], [], []
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for iteration in range(last + 1):
@@ -236,8 +237,10 @@ def _pairs(run_dir: RunDir, repo: str, folder: Path, config: RunConfig, last: in
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, PAIRS), folder / files[-1])
         kept.append(len(rows))
         identical.append(len(pairs) - len(rows))
-        if iteration == 0:  # which had pairs to learn from, else there would be no other
+        if rows and shown is None:
             shown = Example(*(rows[0][side][-1]["content"] for side in ("prompt", "real", "generated")))
+    if shown is None:
+        raise QspinError(f"{run_dir.path}: every completion is the real one, so there is no pair to publish")
     return files, dataset_card(run_dir, repo, pairs=kept, identical=identical, example=shown)
 
 

@@ -42,6 +42,7 @@ class Results:
     title: str
     columns: tuple[Column, ...]
     rows: list[list[str]]
+    of_heldout_rows: bool = True
 
     @property
     def notes(self) -> list[str]:
@@ -139,7 +140,10 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
 
 def from_parts(parts: Iterable[mtbench_result.Table]) -> list[Results]:
     """Tables as they are made where this module is not known."""
-    return [Results(title, tuple(Column(*column) for column in columns), rows) for title, columns, rows in parts]
+    return [
+        Results(title, tuple(Column(*column) for column in columns), rows, of_heldout_rows=False)
+        for title, columns, rows in parts
+    ]
 
 
 def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
@@ -199,7 +203,7 @@ def benchmarks(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp]) ->
         columns.append(Column(name, f"{TOLD.get(name, f'iteration {name}')}, ± standard error"))
         if name != "base" and "base" in who:
             columns.append(Column("change", "against the base, on the same documents"))
-    return Results(BENCHMARKS, tuple(columns), rows)
+    return Results(BENCHMARKS, tuple(columns), rows, of_heldout_rows=False)
 
 
 def _with_error(value: float, error: float | None, *, sign: str = "") -> str:

@@ -62,10 +62,12 @@ def rows_of_data(config: RunConfig) -> Rows:
     except QspinError:
         return _rows_by_characters(config)
     prepared = prepare(config, datetime.date.today())
+    good = len(prepared.train) + (0 if config.data.heldout_source else len(prepared.heldout))
     return Rows(
         lengths=tuple((len(example.prompt_ids), len(example.real_ids)) for example in prepared.train),
         prefix=common_prefix([example.prompt_ids for example in prepared.train]),
-        source=f"{config.data.source}: {len(prepared.train)} rows, in the model's own tokens",
+        source=f"{config.data.source}: {_counted(len(prepared.train), good, config.data.limit)}, in the model's own "
+        "tokens",
     )
 
 
@@ -74,6 +76,7 @@ def _rows_by_characters(config: RunConfig) -> Rows:
 
     assert config.data.source is not None
     dataset = load_rows(config, config.data.source, config.data.limit)
+    count = len(dataset.records)
 
     def tokens(text: str) -> int:
         return math.ceil(len(text) / CHARACTERS) + 5  # with the marks that a template puts around a turn
@@ -82,6 +85,11 @@ def _rows_by_characters(config: RunConfig) -> Rows:
     return Rows(
         lengths=tuple(lengths),
         prefix=0,
-        source=f"{config.data.source}: {len(dataset.records)} rows, a token taken for {CHARACTERS} characters since "
-        "the model's tokenizer is not here",
+        source=f"{config.data.source}: {_counted(count, count, config.data.limit)}, a token taken for {CHARACTERS} "
+        "characters since the model's tokenizer is not here",
     )
+
+
+def _counted(rows: int, good: int, limit: int | None) -> str:
+    """Of so many good rows, with those that are held out."""
+    return f"{rows} rows" + (f" ({limit} were asked for, and {good} are good)" if limit and good < limit else "")
