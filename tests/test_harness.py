@@ -206,22 +206,31 @@ def test_answers_go_on_when_memory_runs_out(loaded: Loaded, monkeypatch: pytest.
     assert sum(heard) == pytest.approx(len(questions))
     monkeypatch.setattr(harness, "rows_at_once", lambda *_: 4)
 
-    def refusing(model: Any, requests: Any, **settings: Any) -> Any:
-        widths.append(settings["width"])
-        answer = inner(model, requests[: len(requests) // 2 or 1] if len(widths) < times else requests, **settings)
-        if len(widths) < times:
-            raise OutOfMemory("no room")
-        return answer
+    def refuse(*answered: int) -> None:
+        """After so many answers, at each of the first tries."""
+        widths.clear()
 
-    monkeypatch.setattr(harness, "generate", refusing)
-    times = 3
+        def refusing(model: Any, requests: Any, **settings: Any) -> Any:
+            widths.append(settings["width"])
+            if len(widths) > len(answered):
+                return inner(model, requests, **settings)
+            if some := answered[len(widths) - 1]:
+                inner(model, requests[:some], **settings)
+            raise OutOfMemory("no room")
+
+        monkeypatch.setattr(harness, "generate", refusing)
+
+    refuse(3, 0)
     assert player.generate_until(questions) == whole
     assert widths == [4, 2, 1]
     assert sum(heard) == pytest.approx(2 * len(questions))
-    widths.clear()
-    times = 4
+    refuse(0, 1, 0, 1, 1)  # never three without an answer between
+    assert player.generate_until(questions) == whole
+    assert widths == [4, 2, 1, 1, 1, 1]
+    refuse(0, 1, 0, 0)
     with pytest.raises(QspinError, match="out of memory 3 times in a row while answering"):
         player.generate_until(questions)
+    assert widths == [4, 2, 1, 1]
 
 
 # --- the command ---

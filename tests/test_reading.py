@@ -101,6 +101,17 @@ def test_memory_that_runs_out(tiny_model: LoadModel, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr(reading, "_read_row", refusing)
 
+    def refuse_every_other() -> None:
+        rows = [0]
+
+        def refusing(model: SlotModel, passages: list[Passage]) -> list[Reading]:
+            rows[0] += 1
+            if rows[0] % 2:
+                raise OutOfMemory("no room")
+            return inner(model, passages)
+
+        monkeypatch.setattr(reading, "_read_row", refusing)
+
     refuse(2)
     again = read(model, PASSAGES)
     assert [found.greedy for found in again] == [found.greedy for found in whole]
@@ -108,3 +119,5 @@ def test_memory_that_runs_out(tiny_model: LoadModel, monkeypatch: pytest.MonkeyP
     refuse(3)
     with pytest.raises(QspinError, match=r"out of memory 3 times in a row while reading texts of up to 35 tokens"):
         read(model, PASSAGES)
+    refuse_every_other()  # of more than three rows, and no two in a row
+    assert [found.greedy for found in read(model, PASSAGES)] == [found.greedy for found in whole]

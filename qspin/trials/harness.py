@@ -137,13 +137,15 @@ class Player(TemplateLM):  # type: ignore[misc]
         alone = [renderer.plain_ids(term, begun=False) for term in settings.until]  # a control token's name has no text
         stops = {ids[0] for ids in alone if len(ids) == 1}
         done: dict[int, Completion] = {}
+        refused = 0  # since the last answer
 
         def ends(ids: Sequence[int]) -> bool:
             return settings.ended(renderer.completion_text(ids[-settings.tail :]))
 
-        for attempt in range(ATTEMPTS):
+        while len(done) < len(requests):
             left = [index for index in range(len(requests)) if index not in done]
-            told = float(len(done))
+            before = len(done)
+            told = float(before)
 
             def on_done(index: int, completion: Completion, left: list[int] = left) -> None:
                 done[left[index]] = completion
@@ -162,21 +164,22 @@ class Player(TemplateLM):  # type: ignore[misc]
                         max_new_tokens=settings.new_tokens,
                         temperature=settings.temperature,
                         top_p=settings.top_p,
-                        width=max(1, width >> attempt),
+                        width=width,
                         stop_ids=self._loaded.speech.stop_ids | {self.eot_token_id} | stops,
                         on_step=on_step,
                         on_done=on_done,
                         ends=ends,
                     )
             except OutOfMemory as error:
-                refusal = error
                 self._on_requests(len(done) - told)  # answers that are begun anew
-            else:
-                return [done[index] for index in range(len(requests))]
-        raise QspinError(
-            f"out of memory {ATTEMPTS} times in a row while answering ({refusal}); close other programs, or take a "
-            "smaller model"
-        )
+                refused = 1 if len(done) > before else refused + 1
+                if refused == ATTEMPTS:
+                    raise QspinError(
+                        f"out of memory {ATTEMPTS} times in a row while answering ({error}); close other programs, or "
+                        "take a smaller model"
+                    ) from None
+                width = max(1, min(width, len(left)) // 2)
+        return [done[index] for index in range(len(requests))]
 
 
 @dataclass(frozen=True, slots=True)

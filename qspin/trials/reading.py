@@ -59,6 +59,7 @@ def read(
                 with refusals_told():
                     readings = _read_row(model, [passages[index] for index in members])
                 found |= zip(members, readings, strict=True)
+                refused = 0
                 on_read(len(members))
         except OutOfMemory as error:
             refused += 1
