@@ -22,10 +22,12 @@ from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.figures.evaluation import read_evaluation
 from qspin.files import read_json, write_json
+from qspin.fitting.memory import OutOfMemory
 from qspin.prepare import prepare
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.trials import loaded as loaded_module
 from qspin.trials.loaded import Loaded, Stream
 from qspin.watch.progress import Silent
 
@@ -132,6 +134,81 @@ def test_sampling_is_by_seed(loaded: Loaded, conversations: list[list[Message]])
     replies = loaded.reply([one, two, one], max_new_tokens=NEW, temperature=1)
     assert replies[0] == replies[2] == loaded.reply([one], max_new_tokens=NEW, temperature=1)[0] != replies[1]
     assert loaded.reply([]) == []
+
+
+Refuse = Callable[..., list[int]]
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Refuse:
+    """Lets memory run out in the first tries, after so many replies or after so many steps; returns their widths."""
+    inner, widths = loaded_module.generate, list[int]()
+
+    def begin(*replies: int, steps: int = 0, width: int = 4) -> list[int]:
+        def refusing(model: Any, requests: Any, **how: Any) -> Any:
+            widths.append(how["width"])
+            if len(widths) > len(replies):
+                return inner(model, requests, **how)
+            if some := replies[len(widths) - 1]:
+                inner(model, requests[:some], **how)
+            if steps:
+                inner(model, requests, **how | {"max_new_tokens": steps, "on_done": lambda *_: None})
+            raise torch.OutOfMemoryError("no room")
+
+        widths.clear()
+        monkeypatch.setattr(loaded_module, "rows_at_once", lambda *_: width)
+        monkeypatch.setattr(loaded_module, "generate", refusing)
+        return widths
+
+    return begin
+
+
+def test_replies_that_memory_does_not_hold_side_by_side_are_made_with_fewer(
+    loaded: Loaded, conversations: list[list[Message]], refuse: Refuse
+) -> None:
+    asked = [*conversations, [Message("user", "What is 1?")], [Message("user", "And 2?")]]
+    whole = loaded.reply(asked, max_new_tokens=NEW, temperature=1)
+    assert len(asked) > 4
+    widths = refuse(1, 0)
+    assert loaded.reply(asked, max_new_tokens=NEW, temperature=1) == whole
+    assert widths == [4, 2, 1]
+    widths, heard = refuse(0, 0), defaultdict[int, str](str)
+
+    def hear(index: int, text: str) -> None:
+        heard[index] += text
+
+    assert loaded.reply(asked, max_new_tokens=NEW, temperature=1, on_text=hear) == whole
+    assert widths == [4, 2, 1]
+    assert heard == {index: reply.text for index, reply in enumerate(whole) if reply.text}
+    widths = refuse(0, 0, 0, 0)
+    with pytest.raises(OutOfMemory, match="no room"):
+        loaded.reply(asked, max_new_tokens=NEW)
+    assert widths == [4, 2, 1], "one at a time was the last try"
+    refuse(0, width=64)
+    with pytest.raises(OutOfMemory, match="no room"):
+        loaded.reply(asked[:1], max_new_tokens=NEW)
+
+
+def test_a_stream_tells_nothing_twice(loaded: Loaded, conversations: list[list[Message]], refuse: Refuse) -> None:
+    widths, heard = refuse(0, steps=6), defaultdict[int, str](str)
+
+    def hear(index: int, text: str) -> None:
+        heard[index] += text
+
+    with pytest.raises(OutOfMemory, match="no room"):
+        loaded.reply(conversations, max_new_tokens=NEW, temperature=1, on_text=hear)
+    assert widths == [3]
+    assert heard
+
+
+def test_a_prompt_that_memory_does_not_hold_is_one_line(loaded: Loaded, refuse: Refuse) -> None:
+    refuse(0)
+    with pytest.raises(QspinError) as caught:
+        loaded.generate(["Hello"])
+    assert str(caught.value) == (
+        "out of memory while replying (no room); ask for fewer new tokens, or for fewer replies at once where on_text "
+        "hears them"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any
 
 import filelock
 import pytest
+import torch
 from conftest import flip_byte, played_small
 from judge_server import KEY, MODEL, Failure, JudgeServer
 from test_cli import Answer, call, process
@@ -30,6 +31,7 @@ from qspin.files import read_json
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.trials import judge as judge_module
+from qspin.trials import loaded as loaded_module
 from qspin.trials import mtbench, mtbench_answers
 from qspin.trials.judge import Judge
 from qspin.trials.judging import OWN, Question, rating, read_prompts, request, winner
@@ -247,6 +249,22 @@ def test_answers_that_were_interrupted_go_on_as_if_they_had_not_been(
     assert sum(rows) == TURNS - before, "an answer was made twice"
     assert {line["question_id"]: line["choices"][0]["turns"] for line in answers.lines.values()} == answers_of(
         answered, "iteration-1"
+    )
+
+
+def test_memory_that_runs_out_while_a_player_answers_is_one_line(
+    answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    bench = mtbench_answers.read_bench(answered.parent / "questions.jsonl", None)
+    loaded, answers = Loaded.open(RunDir(answered), "1"), mtbench_answers.Answers.read(tmp_path / "iteration-1.jsonl")
+    monkeypatch.setattr(loaded_module, "generate", refuse)
+    with pytest.raises(QspinError) as caught:
+        mtbench_answers.answer(loaded, bench, answers, "iteration-1", StopsAt(-1))
+    assert str(caught.value) == (
+        "out of memory while answering (no room); close other programs, and the same command goes on"
     )
 
 

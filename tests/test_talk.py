@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import played_small
 from rich.console import Console
 from test_cli import COLOUR_VARIABLES, call
@@ -30,6 +31,7 @@ from qspin.files import read_json, write_json
 from qspin.prepare import prepare
 from qspin.records import Message
 from qspin.run_dir import RunDir
+from qspin.trials import loaded as loaded_module
 from qspin.trials import talk_view
 from qspin.trials.loaded import Loaded
 from qspin.trials.talk import COMMANDS, Manner, Show, Talk, Turn
@@ -168,6 +170,25 @@ def test_a_full_context_is_told_and_the_conversation_is_kept(loaded: Loaded) -> 
     assert [turn.question for turn in talk.seats[0].turns] == ["What is 1?"]
     talk.hear("What is 2?")
     assert len(talk.seats[0].turns) == 2
+
+
+def test_memory_that_runs_out_is_told_and_the_conversation_is_kept(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    screen = Recorder()
+    talk = Talk(loaded, ["0"], GREEDY, screen)
+    talk.hear("What is 1?")
+    before = [*talk.seats[0].turns]
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded_module, "generate", refuse)
+        with pytest.raises(QspinError) as caught:
+            talk.hear("And 2?")
+    assert str(caught.value) == "out of memory (no room); /new starts over, with a shorter conversation"
+    assert talk.seats[0].turns == before
+    assert talk.hear("And 2?")
 
 
 def test_what_one_of_two_can_not_answer_neither_has_been_asked(loaded: Loaded) -> None:

@@ -25,7 +25,7 @@ from qspin.exports.recipe import recorded_config
 from qspin.figures.players import chosen_iteration
 from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.fitting.memory import OutOfMemory, keep_freed_memory, refusals_told
-from qspin.generation import Request, generate
+from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.prepare import Speech
 from qspin.record import check_base, check_input, load_recorded, recorded_speech
@@ -113,6 +113,7 @@ class Loaded:
 
         Raises:
             QspinError: a conversation can't be rendered, or does not fit into the model's context.
+            OutOfMemory: memory does not hold one reply, or ran out after `on_text` had heard some.
         """
         settings = self.config.generation
         cap = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -131,28 +132,48 @@ class Loaded:
             return []
         width = rows_at_once(self.model, max(len(request.prompt_ids) for request in requests) + cap)
         streams = [Stream(self.speech.renderer, index, on_text) for index in range(len(requests))] if on_text else []
-        try:
-            with refusals_told():
-                completions = generate(
-                    self.model,
-                    requests,
-                    max_new_tokens=cap,
-                    temperature=heat,
-                    top_p=nucleus,
-                    width=width,
-                    stop_ids=self.speech.stop_ids,
-                    on_step=lambda _tokens, _done: check_stop(),
-                    on_token=lambda index, token: streams[index].add(token) if streams else None,
-                )
-        except OutOfMemory as error:
-            raise QspinError(
-                f"out of memory with {width} replies side by side ({error}); ask fewer prompts at once, or for fewer "
-                "new tokens"
-            ) from None
+        completions = self._complete(
+            requests, streams, width=width, max_new_tokens=cap, temperature=heat, top_p=nucleus
+        )
         for stream in streams:
             stream.end()
         text = self.speech.renderer.completion_text
         return [Reply(text(completion.ids), len(completion.ids), completion.ended) for completion in completions]
+
+    def _complete(
+        self, requests: Sequence[Request], streams: Sequence[Stream], *, width: int, **settings: Any
+    ) -> list[Completion]:
+        """With half as many side by side after each refusal; what is finished is not made again. A reply that a stream
+        has begun to tell could only be told twice. Raises OutOfMemory."""
+        done: dict[int, Completion] = {}
+        while len(done) < len(requests):
+            left = [index for index in range(len(requests)) if index not in done]
+            width = min(width, len(left))
+
+            def on_done(index: int, completion: Completion, left: list[int] = left) -> None:
+                done[left[index]] = completion
+
+            def on_token(index: int, token: int, left: list[int] = left) -> None:
+                if streams:
+                    streams[left[index]].add(token)
+
+            try:
+                with refusals_told():
+                    generate(
+                        self.model,
+                        [requests[index] for index in left],
+                        width=width,
+                        stop_ids=self.speech.stop_ids,
+                        on_step=lambda _tokens, _done: check_stop(),
+                        on_done=on_done,
+                        on_token=on_token,
+                        **settings,
+                    )
+            except OutOfMemory:
+                if width == 1 or any(stream.begun for stream in streams):
+                    raise
+                width //= 2
+        return [done[index] for index in range(len(requests))]
 
     def generate(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
         """The replies' texts to prompts: each a user turn, or a conversation as `[{"role": "user", "content": …}]`.
@@ -161,7 +182,7 @@ class Loaded:
             settings: as for `reply`.
 
         Raises:
-            QspinError: a single prompt is not in a list, a turn is no turn; as `reply`.
+            QspinError: a single prompt is not in a list, a turn is no turn, memory runs out; as `reply`.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, Sequence) for prompt in prompts):
             raise QspinError('generate takes a list of prompts, as in generate(["Why is the sky blue?"])')
@@ -169,7 +190,13 @@ class Loaded:
             [Message("user", prompt)] if isinstance(prompt, str) else [_message(turn) for turn in prompt]
             for prompt in prompts
         ]
-        return [reply.text for reply in self.reply(conversations, **settings)]
+        try:
+            return [reply.text for reply in self.reply(conversations, **settings)]
+        except OutOfMemory as error:
+            raise QspinError(
+                f"out of memory while replying ({error}); ask for fewer new tokens, or for fewer replies at once where "
+                "on_text hears them"
+            ) from None
 
     def _prompt(self, conversation: Sequence[Message], new: int) -> tuple[int, ...]:
         if not all(isinstance(turn, Message) for turn in conversation):
@@ -201,6 +228,10 @@ class Stream:
         self._renderer, self._index, self._on_text = renderer, index, on_text
         self._ids: list[int] = []
         self._said = ""
+
+    @property
+    def begun(self) -> bool:
+        return bool(self._ids)
 
     def add(self, token: int) -> None:
         self._ids.append(token)
