@@ -252,6 +252,47 @@ def test_answers_that_were_interrupted_go_on_as_if_they_had_not_been(
     )
 
 
+def test_an_answer_that_is_missing_is_made_in_the_company_it_had(
+    answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = answers_of(answered, "iteration-1")
+    lines = (folder_of(answered) / "model_answer" / "iteration-1.jsonl").read_text().split("\n")[:-1]
+    cut = json.loads(lines[4])
+    cut["choices"][0]["turns"].pop()
+    cut["qspin"].pop()
+    path = written(tmp_path / "iteration-1.jsonl", [*map(json.loads, lines[1:4]), cut])
+    bench = mtbench_answers.read_bench(answered.parent / "questions.jsonl", None)
+    loaded, answers = Loaded.open(RunDir(answered), "1"), mtbench_answers.Answers.read(path)
+    rows: list[int] = []
+    real = loaded.reply
+    monkeypatch.setattr(loaded, "reply", lambda asked, **how: rows.append(len(asked)) or real(asked, **how))
+    mtbench_answers.answer(loaded, bench, answers, "iteration-1", StopsAt(-1))
+    assert sum(rows) == 2 + 1 + 2, "questions 1 and own-4 for the first turn, 1 alone and 2 and 5 for the second"
+    assert {question.id: answers.turns(question) for question in bench.questions} == whole
+    assert mtbench_answers.Answers.read(path).lines == answers.lines
+
+
+def test_a_line_with_turns_that_were_not_asked_is_refused(answered: Path, tmp_path: Path) -> None:
+    text = (folder_of(answered) / "model_answer" / "iteration-1.jsonl").read_text().split("\n")[0]
+
+    def refused(turns: list[str], how: list[dict[str, Any]]) -> bool:
+        line = json.loads(text)
+        line["choices"][0]["turns"], line["qspin"] = turns, how
+        path = written(tmp_path / "answers.jsonl", [line])
+        try:
+            mtbench_answers.Answers.read(path)
+        except QspinError as error:
+            assert str(error) == f"{path}: damaged, or not of qspin's making; delete it and run again"
+            return True
+        return False
+
+    how = {"cap": 64, "tokens": 3, "ended": True}
+    assert not refused(["One.", "Two."], [how, how])
+    assert refused(["One.", "Two."], [how])
+    assert refused(["One.", "Two.", "Three."], [how, how, how])
+    assert refused(["One."], [{"tokens": 3}])
+
+
 def test_memory_that_runs_out_while_a_player_answers_is_one_line(
     answered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

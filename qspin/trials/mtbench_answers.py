@@ -23,9 +23,7 @@ import httpx
 
 from qspin.base import cache_dir
 from qspin.errors import QspinError, one_line
-from qspin.files import (
-    write_text,
-)
+from qspin.files import write_text
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.records import Message
 from qspin.sources import BadRow, file_rows, short
@@ -177,8 +175,11 @@ class Answers:
                 # by line feeds alone: an answer may hold other line ends
                 for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
                     line = json.loads(text)
-                    if len(line["choices"][0]["turns"]) != len([how["cap"] for how in line["qspin"]]):
+                    turns, how = line["choices"][0]["turns"], line["qspin"]
+                    if len(turns) > 2 or len(turns) != len(how):
                         raise ValueError("a turn too many")
+                    if not all("cap" in part for part in how):
+                        raise ValueError("a turn without its cap")
                     found.lines[str(line["question_id"])] = line
             except (OSError, ValueError, LookupError, TypeError):
                 raise QspinError(f"{path}: damaged, or not of qspin's making; delete it and run again") from None
@@ -217,8 +218,8 @@ class Answers:
 
 
 def batches(questions: Sequence[Question], turn: int) -> list[list[Question]]:
-    """Those that have a turn (from 0), by temperature. They never depend on what has been answered: a row's random
-    numbers go by its place."""
+    """Those that have a turn (from 0), by temperature. They never depend on what has been answered: rounding depends
+    on a row's company."""
     groups: dict[float, list[Question]] = {}
     for question in questions:
         if len(question.turns) > turn:
@@ -246,6 +247,8 @@ def answer(loaded: Loaded, bench: Bench, answers: Answers, model: str, progress:
             ]
             replies = _replies(loaded, asked, caps, temperature=_temperature(batch[0]), turn=turn)
             for question, cap, reply in zip(batch, caps, replies, strict=True):
+                if len(answers.turns(question)) > turn:  # asked again for the others' sake
+                    continue
                 how = {"cap": cap, "tokens": reply.tokens, "ended": reply.ended}
                 answers.add(question, model, reply.text.strip(), how)
             answers.write(bench.questions)
