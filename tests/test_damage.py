@@ -44,7 +44,7 @@ class UntilStep(Silent):
         if self.training and figures.get("step") == LAST_STEP:
             raise KeyboardInterrupt
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, *, iteration: int | None, **_: object) -> None:
         self.training = (name, iteration) == ("train", 1)
 
 

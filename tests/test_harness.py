@@ -316,6 +316,18 @@ def test_the_command(run_dir: RunDir, evaluated: Any) -> None:
     assert by_task[SURPRISE, "perplexity"][6].startswith("-")
 
 
+def test_a_warm_start_at_work_is_not_called_the_base(
+    tiny_folder: Callable[[str], Path], tasks: Path, tmp_path: Path
+) -> None:
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1, "sft.epochs": 1}
+    run(prepare(load_config(None, settings), DATE), tmp_path / "run", Silent())
+    answer = call("eval", tmp_path / "run", "--tasks", SURPRISE, "--include", tasks, "--iteration", "base,sft,0")
+    assert answer.code == 0, answer.err
+    begun = [line.partition(": 0/")[0] for line in answer.out.splitlines() if ": 0/12 documents" in line]
+    whose = ("base", "warm start", "iteration 0 (1 of 1)")
+    assert begun == [f"{player} · {SURPRISE}" for player in whose]
+
+
 def _set_up(run_dir: RunDir, task: str) -> SetUp:
     found = [outcome.set_up for outcome in all_kept(run_dir.base) if outcome.set_up.task == task]
     [plain] = [set_up for set_up in found if set_up.shots is None and set_up.limit is None]

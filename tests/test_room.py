@@ -117,7 +117,7 @@ def test_a_real_disk_that_is_full(prepared: Prepared, small_disk: Path, tmp_path
     class Filling(Silent):
         """Leaves too little room for the next snapshot of iteration 1, once it trains."""
 
-        def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+        def phase(self, name: str, *, iteration: int | None, **_: object) -> None:
             if (name, iteration) == ("train", 1):
                 ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 200_000))
 

@@ -39,7 +39,7 @@ class Watching(Silent):
         self.process = psutil.Process()
         self.name, self.done, self.looked = "", 0.0, 0.0
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, **_: object) -> None:
         self.name, self.done = f"{name} {iteration}", float(done)
         self.phases[self.name], self.totals[self.name] = [], total
 

@@ -59,7 +59,7 @@ class Stop:
         self.at = (iteration, step)
         self.iteration: int | None = None
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, *, iteration: int | None, **_: object) -> None:  # noqa: ARG002
         self.iteration = iteration
 
     def advance(self, units: float, **figures: float) -> None:  # noqa: ARG002

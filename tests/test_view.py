@@ -191,6 +191,17 @@ def test_figures_of_any_name_are_shown_but_those_for_programs(meter: Meter) -> N
     assert "step" not in text
 
 
+def test_the_warm_start_is_not_the_base(meter: Meter) -> None:
+    for name, warm_start, titled in (
+        ("evaluate", False, "base · evaluate"),
+        ("warm start", True, "warm start"),
+        ("evaluate", True, "warm start · evaluate"),
+    ):
+        meter.phase(name, iteration=None, total=10, done=0, unit="rows", warm_start=warm_start)
+        assert plain_line(now(meter)).startswith(f"{titled}: 0/10 rows")
+        assert now(meter).warm_start == warm_start
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [

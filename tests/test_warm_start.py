@@ -150,10 +150,25 @@ def prepared(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPa
     return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
 
 
+class Phases(Silent):
+    """Of which iteration each phase was, and whether it was the warm start's."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, int | None, bool]] = []
+
+    def phase(self, name: str, *, iteration: int | None, warm_start: bool = False, **_: object) -> None:
+        self.heard.append((name, iteration, warm_start))
+
+
 @pytest.fixture(scope="module")
-def run(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def phases() -> Phases:
+    return Phases()
+
+
+@pytest.fixture(scope="module")
+def run(prepared: Prepared, phases: Phases, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     out = tmp_path_factory.mktemp("runs") / "run"
-    spin.run(prepared, out, Silent())
+    spin.run(prepared, out, phases)
     return RunDir(out)
 
 
@@ -175,6 +190,12 @@ def test_self_play_begins_with_what_it_ended_with(run: RunDir, prepared: Prepare
     model.set_adapter(load_adapter(run.warm_start.adapter))
     assert real_logps() == pytest.approx(recorded, rel=1e-4)
     assert read_jsonl(folder.metrics)[0]["margin"] == 0.0
+
+
+@pytest.mark.usefixtures("run")
+def test_its_phases_are_told_from_those_of_the_base(phases: Phases) -> None:
+    before = [("evaluate", None, False), ("warm start", None, True), ("evaluate", None, True)]
+    assert phases.heard == [*before, *((name, 0, False) for name in ("generate", "score", "train", "evaluate"))]
 
 
 def test_it_is_evaluated_and_shown(run: RunDir, prepared: Prepared) -> None:

@@ -326,7 +326,8 @@ def _optimise(
     """Optimise, then commit the adapter: the next opponent."""
     sizes = [sum(len(micro_batch) for micro_batch in plan[batch]) for batch in order]
     kept = sum(sizes[: steps_kept(folder.snapshots)])
-    game.progress.phase(phase, iteration=iteration, total=sum(sizes), done=kept, unit="pairs")
+    before = folder == game.dir.warm_start
+    game.progress.phase(phase, iteration=iteration, total=sum(sizes), done=kept, unit="pairs", warm_start=before)
     with game.counted(folder, "train") as add:
 
         def on_step(metrics: Metrics, pairs: int) -> None:

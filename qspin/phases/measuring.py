@@ -55,8 +55,9 @@ def _evaluation(game: Game, iteration: int | None, opponent: Evaluation | None) 
     """Of whoever is in the slot; in smaller pieces if memory does not hold them."""
     rows = game.prepared.heldout
     total = units(len(rows), opponent=opponent is not None)
+    warm_start = iteration is None and opponent is not None  # the base has none
     for attempt in range(ATTEMPTS):
-        game.progress.phase("evaluate", iteration=iteration, total=total, done=0, unit="rows")
+        game.progress.phase("evaluate", iteration=iteration, total=total, done=0, unit="rows", warm_start=warm_start)
         try:
             with refusals_told():
                 return evaluate(

@@ -103,7 +103,14 @@ def _put(console: Console, loaded: Loaded, task: Task, set_up: SetUp, names: Seq
         progress = Audience(meter, shown)
         for name in names:
             loaded.seat(name)
-            progress.phase(set_up.task, iteration=_iteration(name), total=documents, done=0, unit="documents")
+            progress.phase(
+                set_up.task,
+                iteration=_iteration(name),
+                total=documents,
+                done=0,
+                unit="documents",
+                warm_start=name == "sft",
+            )
             keep(run_dir.player(name), task.put_to(loaded, set_up, progress.advance))
 
 

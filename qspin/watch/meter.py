@@ -82,7 +82,7 @@ class Status:
     """Where a run stands, for a person or a program. Seconds and rates that were not measured are None."""
 
     phase: str
-    iteration: int | None  # from 0; None: before the first
+    iteration: int | None  # from 0; None: before the first, of the base or of the warm start
     iterations: int
     done: float  # of `total` units
     total: int
@@ -96,6 +96,7 @@ class Status:
     figures: dict[str, float]  # the last that the phase told
     prompt: str | None = None  # of the completion sampled last
     completion: str | None = None
+    warm_start: bool = False
     baseline: bool = False  # of the supervised rounds beside the iterations
 
     @property
@@ -134,13 +135,15 @@ class Meter:
         self._phase: _Phase | None = None
         self._sample: tuple[str | None, str | None] = (None, None)
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
+    def phase(
+        self, name: str, *, iteration: int | None, total: int, done: int, unit: str, warm_start: bool = False
+    ) -> None:
         self.ended = self.status()
         with self._lock:
             if self._phase is not None and self._phase.complete and (pace := self._phase.pace) is not None:
                 self._paces[self._phase.name] = pace
             self._place = self._find(name, iteration)
-            self._phase = _Phase(name, iteration, total, unit, float(done), self._clock())
+            self._phase = _Phase(name, iteration, warm_start, total, unit, float(done), self._clock())
 
     def advance(self, units: float, **figures: float) -> None:
         with self._lock:
@@ -172,6 +175,7 @@ class Meter:
             return Status(
                 phase=phase.name,
                 iteration=phase.iteration,
+                warm_start=phase.warm_start,
                 iterations=self._iterations,
                 done=phase.done,
                 total=phase.total,
@@ -215,8 +219,10 @@ class Meter:
 class _Phase:
     """The phase under way: units done, and when."""
 
-    def __init__(self, name: str, iteration: int | None, total: int, unit: str, done: float, now: float) -> None:
-        self.name, self.iteration, self.total, self.unit = name, iteration, total, unit
+    def __init__(
+        self, name: str, iteration: int | None, warm_start: bool, total: int, unit: str, done: float, now: float
+    ) -> None:
+        self.name, self.iteration, self.warm_start, self.total, self.unit = name, iteration, warm_start, total, unit
         self._sum = self._done_before = done
         self.started = self.advanced = now
         self.figures: dict[str, float] = {}

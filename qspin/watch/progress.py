@@ -10,8 +10,11 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]  # see track.py
 class Progress(Protocol):
     """Hears of each phase, of each piece of work done in it, of completions, and of things worth a sentence."""
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
-        """A phase starts; `done` of its `total` units were there already. `iteration` None is before the first."""
+    def phase(
+        self, name: str, *, iteration: int | None, total: int, done: int, unit: str, warm_start: bool = False
+    ) -> None:
+        """A phase starts; `done` of its `total` units were there already. `iteration` None is before the first: of the
+        base, or of the warm start where that is said."""
         ...
 
     def advance(self, units: float, **figures: float) -> None:
@@ -32,7 +35,9 @@ class Progress(Protocol):
 class Silent:
     """A `Progress` that nobody watches."""
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None: ...
+    def phase(
+        self, name: str, *, iteration: int | None, total: int, done: int, unit: str, warm_start: bool = False
+    ) -> None: ...
     def advance(self, units: float, **figures: float) -> None: ...
     def sampled(self, prompt: str, completion: str) -> None: ...
     def note(self, text: str) -> None: ...
@@ -44,9 +49,11 @@ class Audience:
     def __init__(self, *listeners: Progress) -> None:
         self.listeners = listeners
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:
+    def phase(
+        self, name: str, *, iteration: int | None, total: int, done: int, unit: str, warm_start: bool = False
+    ) -> None:
         for listener in self.listeners:
-            listener.phase(name, iteration=iteration, total=total, done=done, unit=unit)
+            listener.phase(name, iteration=iteration, total=total, done=done, unit=unit, warm_start=warm_start)
 
     def advance(self, units: float, **figures: float) -> None:
         for listener in self.listeners:

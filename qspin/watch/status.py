@@ -38,7 +38,7 @@ class StatusFile:
         self._clock = clock
         self._written = 0.0
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, **_: object) -> None:  # noqa: ARG002
         self._write()
 
     def advance(self, units: float, **figures: float) -> None:  # noqa: ARG002

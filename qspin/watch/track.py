@@ -51,7 +51,7 @@ class Tracker:
         if self._sink is not None:
             self._sink.close(failed=error is not None)
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, *, iteration: int | None, **_: object) -> None:
         if self._sink is None:  # only now: from the first phase on the run's folder is ours
             self._sink = _open(self._name, self._run_dir, self._config)
             self._tell_past()

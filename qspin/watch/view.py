@@ -87,7 +87,7 @@ class RunView:
         self._live.transient = error is None or status is None  # a run that was stopped leaves behind where it was
         self._live.stop()
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, **_: object) -> None:  # noqa: ARG002
         self._print_ended(self.meter.ended)
 
     def advance(self, units: float, **figures: float) -> None: ...
@@ -117,7 +117,7 @@ class PlainView:
     def __exit__(self, *_: object) -> None:
         self._say(self.meter.status())
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, **_: object) -> None:  # noqa: ARG002
         self._say(self.meter.ended)
         status = self.meter.status()
         assert status is not None
@@ -156,7 +156,7 @@ class JsonView:
         self._clock = clock
         self._said = 0.0
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, **_: object) -> None:  # noqa: ARG002
         self._say_status("phase")
 
     def advance(self, units: float, **figures: float) -> None:
@@ -202,7 +202,7 @@ class _Panel:
 
 def panel(status: Status, width: int, *, running: bool = True) -> list[Text]:
     """Lines of at most `width` cells: where a run stands, how fast it is, what it last found and sampled."""
-    share = _share(status)
+    share = min(1.0, status.done / status.total)
     head = Text(title(status), style="bold")
     count = Text(f"{int(status.done)}/{status.total} {status.unit}  {int(100 * share)}%")
     room = width - head.cell_len - count.cell_len - 4
@@ -283,8 +283,9 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
 def title(status: Status) -> str:
     """Which iteration by its number, which is from 0 as everywhere, and how many that makes."""
     number, kind = status.iteration, "supervised round" if status.baseline else "iteration"
-    where = "base" if number is None else f"{kind} {number} ({number + 1} of {status.iterations})"
-    return f"{where} · {status.phase}"
+    before = "warm start" if status.warm_start else "base"
+    where = before if number is None else f"{kind} {number} ({number + 1} of {status.iterations})"
+    return where if status.phase == where else f"{where} · {status.phase}"
 
 
 def span(seconds: float | None) -> str:
@@ -305,10 +306,6 @@ def span(seconds: float | None) -> str:
 def one_line(text: str) -> str:
     """A model's or a file's text on one line, without anything that a terminal obeys."""
     return "".join("↵" if c == "\n" else " " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
-
-
-def _share(status: Status) -> float:
-    return min(1.0, status.done / status.total)
 
 
 def _rate(status: Status) -> list[str]:
