@@ -21,7 +21,7 @@ def test_the_shape_is_read_from_config_json(architecture: str, tiny_folder: Call
     shape = read_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), "config.json")
     config = ARCHITECTURES[architecture]()
     assert (shape.family, shape.layers, shape.hidden, shape.kv_heads) == (architecture, 3, 64, 2)
-    assert shape.head_size == getattr(config, "head_dim", None) or 64 // 4
+    assert shape.head_size == (getattr(config, "head_dim", None) or 64 // 4)
     assert shape.tied_embeddings is config.tie_word_embeddings
     if architecture == "llama":
         assert shape == TINY

@@ -205,9 +205,9 @@ def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
     assert [row[:2] for row in table.rows] == [["0.1", "base"], ["0.1", "0*"], ["1", "base"], ["1", "0*"]]
     write_results(out, cells)
     page, plot = (out / TABLE).read_text(encoding="utf-8"), (out / PLOT).read_bytes()
-    assert "| 1 | 0\\* |" in page or "| 1 | 0* |" in page
+    assert "| 1 | 0* |" in page
     assert b"<svg" in plot
-    assert b"beta=0.1" in plot or plot.count(b"<path") > 20  # text may be drawn as outlines
+    assert b"beta=0.1" in plot
     write_results(out, cells)
     assert (out / PLOT).read_bytes() == plot
 
