@@ -69,6 +69,7 @@ class Player(TemplateLM):  # type: ignore[misc]
     # --- how likely ---
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        # the harness shows a bar of its own unless told otherwise, and does not tell
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return answers
 

@@ -217,8 +217,7 @@ class Loaded:
             adapter = load_adapter(Path(init))
             check_input(self.run_dir, "model.init_adapter", sha256_of(Path(init) / ADAPTER_WEIGHTS))
             return adapter
-        folder = self.run_dir.warm_start if player == "sft" else self.run_dir.iteration(int(player))
-        return load_own(folder.adapter)
+        return load_own(self.run_dir.player(player).adapter)
 
 
 class Stream:
