@@ -173,7 +173,7 @@ def mtbench(
     console = Console()
     with (
         _Steps(console) as steps,
-        Trial.begin(
+        Trial(
             run_dir,
             bench,
             judge,

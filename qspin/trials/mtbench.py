@@ -1,8 +1,8 @@
 """MT-Bench (Zheng et al. 2023, arXiv 2306.05685) of a run's players: two turns answered, and judged by a model.
 
     bench = read_bench(questions=None, references=None)          # FastChat's 80 questions
-    with Trial.begin(run_dir, bench, judge, OWN) as trial:
-        trial.grade(["base", "1"], progress)                     # or trial.compare("base", "1", progress)
+    with Trial(run_dir, bench, judge, OWN, prompts_name=OURS, at_once=4, progress=progress) as trial:
+        trial.grade(["base", "1"])                               # or trial.compare("base", "1")
 
 In the run's folder, with formats of FastChat's where it has one:
 
@@ -19,12 +19,11 @@ A piece that is there is not made again: a judgement as long as the same would b
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class Asked:
 
 @dataclass(slots=True)
 class Trial:
-    """Players and a judge at work on one question file in a run's folder; use `begin`."""
+    """Players and a judge at work on one question file in a run's folder, whose trials a `with` holds."""
 
     run_dir: RunDir
     bench: Bench
@@ -74,40 +73,25 @@ class Trial:
     prompts_name: str
     at_once: int
     progress: Progress
+    _lock: filelock.BaseFileLock = field(init=False)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def begin(
-        run_dir: RunDir,
-        bench: Bench,
-        judge: Judge | None,
-        prompts: Prompts,
-        *,
-        prompts_name: str,
-        at_once: int,
-        progress: Progress,
-    ) -> Iterator[Trial]:
-        """Hold the trials of a run while one is at work.
-
-        Raises:
-            QspinError: another process holds them, or the folder can't be written to.
-        """
-        trial = Trial(run_dir, bench, judge, prompts, prompts_name, at_once, progress)
-        top = run_dir.path / FOLDER
-        held = filelock.FileLock(top / ".lock", blocking=False)
+    def __enter__(self) -> Trial:
+        """Raises a QspinError: another process holds the trials of the run, or the folder can't be written to."""
+        top = self.run_dir.path / FOLDER
+        self._lock = filelock.FileLock(top / ".lock", blocking=False)
         try:
             with full_disk_told(top):
                 make_folder(top)
-                held.acquire()
+                self._lock.acquire()
+                remove_temporaries(top)
         except filelock.Timeout:
             raise QspinError(f"{top}: another process is at work here; wait for it") from None
         except OSError as error:
             raise QspinError(f"{top} can't be written to: {error.strerror}") from None
-        try:
-            remove_temporaries(top)
-            yield trial
-        finally:
-            held.release()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     @property
     def folder(self) -> Path:
