@@ -1,6 +1,7 @@
 """Any supervised file or hub data set → Records, row by row, with a Reject for each row that is left out.
 
-    dataset = load_records("mine.jsonl", format="auto", limit=1000)
+    options = {"split": "train", "config": None, "format": "auto", "columns": {}, "turns": "last", "limit": 1000}
+    dataset = load_records("mine.jsonl", **options)
     check_rejects("mine.jsonl", dataset, strict=False, max_malformed_share=0.05)
     train, heldout = split_heldout("mine.jsonl", dataset.records, rows=64, seed=0)
 

@@ -1,6 +1,6 @@
 """The 4-bit base and its one adapter slot.
 
-    model = SlotModel.load(base, config, device=torch.device("cpu"))
+    model = SlotModel.load(base, config.model, config.lora, seed=0, device=torch.device("cpu"))
     model.set_adapter(opponent)                 # whoever is in the slot plays
     h = model.hidden(model.embed(input_ids), position_ids, layout)
     logits = model.logits(h[-1:])

@@ -1,8 +1,8 @@
 """Unsloth's fused Triton kernels in the place of torch's: dequantisation in one launch, RMS norm,
 gated MLP, rotary embedding.
 
-Importing this imports Unsloth, which needs a GPU, takes some seconds and patches other libraries; only model.py does,
-when the backend is chosen.
+Importing this imports Unsloth, which needs a GPU, takes some seconds and patches other libraries; only
+`backends.unsloth_kernels` does, for a model whose backend it is and for the doctor.
 """
 
 from __future__ import annotations
