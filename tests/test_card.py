@@ -230,7 +230,7 @@ def test_the_table_is_the_summarys_with_its_intervals(tmp_path: Path) -> None:
 def test_benchmarks_are_not_held_out_rows(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     assert "not by benchmarks or by people" in card(run) and "## On benchmarks" not in card(run)
-    score = Score("gsm8k", "exact_match", 0.5, 0.1, 5, 2, [0, 1])
+    score = Score("gsm8k", "exact_match, strict-match", 0.5, 0.1, 5, 2, [0, 1])
     keep(run.base, Outcome(SetUp("gsm8k"), [score], "0.4.13", 1.0))
     heldout, _, rest = card(run).partition("## On benchmarks")
     assert "gsm8k" in rest and "gsm8k" not in heldout
