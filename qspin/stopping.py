@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import IO, NoReturn
 
 STOPPED, ON = "stopped", "the same command goes on from the last finished piece"
 GOES_ON = f"{STOPPED}; {ON}"
@@ -78,7 +78,7 @@ def leave_stopped(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def stopped_where_nobody_reads(stream: TextIO) -> Iterator[None]:
+def stopped_where_nobody_reads(stream: IO[str]) -> Iterator[None]:
     """Where the output can't be written, its reader gone or its disk full, stop as if asked to, so that all is kept."""
     try:
         yield
@@ -88,7 +88,7 @@ def stopped_where_nobody_reads(stream: TextIO) -> Iterator[None]:
         raise SystemExit(f"{why}; {ON}") from None
 
 
-def leave_unheard(stream: TextIO) -> None:
+def leave_unheard(stream: IO[str]) -> None:
     """Let what is still to be written to such a stream go nowhere, or Python would complain as it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

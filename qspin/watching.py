@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,17 +23,26 @@ from qspin.fitting.memory import keep_freed_memory, used_and_total
 from qspin.prepare import Prepared
 from qspin.record import prepare_run, template_date
 from qspin.run_dir import RunDir
+from qspin.stopping import stopped_where_nobody_reads
 from qspin.watch import view
 from qspin.watch.meter import Meter, Work, measured, to_do, workload
 from qspin.watch.progress import Audience, Progress, TrackerName
 from qspin.watch.status import StatusFile
 
 
+class _Console(Console):
+    """A run that nobody reads any longer stops as if asked to; Rich would end it without a word."""
+
+    def on_broken_pipe(self) -> None:
+        with stopped_where_nobody_reads(self.file):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerName | None) -> None:
     """Play, or go on playing, in a folder."""
     config, run_dir = prepared.config, RunDir(out)
     meter = _meter(workload(run_dir, config, len(prepared.train), len(prepared.heldout)), config.iterations)
-    console = Console(stderr=as_json)
+    console = _Console(stderr=as_json)
     lines = view.JsonView(sys.stdout, meter) if as_json else None
     listeners: list[Progress] = [StatusFile(run_dir.status, meter)]
     with contextlib.ExitStack() as stack:
@@ -65,7 +76,7 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
     """Train the supervised baseline of a run, or go on with it."""
     config, run_dir = prepared.config, RunDir(out)
     work = baseline.workload(run_dir, config, rates, len(prepared.train), len(prepared.heldout))
-    meter, console = _meter(work, finished(run_dir), baseline=True), Console()
+    meter, console = _meter(work, finished(run_dir), baseline=True), _Console()
     with _shown(console, meter) as shown:
         progress = Audience(meter, StatusFile(run_dir.baseline_status, meter), shown)
         baseline.baseline(prepared, out, progress, rates)
@@ -79,7 +90,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
     Raises:
         QspinError: at the end, if a run could not be played to its end.
     """
-    console, failed, played = Console(), [], []
+    console, failed, played = _Console(), [], []
     begun = (cell.run_dir(out) for cell in cells if cell.run_dir(out).record.is_file())
     date = template_date(next(begun, cells[0].run_dir(out)))  # one for all, or prompts of some templates would differ
     for number, cell in enumerate(cells, start=1):

@@ -62,12 +62,30 @@ def test_an_iteration_is_named_by_its_number_or_its_text(loaded: Loaded) -> None
     [
         ([3], "generate takes a list of prompts"),
         ([{"role": "user", "content": "Hi"}], "generate takes a list of prompts"),
+        ({"Hi": 1}, "generate takes a list of prompts"),
         ([["Hi"]], "a turn has a role .* and its content; got 'Hi'"),
+        (
+            [[{"role": "user", "content": None}]],
+            "a turn has a role .* and its content; got {'role': 'user', 'content': None}",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_told(loaded: Loaded, prompts: Any, said: str) -> None:
     with pytest.raises(QspinError, match=said):
         loaded.generate(prompts)
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 2.5}, {"temperature": "0.7"}, {"top_p": float("nan")}])
+def test_settings_of_another_kind_are_told(loaded: Loaded, settings: dict[str, Any]) -> None:
+    with pytest.raises(
+        QspinError, match=r"^max_new_tokens=.*: a whole number from 1, a number from 0 and one above 0 up"
+    ):
+        loaded.generate(["Hi"], **settings)
+
+
+def test_prompts_may_come_one_by_one(loaded: Loaded) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 0}
+    assert loaded.generate((text for text in ("Hi", "Why?")), **settings) == loaded.generate(["Hi", "Why?"], **settings)
 
 
 def test_each_player_answers_as_it_did_when_it_was_measured(

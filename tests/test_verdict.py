@@ -87,6 +87,8 @@ def test_an_auc_without_a_classifier_is_not_taken_for_a_match() -> None:
     assert "One prompt: in a half of the held-out rows" in said(three, after(three))
     four = made(4, completions=texts(4, 1, words=ANIMALS))
     assert "One prompt" not in said(four, after(four))
+    for player, chosen in ((three, False), (four, True)):
+        assert ("By two-sample AUC on the rows to choose by" in said(player, after(player))) == chosen
 
 
 def test_a_large_step_back_names_its_cause_and_ends_the_run() -> None:

@@ -158,7 +158,8 @@ def _choice(measured: Sequence[Player], config: RunConfig) -> Iterator[str]:
     if loss_of(first, by, "choose", config.seed) <= loss_of(chosen, by, "choose", config.seed):
         theirs = figure(first.evaluation, by, "choose", seed=config.seed)
         said += f" of the iterations, and {first.told} is no worse ({theirs.told()})"
-    yield f"{said}."
+    if by not in NEAR_HALF or len(first.evaluation.prompts_of("choose")) > 1:  # else no classifier was trained
+        yield f"{said}."
     match stop(measured, config):
         case "matched":
             yield "The run ends here, on the rows to choose by the players are matched (evaluation.stop)."

@@ -9,7 +9,7 @@ The base is loaded once. The run's rows are not read, so a run whose data has mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -119,10 +119,11 @@ class Loaded:
         cap = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         heat = settings.temperature if temperature is None else temperature
         nucleus = settings.top_p if top_p is None else top_p
-        if cap < 1 or not heat >= 0 or not 0 < nucleus <= 1:  # NaN is neither
+        numbers = isinstance(cap, int) and isinstance(heat, int | float) and isinstance(nucleus, int | float)
+        if not numbers or cap < 1 or not heat >= 0 or not 0 < nucleus <= 1:  # NaN is neither
             raise QspinError(
-                f"max_new_tokens={cap}, temperature={heat:g}, top_p={nucleus:g}: at least 1, at least 0, and above 0 "
-                "up to 1 are possible"
+                f"max_new_tokens={cap!r}, temperature={heat!r}, top_p={nucleus!r}: a whole number from 1, a number "
+                "from 0 and one above 0 up to 1 are possible"
             )
         requests = [
             Request(ids, noise_key(seed, 0, f"reply to {ids}"))
@@ -175,7 +176,7 @@ class Loaded:
                 width //= 2
         return [done[index] for index in range(len(requests))]
 
-    def generate(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
+    def generate(self, prompts: Iterable[str | Sequence[Mapping[str, str]]], **settings: Any) -> list[str]:
         """The replies' texts to prompts: each a user turn, or a conversation as `[{"role": "user", "content": …}]`.
 
         Args:
@@ -184,11 +185,12 @@ class Loaded:
         Raises:
             QspinError: a single prompt is not in a list, a turn is no turn, memory runs out; as `reply`.
         """
-        if isinstance(prompts, str) or not all(isinstance(prompt, Sequence) for prompt in prompts):
+        asked = list(prompts)  # a generator is read once
+        if isinstance(prompts, str | Mapping) or not all(isinstance(prompt, Sequence) for prompt in asked):
             raise QspinError('generate takes a list of prompts, as in generate(["Why is the sky blue?"])')
         conversations = [
             [Message("user", prompt)] if isinstance(prompt, str) else [_message(turn) for turn in prompt]
-            for prompt in prompts
+            for prompt in asked
         ]
         try:
             return [reply.text for reply in self.reply(conversations, **settings)]
@@ -247,7 +249,8 @@ class Stream:
 
 
 def _message(turn: Mapping[str, str]) -> Message:
-    if not isinstance(turn, Mapping) or turn.keys() != {"role", "content"} or turn["role"] not in get_args(Role):
+    known = isinstance(turn, Mapping) and turn.keys() == {"role", "content"} and turn["role"] in get_args(Role)
+    if not known or not isinstance(turn["content"], str):
         raise QspinError(f"a turn has a role ({', '.join(get_args(Role))}) and its content; got {turn!r:.200}")
     return Message(turn["role"], turn["content"])  # type: ignore[arg-type]
 
