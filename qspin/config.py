@@ -37,6 +37,7 @@ Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=16)]
 Auto = Literal["auto"]
 BackendName = Literal["transformers", "unsloth"]
+BestBy = Literal["two_sample_auc", "nll", "f1"]
 PerIteration = Annotated[list[Positive], Field(min_length=1)]
 
 
@@ -199,7 +200,7 @@ class EvaluationConfig(_Part):
     keep: Annotated[Literal["last", "best"], _FREE] = Field(
         "best", description="which iteration is exported and pushed unless one is named; the next plays the last"
     )
-    best_by: Annotated[Literal["two_sample_auc", "nll", "f1"], _FREE] = Field(
+    best_by: Annotated[BestBy, _FREE] = Field(
         "two_sample_auc", description="figure that best is judged by, on held-out rows that are not reported"
     )
     stop: Annotated[Literal["auto", "never"], _FREE] = Field(

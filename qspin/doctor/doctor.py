@@ -28,7 +28,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from qspin.doctor.doctor_device import backend, computing, gpu, nf4
-from qspin.doctor.finding import GIB, Finding, Level, gib, one_line, pip
+from qspin.doctor.finding import GIB, Finding, Level, gib, pip
+from qspin.errors import one_line
 from qspin.files import existing
 
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name

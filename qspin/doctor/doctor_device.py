@@ -8,7 +8,8 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qspin.doctor.finding import Finding, gib, one_line, pip, shortened
+from qspin.doctor.finding import Finding, gib, pip
+from qspin.errors import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -223,7 +224,7 @@ def _nvidia_smi() -> tuple[list[Card], str]:
         done = subprocess.run([program, *query], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi: {one_line(error)}"
-    said = f"nvidia-smi: {shortened(done.stdout + done.stderr)}"
+    said = f"nvidia-smi: {one_line(done.stdout + done.stderr)}"
     if done.returncode:
         return [], said
     try:

@@ -59,16 +59,6 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message, or its kind where it has none."""
-    return shortened(str(error)) or type(error).__name__
-
-
-def shortened(text: str) -> str:
-    """The first 300 characters, in one line."""
-    return " ".join(text.split())[:300]
-
-
 def _wrapped(text: str, first: str, later: str, width: int) -> list[str]:
     """Lines of text; a word that is wider than a line, such as a path, stays whole."""
     return textwrap.wrap(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from qspin.config import RunConfig, load_config
+from qspin.config import BestBy, RunConfig, load_config
 from qspin.errors import QspinError
 from qspin.figures.evaluation import NEAR_HALF, Evaluation, Half, figure, read_evaluation
 from qspin.run_dir import IterationDir, RunDir
 
 ROUND = "s"  # begins the name of a round of supervised training, the baseline
-BestBy = Literal["two_sample_auc", "nll", "f1"]
 
 
 @dataclass(frozen=True, slots=True)
