@@ -131,7 +131,10 @@ def commit_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
         try:
             yield temporary
             files = sorted(file for file in temporary.rglob("*") if file.is_file())
+            readers = temporary.stat().st_mode & 0o666  # whom the user lets read new files; safetensors lets nobody
             for file in files:
+                if file.stat().st_mode & readers != readers:  # else let be: some file systems have no modes to set
+                    file.chmod(readers)
                 _sync(file)
             manifest = {
                 str(file.relative_to(temporary)): {"bytes": file.stat().st_size, SEAL: sha256_of(file)}

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from qspin.errors import QspinError
 from qspin.files import (
@@ -233,6 +235,25 @@ def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
         pass
     assert (tmp_path / "a" / "b" / "file").read_text() == "text"
     assert [path.name for path in (tmp_path / "c" / "d" / "folder").iterdir()] == [MANIFEST]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_who_may_read_new_files_may_read_those_of_a_folder(mask: int, mode: int, tmp_path: Path) -> None:
+    """Whatever wrote them: safetensors lets their owner alone read what it writes."""
+    before = os.umask(mask)
+    try:
+        with commit_folder(tmp_path / "folder") as temporary:
+            save_file({"weight": torch.zeros(1)}, temporary / "weights.safetensors")
+            (temporary / "sub").mkdir()
+            (temporary / "sub" / "text").write_text("text")
+            (temporary / "sub" / "text").chmod(0o600)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "folder").rglob("*") if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        ("weights.safetensors", "text", MANIFEST), mode
+    )
+    check_folder(tmp_path / "folder")
 
 
 # --- damage ---
