@@ -217,11 +217,17 @@ class RunDir:
         """Look before any work is done.
 
         Raises:
-            QspinError: the path is a file, a folder of other things or of a run that is not known any more, or can't be
-                made; another process works in it.
+            QspinError: the path is a file, leads nowhere, or can't be made; it is a folder of other things, or of a run
+                that is not known any more; another process works in it.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise QspinError(f"--out: {self.path} is a file; name a folder")
+        dangling = next((part for part in (self.path, *self.path.parents) if _leads_nowhere(part)), None)
+        if dangling is not None:
+            raise QspinError(f"--out: {dangling} is a link that leads nowhere; name a folder")
+        parent = existing(self.path)
+        if not parent.is_dir():
+            raise QspinError(f"--out: {parent} is a file; name a folder")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
@@ -231,11 +237,6 @@ class RunDir:
                 f"--out: {self.path} has {', '.join(made[:3])} of a run, but no {self.record.name}, which says what "
                 "run that was; put a copy of it back, or name a new folder"
             )
-        parent = existing(self.path)
-        if not parent.is_dir():
-            raise QspinError(f"--out: {parent} is a file; name a folder")
-        if not os.access(parent, os.W_OK):
-            raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
         holder = self.holder()
         if holder is not None:
             raise self._taken(holder)
@@ -305,6 +306,17 @@ class RunDir:
     @property
     def _holder(self) -> Path:
         return self.path / ".holder"
+
+
+def _leads_nowhere(path: Path) -> bool:
+    """Whether it is a link to what is not there, or to itself."""
+    try:
+        path.stat()
+    except PermissionError:  # there may be something
+        return False
+    except OSError:
+        return os.path.islink(path)  # noqa: PTH114 (Path.is_symlink raises)
+    return False
 
 
 def process_name() -> str:

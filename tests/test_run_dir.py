@@ -112,6 +112,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     assert refusal(tmp_path / "run" / "below") == f"--out: {tmp_path / 'run'} is a file; name a folder"
 
 
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_that_leads_nowhere_is_no_folder(below: str, tmp_path: Path) -> None:
+    link = tmp_path / "run"
+    for target in (tmp_path / "gone", link):
+        link.symlink_to(target)
+        with pytest.raises(QspinError) as caught:
+            RunDir(link / below).check_usable()
+        assert str(caught.value) == f"--out: {link} is a link that leads nowhere; name a folder"
+        link.unlink()
+    (tmp_path / "there").mkdir()
+    link.symlink_to(tmp_path / "there")
+    RunDir(link / below).check_usable()
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     message = f"--out: {tmp_path} holds other things; name a new folder or one of an earlier run"
