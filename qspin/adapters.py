@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qspin.config import LoraConfig
-from qspin.errors import QspinError
+from qspin.errors import QspinError, permission_told
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_folder, read_plain_json
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
@@ -36,10 +36,14 @@ def load_adapter(folder: Path) -> Adapter:
     """An adapter's weights, fp32. A pickle is never opened: it can run code.
 
     Raises:
-        QspinError: no such file, a damaged one, or weights that are no numbers.
+        QspinError: no such file, one that may not be read, a damaged one, or weights that are no numbers.
     """
     path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
+    with permission_told():
+        there = path.is_file()
+        if there:
+            path.open("rb").close()  # safetensors calls it missing if it may not be read
+    if not there:
         if (folder / PICKLE).is_file():
             raise QspinError(
                 f"{folder} holds {PICKLE}, a pickle, which can run code as it is loaded, and no {ADAPTER_WEIGHTS}; "

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qspin.config import RunConfig, load_config
-from qspin.errors import QspinError
+from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
 from qspin.run_dir import RunDir
 
@@ -36,6 +36,7 @@ Which = int | Literal["last", "best"]  # of the finished iterations
 class Results:
     """What a run has come to so far, read from its folder anew each time."""
 
+    @permission_told()
     def __init__(self, path: Path | str) -> None:
         """Raises a QspinError: this is not the folder of a run."""
         self._dir = RunDir(Path(path))
@@ -95,6 +96,7 @@ class Results:
         return self._dir.iteration(chosen_iteration(self._dir, _told(iteration))).adapter
 
 
+@permission_told()
 def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None) -> Results:
     """Play self-play into a folder, or go on where it stopped.
 
@@ -119,6 +121,7 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
     return Results(run_dir.path)
 
 
+@permission_told()
 def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | None = None) -> Results:
     """Train without self-play on a run's rows, for as many steps, at each learning rate; see `run` for the rest."""
     from qspin.experiments import baseline as supervised
@@ -138,6 +141,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
     return Results(run_dir.path)
 
 
+@permission_told()
 def sweep(
     source: str | Path | None,
     vary: Mapping[str, Sequence[Any]],
@@ -169,6 +173,7 @@ def results(path: Path | str) -> Results:
     return Results(path)
 
 
+@permission_told()
 def load(
     path: Path | str, player: str | int | None = None, *, say: Callable[[str], None] = lambda _text: None
 ) -> Loaded:
@@ -184,6 +189,7 @@ def load(
     return Loaded.open(RunDir(Path(path)), player, say)
 
 
+@permission_told()
 def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True) -> Plan:
     """Memory by phase, time and disk of a run, before anything is downloaded.
 
@@ -208,6 +214,7 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
     return planner.make_plan(config, where, rows)
 
 
+@permission_told()
 def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[str], None] = lambda _text: None) -> Path:
     """Write a run's one HTML file, `report.html` in its folder unless `out` says where; its path.
 
@@ -236,6 +243,7 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     return target
 
 
+@permission_told()
 def export(
     path: Path | str,
     *,
@@ -257,6 +265,7 @@ def export(
     return exporting.export(Trained(run_dir, index), to=to, out=Path(out), onto=onto, dtype=dtype)
 
 
+@permission_told()
 def push(
     path: Path | str,
     repo: str,

@@ -13,7 +13,7 @@ import typer
 import qspin
 from qspin import cli_results, cli_trials
 from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
-from qspin.errors import QspinError
+from qspin.errors import QspinError, permission_told
 from qspin.processes.workers import launch, rank
 from qspin.safe_text import redacted, show_traceback, visible
 from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped, leave_unheard
@@ -320,7 +320,7 @@ def main() -> None:
 
 def _run_app() -> None:
     try:
-        with launch():
+        with launch(), permission_told():
             app()
     except OSError as error:
         if error.errno != errno.ENOSPC:

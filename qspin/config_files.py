@@ -93,7 +93,7 @@ def read_layers(source: str | Path) -> list[Layer]:
         _resolve_paths(tree, path.parent)
         layers.append(Layer(path, text, tree))
         wanted = parent
-        if parent is not None and Path(parent).suffix in SUFFIXES and (path.parent / parent).is_file():
+        if parent is not None and Path(parent).suffix in SUFFIXES and os.path.isfile(path.parent / parent):  # noqa: PTH113
             wanted = path.parent / parent
     return layers
 
@@ -132,8 +132,8 @@ def _file_of(source: str | Path) -> Path:
     if path.suffix in SUFFIXES:
         return path
     path = presets_dir() / f"{source}.yaml"
-    if not path.is_file():
-        if os.path.isfile(source):  # noqa: PTH113 (Path.is_file raises)
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises)
+        if os.path.isfile(source):  # noqa: PTH113
             raise QspinError(f"{source}: no preset, and no .yaml file; rows are named with --data")
         raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
     return path

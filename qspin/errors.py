@@ -1,8 +1,30 @@
 """The one exception that a user sees without a traceback, and how other people's words go into its message."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class QspinError(Exception):
     """Something the user can put right. The message names the setting or file, the place, and what to do."""
+
+
+class NoPermission(QspinError):
+    """A file is there, for all that is known, and this user may not use it: nothing is wrong with what is in it."""
+
+
+@contextlib.contextmanager
+def permission_told() -> Iterator[None]:
+    """Turn the system's refusal of a file into a `NoPermission` that names it."""
+    try:
+        yield
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        raise NoPermission(
+            f"{error.filename}: no permission to read or write it, or to look into a folder above it"
+        ) from error
 
 
 def one_line(words: object) -> str:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, permission_told
 from qspin.stopping import stops_held
 
 MANIFEST = "manifest.json"
@@ -82,7 +82,7 @@ def read_json(path: Path, advice: str = AGAIN) -> dict[str, Any]:
         advice: what to do if it is damaged.
 
     Raises:
-        QspinError: the file is missing, unreadable, or not as it was written.
+        QspinError: the file is missing, unreadable, or not as it was written; a `NoPermission` if it is closed to us.
     """
     value: dict[str, Any] = _parse(path, lambda: json.loads(_unsealed(path, _JSON_END) + _JSON_END), advice)
     del value[SEAL]
@@ -153,11 +153,16 @@ def check_folder(path: Path) -> None:
     """Compare a committed folder with its manifest.
 
     Raises:
-        QspinError: naming the file that is missing or altered.
+        QspinError: naming the file that is missing, altered or unreadable.
     """
     for name, entry in read_json(path / MANIFEST).items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256_of(file) != entry[SEAL]:
+        try:
+            with permission_told():
+                whole = file.is_file() and file.stat().st_size == entry["bytes"] and sha256_of(file) == entry[SEAL]
+        except OSError as error:
+            raise QspinError(f"{file}: cannot be read ({error.strerror}); check its permissions and the disk") from None
+        if not whole:
             raise QspinError(f"{file}: missing or altered since it was written; delete {path} and run again")
 
 
@@ -252,7 +257,8 @@ def _unsealed(path: Path, end: bytes) -> bytes:
 
 def _parse(path: Path, read: Callable[[], T], advice: str = AGAIN) -> T:
     try:
-        return read()
+        with permission_told():
+            return read()
     except (OSError, ValueError, RecursionError) as error:
         raise QspinError(f"{path}: damaged or unreadable ({error}); {advice}") from None
 

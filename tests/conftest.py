@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +217,29 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """As a user whom permissions hold for, which they don't for root."""
+    root = os.geteuid() == 0
+    if root:
+        os.setresuid(65534, 65534, 0)  # os.access asks for the real user
+    try:
+        yield
+    finally:
+        if root:
+            os.setresuid(0, 0, 0)
+
+
+@pytest.fixture
+def closed() -> Iterator[Path]:
+    """A folder with a file and a folder in it, which nobody may look into; the one above it everybody may use."""
+    with tempfile.TemporaryDirectory() as above:
+        folder = Path(above) / "closed"
+        (folder / "sub").mkdir(parents=True)
+        (folder / "file").write_text("text")
+        Path(above).chmod(0o777)
+        folder.chmod(0)
+        yield folder
+        folder.chmod(0o700)

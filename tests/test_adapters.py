@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import as_nobody
 from safetensors.torch import load_file, save_file
 from test_cli import call
 
 from qspin.adapters import check_config, load_adapter
 from qspin.config import LoraConfig
-from qspin.errors import QspinError
+from qspin.errors import NoPermission, QspinError
 from qspin.exports.merge import Merged
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 from qspin.model import SlotModel
@@ -216,3 +217,14 @@ def test_the_command_says_it_in_a_line_and_writes_nothing(
         assert answer.err.count("\n") == 1
         if name != "of another shape":  # which is seen when the slot is there
             assert not (tmp_path / f"run {name}").exists()
+
+
+def test_one_that_may_not_be_read_is_told_from_one_that_is_not_there(adapter: Path, closed: Path) -> None:
+    folder = shutil.copytree(adapter, closed.parent / "adapter")
+    folder.chmod(0o755)
+    weights = folder / ADAPTER_WEIGHTS
+    weights.chmod(0)
+    for path in (weights, closed / ADAPTER_WEIGHTS):
+        with as_nobody(), pytest.raises(NoPermission) as caught:
+            load_adapter(path.parent)
+        assert str(caught.value) == f"{path}: no permission to read or write it, or to look into a folder above it"

@@ -28,7 +28,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import CHATML, HOUSE_STYLE, ROOT
+from conftest import CHATML, HOUSE_STYLE, ROOT, as_nobody
 from rich.cells import cell_len
 
 import qspin
@@ -36,7 +36,7 @@ from qspin import api
 from qspin import run_dir as run_dir_module
 from qspin.cli import main
 from qspin.config import dump_config, load_config
-from qspin.errors import QspinError
+from qspin.errors import NoPermission, QspinError
 from qspin.figures.evaluation import panel, read_evaluation, values
 from qspin.figures.players import chosen_iteration
 from qspin.files import check_folder, read_json, read_jsonl, sha256_of, write_json
@@ -1015,3 +1015,47 @@ def test_an_output_on_a_full_disk_is_one_line() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     said = "error: the disk is full where the output, temporary files or caches are written; free some space\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+CLOSED = "no permission to read or write it, or to look into a folder above it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("run quickstart --out {}/x", "--out: {}/x can't be made: no permission to write in {}"),
+        ("status {}/sub", f"{{}}/sub: {CLOSED}"),
+        ("chat {}/sub", f"{{}}/sub: {CLOSED}"),
+        ("export {}/sub --to adapter --out {}.export", f"{{}}/sub: {CLOSED}"),
+        ("report {}/sub", f"{{}}/sub: {CLOSED}"),
+        ("run paper --model {}/sub --data {} --out {}.run", f"{{}}/sub: {CLOSED}"),
+        ("plan paper --set model.id={}/sub --vram 24", f"{{}}/sub/config.json: {CLOSED}"),
+        ("sweep quickstart --vary seed=1,2 --out {}/sub", f"{{}}/sub/run.json: {CLOSED}"),
+        (
+            "run {}/file.yaml --out {}.run",
+            "{}/file.yaml: cannot be read ([Errno 13] Permission denied: '{}/file.yaml')",
+        ),
+    ],
+    ids=lambda text: text.partition(" {")[0],
+)
+def test_a_folder_that_is_closed_to_the_user_is_one_line(arguments: str, said: str, closed: Path) -> None:
+    words = [word.replace("{}", str(closed)) for word in arguments.split()]
+    for name in ("watching", "cli_trials", "exports.export", "exports.recipe", "planning.plan_view", "trials.talk"):
+        importlib.import_module(f"qspin.{name}")  # which may be closed to nobody
+    with as_nobody():
+        answer = call(*words)
+    assert (answer.code, answer.out, answer.err) == (1, "", f"error: {said.replace('{}', str(closed))}\n")
+
+
+def test_a_preset_of_a_closed_folder_is_none(closed: Path) -> None:
+    with as_nobody():
+        answer = call("run", closed / "file", "--out", f"{closed}.run")
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: no preset is called '{closed / 'file'}'; ")
+
+
+def test_from_python_a_closed_folder_is_a_qspin_error(closed: Path) -> None:
+    with as_nobody(), pytest.raises(NoPermission) as caught:
+        api.results(closed / "sub")
+    assert str(caught.value) == f"{closed / 'sub'}: {CLOSED}"
+    assert isinstance(caught.value.__cause__, PermissionError)

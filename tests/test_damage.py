@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Notes
+from conftest import Notes, as_nobody
 
 from qspin import spin
 from qspin.config import load_config
-from qspin.errors import QspinError
+from qspin.errors import NoPermission, QspinError
 from qspin.exports.recipe import recorded_config
 from qspin.figures.benchmarks import Outcome, Score, SetUp, keep
 from qspin.files import write_json
@@ -280,3 +280,15 @@ def test_files_of_the_users_are_left_alone(finished: Path, tmp_path: Path) -> No
         path.write_text("mine")
     assert take_away_damaged(RunDir(out)) == []
     assert all(path.is_file() for path in mine)
+
+
+def test_what_may_not_be_read_is_not_taken_away(closed: Path) -> None:
+    run = RunDir(closed.parent / "run")
+    piece = run.iteration(0).generation_plan
+    write_json(piece, {"width": 8})
+    for folder in (run.path, piece.parent):
+        folder.chmod(0o777)
+    piece.chmod(0)
+    with as_nobody(), pytest.raises(NoPermission):
+        take_away_damaged(run)
+    assert piece.is_file()

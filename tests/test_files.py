@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_nobody
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qspin.errors import QspinError
+from qspin import files
+from qspin.errors import NoPermission, QspinError
 from qspin.files import (
     MANIFEST,
     SEAL,
@@ -298,6 +300,35 @@ def test_each_kind_of_damage_is_found(name: str, damage: Callable[[Path], object
         check_folder(committed)
     said = f"{committed / name}: missing or altered since it was written; delete {committed} and run again"
     assert str(caught.value) == said
+
+
+def test_what_may_not_be_read_is_not_called_damaged(closed: Path) -> None:
+    folder = closed.parent / "folder"
+    with commit_folder(folder) as temporary:
+        (temporary / "weights").write_bytes(b"0123456789")
+    folder.chmod(0o755)
+    (folder / MANIFEST).chmod(0o644)
+    (folder / "weights").chmod(0)
+    for call, path in (
+        (lambda: check_folder(folder), folder / "weights"),
+        (lambda: check_folder(closed), closed / MANIFEST),
+        (lambda: read_json(closed / "file"), closed / "file"),
+        (lambda: check_file(closed / "file"), closed / "file"),
+    ):
+        with as_nobody(), pytest.raises(NoPermission) as caught:
+            call()
+        assert str(caught.value) == f"{path}: no permission to read or write it, or to look into a folder above it"
+
+
+def test_a_disk_that_can_not_be_read_is_not_called_damage(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "sha256_of", fail)
+    with pytest.raises(QspinError) as caught:
+        check_folder(committed)
+    said = "cannot be read (Input/output error); check its permissions and the disk"
+    assert str(caught.value) == f"{committed / 'sub' / 'more'}: {said}"
 
 
 @pytest.mark.parametrize("text", [None, "", "{", '{"weights": {"byt'])

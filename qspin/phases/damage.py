@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from qspin.errors import QspinError
+from qspin.errors import NoPermission, QspinError
 from qspin.figures.evaluation import is_evaluation
 from qspin.files import check_file, check_folder, read_json, remove
 from qspin.run_dir import IterationDir, RunDir
@@ -21,7 +21,7 @@ def take_away_damaged(run_dir: RunDir) -> list[str]:
     """Check every committed piece of a run but run.json; what was found, a sentence each.
 
     Raises:
-        QspinError: an adapter is damaged; says what to delete.
+        QspinError: an adapter is damaged; says what to delete. A piece may not be read, whether damaged or not.
     """
     notes = []
     for folder in run_dir.players():
@@ -33,6 +33,8 @@ def take_away_damaged(run_dir: RunDir) -> list[str]:
             try:
                 check_folder(piece) if piece.is_dir() else check_file(piece)
                 what = "is of another version of qspin" if not _readable(folder, piece) else ""
+            except NoPermission:
+                raise
             except QspinError:
                 what = "was damaged"
             if what:
