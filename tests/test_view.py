@@ -511,3 +511,9 @@ def test_a_line_of_a_log_has_the_figures(meter: Meter, clock: Clock) -> None:
         "iteration 1 (2 of 3) · train: 3600/6000 pairs  ? left  run ? left  memory 5.2 of 15.5 GiB  loss 0.483  "
         "margin +0.840  real reward +0.300  generated reward -0.540  accuracy 77%"
     )
+
+
+def test_one_iteration_is_one() -> None:
+    standing = Standing("finished", None, 1, None, None, 0)
+    lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    assert lines[0] == "runs/mine: finished, 1 iteration"

@@ -267,7 +267,7 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
         case "finished":
             done = standing.iterations_done
             lines = [
-                f"{where}, {done} iterations",
+                f"{where}, {done} iteration{'s' * (done != 1)}",
                 f"adapter: {run_dir.iteration(standing.kept or 0).adapter}",
                 f"table: {run_dir.summary}",
             ]
