@@ -12,7 +12,8 @@ import importlib.metadata
 import importlib.util
 import io
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import transformers
 
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
-from qspin.files import commit_folder, make_folder, sha256_of
+from qspin.files import at_home, commit_folder, full_disk_told, make_folder, sha256_of
 from qspin.safe_text import redact_logs
 
 # what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError
@@ -85,7 +86,7 @@ def find_base(config: ModelConfig) -> Base:
             return Base(config.id, str(gguf.parent), None, gguf, origin)
     if not config.id:
         raise QspinError("model.id is not set: give --model a hub id or a local folder, or start from a preset")
-    folder = Path(config.id).expanduser()
+    folder = at_home(config.id)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise QspinError(f"model.id: {folder} holds no config.json; name a folder saved with save_pretrained")
@@ -171,10 +172,34 @@ def read_gguf(path: Path, **options: Any) -> Any:
 
 
 def cache_dir() -> Path:
-    """$QSPIN_CACHE, else qspin's folder in the user's cache."""
-    if "QSPIN_CACHE" in os.environ:
-        return Path(os.environ["QSPIN_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "qspin"
+    """$QSPIN_CACHE, else qspin's folder in the user's cache; a variable that is empty is as one that is not set.
+
+    Raises:
+        QspinError: it lies in a home folder that there is not.
+    """
+    named = os.environ.get("QSPIN_CACHE") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "qspin"))
+    try:
+        return Path(named).expanduser()
+    except RuntimeError:
+        raise QspinError(
+            f"{named}: there is no such home folder to keep models in; name another folder in QSPIN_CACHE"
+        ) from None
+
+
+@contextlib.contextmanager
+def cache_told() -> Iterator[None]:
+    """Turn a refusal to write into the cache into a `QspinError`.
+
+    Raises:
+        QspinError: it can't be written to.
+    """
+    try:
+        with full_disk_told(cache_dir()):
+            yield
+    except OSError as error:
+        raise QspinError(
+            f"QSPIN_CACHE: {cache_dir()} can't be written to ({error.strerror}); name another folder in QSPIN_CACHE"
+        ) from None
 
 
 def _gguf_of_package(package: str) -> Path | None:
@@ -216,12 +241,17 @@ def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:
 
 def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """A folder of the cache; of two processes that want it, one makes it and the other waits."""
-    if not folder.is_dir():
-        make_folder(folder.parent)
-        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
-            if not folder.is_dir():
-                with commit_folder(folder) as temporary:
-                    make(temporary)
+    with contextlib.ExitStack() as held:
+        with cache_told():  # before `make`, whose refusals are the model's
+            if folder.is_dir():
+                return folder
+            make_folder(folder.parent)
+            with tempfile.TemporaryFile(dir=folder.parent):
+                pass
+            held.enter_context(filelock.FileLock(folder.with_name(f".{folder.name}.lock")))
+        if not folder.is_dir():
+            with commit_folder(folder) as temporary:
+                make(temporary)
     return folder
 
 

@@ -47,6 +47,11 @@ def existing(path: Path) -> Path:
     return next(part for part in (path, *path.absolute().parents) if os.path.exists(part))  # noqa: PTH110
 
 
+def at_home(name: str) -> Path:
+    """A path as a person writes it, `~` for a home folder; as it is where there is no such home."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content; its folder is made if need be."""
     _write(path, text.encode())

@@ -29,7 +29,7 @@ from packaging.version import Version
 
 from qspin.doctor.doctor_device import backend, computing, gpu, nf4
 from qspin.doctor.finding import GIB, Finding, Level, gib, pip
-from qspin.errors import one_line
+from qspin.errors import QspinError, one_line
 from qspin.files import existing
 
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name
@@ -209,7 +209,11 @@ def cache(*, needed: int = ROOM) -> Finding:
     """Where a model that comes as a GGUF file is kept dequantised."""
     from qspin.base import cache_dir
 
-    folder = cache_dir()
+    try:
+        folder = cache_dir()
+    except QspinError as error:
+        found, _, advice = str(error).partition("; ")
+        return Finding("cache", "problem", found, advice)
     return _place("cache", folder, needed, "problem", "name another folder in QSPIN_CACHE", held=_size(folder))
 
 

@@ -13,10 +13,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
+from qspin.files import at_home
 from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
 from qspin.fitting.footprint import SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
@@ -120,7 +120,7 @@ def shape_of(config: RunConfig) -> Architecture:
     """
     if config.model.architecture is not None:
         return config.model.architecture
-    file = Path(config.model.id).expanduser() / "config.json"
+    file = at_home(config.model.id) / "config.json"
     if not config.model.id or not file.is_file():
         raise QspinError(
             f"model.architecture is not set, and model.id ({config.model.id!r}) is no local folder with a config.json: "
@@ -327,7 +327,7 @@ class _Load:
 
     def disk(self) -> Iterator[tuple[str, int]]:
         footprint, config = self.footprint, self.config
-        if not Path(config.model.id).expanduser().is_dir():
+        if not at_home(config.model.id).is_dir():
             yield "the base's 16-bit weights, in the cache", 2 * footprint.shape.parameters
         yield f"{config.iterations} adapters", 4 * footprint.adapter_weights * config.iterations
         pairs = int(PAIR_BYTES * sum(map(sum, self.groups)) * config.iterations)

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeGuard
 
 import httpx
 
-from qspin.base import cache_dir
+from qspin.base import cache_dir, cache_told
 from qspin.errors import QspinError, one_line
 from qspin.files import write_text
 from qspin.fitting.memory import OutOfMemory, refusals_told
@@ -115,7 +115,8 @@ def _fetched(name: str, sha256: str) -> Path:
         raise QspinError(f"{address} can't be fetched ({one_line(error)}); {advice}") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise QspinError(f"{address}: what comes from there is not FastChat's file; {advice}")
-    write_text(path, content.decode())
+    with cache_told():
+        write_text(path, content.decode())
     return path
 
 
