@@ -110,6 +110,7 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
     from qspin.record import prepare_run
     from qspin.watching import watch_run
 
+    _check_config(config)
     run_dir = RunDir(Path(out))
     run_dir.check_usable()
     _quiet_libraries()
@@ -204,6 +205,7 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
 
     if vram is not None and not 1 <= vram < math.inf:  # NaN is neither
         raise QspinError(f"vram={vram:g}: name the GiB of a card, at least 1")
+    _check_config(config)
     planner.shape_of(config)  # before anything that takes time
     if read_rows and config.data.source is not None:
         _quiet_libraries()
@@ -280,6 +282,11 @@ def push(
     _quiet_libraries()
     upload = make_upload(RunDir(Path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)
     return send(upload, private=private)
+
+
+def _check_config(config: RunConfig) -> None:
+    if not isinstance(config, RunConfig):
+        raise QspinError(f"a configuration is wanted, as qspin.load_config makes it of a preset; got {config!r:.80}")
 
 
 def _quiet_libraries() -> None:

@@ -213,13 +213,20 @@ def _gguf_of_package(package: str) -> Path | None:
 
 def _description(gguf: Path, origin: dict[str, str]) -> Path:
     """The GGUF's tokenizer and configuration in the cache: reading them from it takes seconds. Versions of
-    transformers read them differently."""
+    transformers read them differently; 5.17 takes BOS for EOS, and no padding, so what the file says is put right."""
 
     def make(folder: Path) -> None:
-        for kind in (transformers.AutoTokenizer, transformers.AutoConfig):
-            kind.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer, config = (
+            kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            for kind in (transformers.AutoTokenizer, transformers.AutoConfig)
+        )
+        for name in ("bos_token", "eos_token", "pad_token"):
+            if (token := getattr(config, f"{name}_id")) is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token))
+        for part in (tokenizer, config):
+            part.save_pretrained(folder)
 
-    return _made_once(_cached(gguf, origin) / f"description-{transformers.__version__}", make)
+    return _made_once(_cached(gguf, origin) / f"description-2-{transformers.__version__}", make)
 
 
 def _dequantised_weights(gguf: Path, origin: dict[str, str]) -> Path:

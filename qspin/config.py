@@ -131,7 +131,7 @@ class DataConfig(_Part):
     heldout_source: Annotated[str | None, _FREE] = Field(
         None, description="file or hub id of held-out rows; else heldout_rows are split off"
     )
-    heldout_rows: int = Field(64, ge=2, description="held-out rows, split off by prompt or taken from heldout_source")
+    heldout_rows: int = Field(64, ge=2, description="held-out rows; split off by prompt, a fifth at most")
     max_prompt_tokens: int = Field(1024, ge=1, description="longer prompts are dropped")
     max_completion_tokens: int = Field(1024, ge=1, description="longer real completions are dropped or cut")
     long_completions: Literal["drop", "cut"] = Field(

@@ -153,6 +153,11 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
         train_records, heldout_records = split_heldout(source, data.records, settings.heldout_rows, config.seed)
+        if len(heldout_records) < settings.heldout_rows:
+            notes.append(
+                f"{source}: {len(heldout_records)} rows are held out, not the {settings.heldout_rows} of "
+                "data.heldout_rows: whole prompts, and a fifth of the good rows at most"
+            )
         train, train_rejects = _render(renderer, train_records)
         heldout, heldout_rejects = _render(renderer, heldout_records)
         rejects = _all_rejects(config, source, data, [*train_rejects, *heldout_rejects])
@@ -245,7 +250,7 @@ def _template(config: RunConfig) -> str | None:
     if config.chat.template is None:
         return None
     try:
-        return Path(config.chat.template).read_text(encoding="utf-8")
+        return Path(config.chat.template).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"chat.template: {config.chat.template} can't be read ({error})") from None
 

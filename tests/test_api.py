@@ -51,6 +51,13 @@ def test_it_goes_on_where_it_stopped_and_shows_it(
     assert "2-sample AUC" in shown and "iteration 0 (1 of 2) · generate" not in shown
 
 
+def test_a_presets_name_is_no_configuration(tmp_path: Path) -> None:
+    for call in (lambda: qspin.run("quickstart", tmp_path / "run"), lambda: qspin.plan("quickstart")):  # type: ignore[arg-type]
+        with pytest.raises(qspin.QspinError, match=r"^a configuration is wanted, as .*; got 'quickstart'$"):
+            call()
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_was_named_from_one_folder_is_found_from_another(
     config: qspin.RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,8 +145,7 @@ def test_loss_is_on_the_last_assistant_turn_only() -> None:
 def test_end_of_turn_is_the_templates_and_a_false_one_is_caught() -> None:
     tokenizer, renderer = smollm2(), build()
     assert renderer.end_of_turn == token(tokenizer, "<|im_end|>")
-    assert tokenizer.eos_token == "<|im_start|>"  # what the GGUF claims, and invariant 5 is about
-    control = replace(renderer, end_of_turn=tokenizer.eos_token_id)
+    control = replace(renderer, end_of_turn=token(tokenizer, "<|im_start|>"))
     rejected = control.example(row("Why?", "Because."))
     assert isinstance(rejected, Reject) and rejected.code == "boundary"
 

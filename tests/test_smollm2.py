@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -39,6 +40,16 @@ def test_another_version_of_transformers_reads_the_file_anew(tmp_path: Path, mon
         load_tokenizer(base)
         described.append(len(list(tmp_path.glob("*/description-*/tokenizer.json"))))
     assert described == [1, 2, 2]
+
+
+def test_its_tokenizer_has_the_tokens_of_the_file() -> None:
+    base = find_base(load_config("quickstart").model)
+    fields = gguf.GGUFReader(base.gguf).fields
+    tokenizer = load_tokenizer(base)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        said = int(fields[f"tokenizer.ggml.{key}_token_id"].parts[-1][0])
+        assert getattr(tokenizer, f"{name}_token_id") == said, name
+    assert tokenizer(["Hi", "Hi there"], padding=True)["input_ids"][0][-1] == tokenizer.pad_token_id
 
 
 def test_it_knows_what_it_knows(model: SlotModel, prepared: Prepared) -> None:

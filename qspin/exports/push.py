@@ -208,7 +208,7 @@ def _merged(run_dir: RunDir, folder: Path, iteration: int, say: Say) -> tuple[li
 
 def _template(path: str, record: Mapping[str, Any]) -> str:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"chat.template: {path} can't be read ({error}); it is uploaded as well") from None
     if hashlib.sha256(text.encode()).hexdigest() != record["inputs"]["chat.template"]:
