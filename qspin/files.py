@@ -127,9 +127,9 @@ def commit_folder(path: Path, *, need: int | None = None) -> Iterator[Path]:
         need: about how many bytes it will hold, to be told if the disk is full.
 
     Raises:
-        QspinError: the disk is full.
+        QspinError: the disk is full; the folder that is worked in is gone (`at_work`).
     """
-    with full_disk_told(path, need):
+    with full_disk_told(path, need), _in_place(path):
         make_folder(path.parent)
         temporary = _temporary(path)
         temporary.mkdir()
@@ -197,6 +197,21 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def at_work(mark: Path) -> Iterator[None]:
+    """While the block lasts, nothing is written into the folder of `mark`, a file as it is now, once that is gone: the
+    folder was moved or deleted, and what is written would be kept in a new one that nobody asked for.
+
+    Raises:
+        QspinError: it is gone, of whatever in the folder is written or can't be read.
+    """
+    _marks[mark] = mark.read_bytes()
+    try:
+        yield
+    finally:
+        del _marks[mark]
+
+
+@contextlib.contextmanager
 def full_disk_told(path: Path, need: int | None = None) -> Iterator[None]:
     """Turn a refusal for want of room into a `QspinError` that says how much is lacking."""
     try:
@@ -224,10 +239,11 @@ def sha256_of(path: Path) -> str:
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SOME = 1 << 20  # bytes: of a disk with more it may be another one that is full
 _SUFFIX = ".partial"
+_marks: dict[Path, bytes] = {}  # files of folders that are worked in, and what they hold
 
 
 def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
-    with stops_held(), full_disk_told(path, len(data)):
+    with stops_held(), full_disk_told(path, len(data)), _in_place(path):
         make_folder(path.parent)
         temporary = _temporary(path)
         try:
@@ -241,6 +257,26 @@ def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
                 _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _in_place(path: Path) -> Iterator[None]:
+    _check_in_place(path)
+    try:
+        yield
+    except (OSError, SafetensorError):
+        _check_in_place(path)
+        raise
+
+
+def _check_in_place(path: Path) -> None:
+    """Raises a QspinError: a folder around a path, which is worked in, is not there any more, or another's now."""
+    for mark, held in _marks.items():
+        folder = mark.parent
+        if folder in path.parents and not (mark.is_file() and mark.read_bytes() == held):
+            raise QspinError(
+                f"{folder} was moved or deleted while the run works; the same command with its new --out goes on"
+            )
 
 
 def _sealed(body: bytes, end: bytes) -> bytes:
@@ -265,6 +301,7 @@ def _parse(path: Path, read: Callable[[], T], advice: str = AGAIN) -> T:
         with permission_told():
             return read()
     except (OSError, ValueError, RecursionError) as error:
+        _check_in_place(path)
         raise QspinError(f"{path}: damaged or unreadable ({error}); {advice}") from None
 
 

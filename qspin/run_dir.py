@@ -41,7 +41,7 @@ import filelock
 import psutil
 
 from qspin.errors import QspinError
-from qspin.files import existing, full_disk_told, make_folder, read_json, remove_temporaries, write_json
+from qspin.files import at_work, existing, full_disk_told, make_folder, read_json, remove_temporaries, write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,8 @@ class RunDir:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder; the operating system lets go when the process ends, however it ends.
+        """Hold the folder; the operating system lets go when the process ends, however it ends. Nothing more is written
+        once it was moved or deleted.
 
         Raises:
             QspinError: the folder can't be used, or another process works in it.
@@ -262,7 +263,8 @@ class RunDir:
             with full_disk_told(self._holder):
                 self._holder.write_text(f"{process_name()}\n")
             remove_temporaries(self.path)
-            yield
+            with at_work(self._holder):
+                yield
         finally:
             held.release()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import random
@@ -292,3 +293,39 @@ def test_what_may_not_be_read_is_not_taken_away(closed: Path) -> None:
     with as_nobody(), pytest.raises(NoPermission):
         take_away_damaged(run)
     assert piece.is_file()
+
+
+class MovesAt(Silent):
+    """Renames the run's folder at the n-th thing that it hears of."""
+
+    def __init__(self, event: int, old: Path, new: Path) -> None:
+        self.left, self.old, self.new = event, old, new
+
+    def advance(self, units: float, **figures: float) -> None:  # noqa: ARG002
+        self.left -= 1
+        if self.left == 0:
+            self.old.rename(self.new)
+
+    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+        self.advance(0)
+
+
+def test_a_folder_that_is_moved_ends_the_run_and_goes_on_from_its_new_place(
+    prepared: Prepared, finished: Path, tmp_path: Path
+) -> None:
+    """Whatever moment it is moved at, nothing is written in its place."""
+    moves = 0
+    for event in itertools.count(1, 17):
+        old, new = tmp_path / f"old-{event}", tmp_path / f"new-{event}"
+        try:
+            spin.run(prepared, old, MovesAt(event, old, new))
+            break
+        except QspinError as error:
+            said = "was moved or deleted while the run works; the same command with its new --out goes on"
+            assert str(error) == f"{old} {said}"
+        assert not old.exists()
+        moves += 1
+        if event % 2:
+            spin.run(prepared, new, Silent())
+            assert results(new) == results(finished)
+    assert moves > 5

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
 import pytest
 
 from qspin.errors import QspinError
-from qspin.files import write_json, write_text
+from qspin.files import commit_folder, read_json, write_json, write_text
 from qspin.run_dir import IterationDir, RunDir
 
 HOLDER = """
@@ -308,3 +309,63 @@ def test_peaks_are_the_most_of_all_times_and_for_show(tmp_path: Path) -> None:
     folder.memory.unlink()
     folder.memory.mkdir()
     folder.add_peak("train", 7)  # it can't be written, and stops nothing
+
+
+# --- a folder that is taken away while it is worked in ---
+
+GONE = "{} was moved or deleted while the run works; the same command with its new --out goes on"
+
+
+def commit(path: Path) -> None:
+    with commit_folder(path) as folder:
+        (folder / "weights").write_text("text")
+
+
+@pytest.mark.parametrize("take_away", [lambda run: run.rename(run.with_name("moved")), shutil.rmtree])
+def test_nothing_is_written_where_a_folder_was(take_away: Callable[[Path], object], tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    pieces: list[Callable[[], object]] = [
+        lambda: write_json(run.iteration(0).evaluation, {}),
+        lambda: write_text(run.summary, "text"),
+        lambda: commit(run.iteration(0).adapter),
+        lambda: read_json(run.iteration(0).training_plan),
+        run.read_record,
+    ]
+    with run.lock():
+        write_json(run.record, {})
+        write_json(run.iteration(0).training_plan, {})
+        take_away(run.path)
+        for piece in pieces:
+            with pytest.raises(QspinError) as caught:
+                piece()
+            assert str(caught.value) == GONE.format(run.path)
+        run.iteration(0).add_seconds("train", 1.0)  # for show
+        assert not run.path.exists()
+        write_text(tmp_path / "run-2" / "file", "another folder is none of its business")
+    write_text(run.summary, "nobody works there any more")
+
+
+def test_a_folder_that_is_moved_while_a_piece_is_written_is_not_begun_again(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.lock():
+        write_json(run.record, {})
+        with pytest.raises(QspinError) as caught, commit_folder(run.iteration(0).adapter) as folder:
+            (folder / "weights").write_text("text")
+            run.path.rename(tmp_path / "moved")
+        assert str(caught.value) == GONE.format(run.path)
+        assert not run.path.exists()
+    with RunDir(tmp_path / "moved").lock():
+        assert not list((tmp_path / "moved").rglob("*.partial"))
+
+
+def test_nothing_is_written_into_a_run_that_another_began_in_its_place(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.lock():
+        run.path.rename(tmp_path / "moved")
+        other = hold(run.path)
+        with pytest.raises(QspinError) as caught:
+            write_text(run.summary, "text")
+        assert str(caught.value) == GONE.format(run.path)
+        assert not run.summary.exists()
+        other.kill()
+        other.communicate()
