@@ -22,6 +22,7 @@ from qspin.errors import QspinError
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 SUFFIXES = {".yaml", ".yml"}  # by which a configuration file is told from a preset's name
 PATHS = ("model.id", "model.init_adapter", "chat.template", "data.source", "data.heldout_source")
+OPENED = ("model.init_adapter", "chat.template")  # of these, those that can be nothing but a path
 
 # What is known of the model that a preset or file names, and holds for no other. A chat template may be right for
 # another as well, as one for base models is; `prepare` notes that it is used.
@@ -105,7 +106,7 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
         groups: names of groups of settings; where one holds nothing, all of its lines are comments.
 
     Where another `model.id` is named than below, what was known of that model is left out (`OF_ONE_MODEL`); where
-    another `data.source` than a preset's, what the presets say of that (`OF_ONE_SOURCE`).
+    another `data.source` than a preset's, what the presets say of that (`OF_ONE_SOURCE`). `~` is a home folder.
 
     Raises:
         QspinError: an override reaches into what is no group.
@@ -124,7 +125,7 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
     _forget_other_model(tree, overrides.get("model.id"))
     for key, value in overrides.items():
         _set(tree, key, value)
-    return tree
+    return _with_homes(tree)
 
 
 def _file_of(source: str | Path) -> Path:
@@ -162,6 +163,17 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         value = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
             section[name] = str(folder / value)
+
+
+def _with_homes(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same with `~` resolved, in what is opened as it stands; of a home that there is not it is left."""
+    for key in OPENED:
+        part, name = key.split(".")
+        section = tree.get(part)
+        value = section.get(name) if isinstance(section, dict) else None
+        if isinstance(value, str):
+            tree = _merge(tree, {part: {name: os.path.expanduser(value)}})  # noqa: PTH111 (Path.expanduser raises)
+    return tree
 
 
 def _is_preset(layer: Layer) -> bool:

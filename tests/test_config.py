@@ -580,3 +580,15 @@ def test_a_dumped_configuration_loads_as_the_same(name: str, tmp_path: Path) -> 
 def test_a_path_may_be_one(tmp_path: Path) -> None:
     config = load_config("quickstart", {"data.source": tmp_path / "mine.jsonl"})
     assert config.data.source == str(tmp_path / "mine.jsonl")
+
+
+def test_a_path_may_begin_in_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine.yaml").write_text("chat: {template: ~/plain.jinja}\nmodel: {init_adapter: '~nobodyx/adapter'}\n")
+    config = load_config(tmp_path / "mine.yaml")
+    assert config.chat.template == str(tmp_path / "home" / "plain.jinja")
+    assert config.model.init_adapter == "~nobodyx/adapter", "what there is not is told when it is opened"
+    for overrides in ({"model.init_adapter": "~/adapter"}, {"model": {"init_adapter": "~/adapter"}}):
+        assert load_config(tmp_path / "mine.yaml", overrides).model.init_adapter == str(tmp_path / "home" / "adapter")
+    (tmp_path / "other.yaml").write_text("preset: mine.yaml\nchat: {template: other.jinja}\n")
+    assert load_config(tmp_path / "other.yaml").chat.template == "other.jinja"

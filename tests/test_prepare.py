@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Notes
+from conftest import CHATML, ROOT, Notes
 from transformers import AutoTokenizer
 
 from qspin.config import load_config
@@ -88,6 +88,17 @@ def test_a_template_that_can_not_be_read_is_named(ready: Prepare, tmp_path: Path
     for template in (tmp_path / "latin.jinja", tmp_path / "nowhere.jinja"):
         with pytest.raises(QspinError, match=rf"^chat\.template: {template} can't be read \("):
             ready(rows, **{"chat.template": str(template)})
+
+
+def test_template_and_adapter_may_lie_in_a_home_folder(
+    ready: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    write(tmp_path / "rows.jsonl", *good(20))
+    assert ready(Path("~/rows.jsonl"), **{"chat.template": "~/mine.jinja"}).inputs["chat.template"]
+    with pytest.raises(QspinError, match=f"^{tmp_path}/adapter holds no "):
+        ready(Path("~/rows.jsonl"), **{"model.init_adapter": "~/adapter"})
 
 
 def test_a_template_without_a_system_turn_is_told_of(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
