@@ -476,6 +476,8 @@ def test_a_dry_run_shows_everything_and_loads_no_weights(no_weights: Path, monke
         "Try it: Twang a rubber band in your hand, then over an open box.<|im_end|>\n"
         "\n"
         "note: presets/house-style/train.jsonl: 192 good rows of 192, format prompt-completion\n"
+        "note: presets/house-style/train.jsonl: 38 rows are held out, not the 64 of data.heldout_rows: whole prompts, "
+        "and a fifth of the good rows at most\n"
         "154 training rows, 38 held out, 0 left out\n"
         "iteration 0: generate 154 completions, score 154 pairs, train 10 steps of 16 pairs (beta 0.1, lr 0.0001)\n"
         "iteration 1: generate 154 completions, score 308 pairs, train 20 steps of 16 pairs (beta 0.2, lr 0.0001)\n"

@@ -306,7 +306,7 @@ class MovesAt(Silent):
         if self.left == 0:
             self.old.rename(self.new)
 
-    def phase(self, name: str, *, iteration: int | None, total: int, done: int, unit: str) -> None:  # noqa: ARG002
+    def phase(self, name: str, **_: object) -> None:  # noqa: ARG002
         self.advance(0)
 
 

@@ -134,7 +134,8 @@ class Packed(Cut):
     """
 
     def __init__(self, groups: Sequence[Lengths], device: torch.device, prefix: int = 0) -> None:
-        spans = tuple(_spans(groups, prefix))
+        self.groups = tuple(groups)
+        spans = tuple(_spans(self.groups, prefix))
         places = [torch.cat([torch.arange(part.start, part.stop) for part in span.keys]) for span in spans]
         super().__init__([span.queries for span in spans], places, device, prefix)
 
