@@ -4,8 +4,9 @@
 PYTHON ?= python3
 READY := .venv/.ready
 
-# two processes of one thread each, a file's tests in one of them, as they share what they make
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+# two processes of one thread each, a file's tests in one of them, as they share what they make; a test that hangs is
+# ended after so many seconds and shows where it was, and the others go on
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --timeout 600
 
 # what a library's release most easily breaks: arithmetic beside transformers and PEFT, tokens, files, the command line
 FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py cli.py config.py data.py evaluation.py \

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.pipeline  # noqa: F401
 import torch
+import tqdm
 from conftest import Notes
 
 from qspin import spin
@@ -106,6 +108,10 @@ def tell(line: str) -> None:
 
 
 def main() -> None:
+    # tqdm's own lock is one for all forks: killed while it holds it, one would keep all later ones waiting for ever;
+    # and its thread could hold it as another is forked
+    tqdm.tqdm.set_lock(threading.RLock())
+    tqdm.tqdm.monitor_interval = 0
     model, data, settings = sys.argv[1:]
     config = load_config(None, {"model.id": model, "data.source": data, **json.loads(settings)})
     prepared = prepare(config, datetime.date(2026, 1, 1))

@@ -215,8 +215,7 @@ def test_a_run_whose_reader_is_gone_keeps_its_steps(command: list[str], tmp_path
 def test_a_run_whose_lines_nobody_reads_says_so(command: list[str], tmp_path: Path) -> None:
     process = start(*command, "--out", str(tmp_path / "run"))
     assert process.stdout is not None and process.stderr is not None
-    while "generate" not in process.stdout.readline():
-        pass
+    assert any("generate" in line for line in process.stdout)
     process.stdout.close()
     said = "stopped, the output can't be written (Broken pipe); the same command goes on from the last finished piece"
     assert process.stderr.read().splitlines()[-1:] == [said]
