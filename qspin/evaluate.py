@@ -36,6 +36,7 @@ def evaluate(
     opponent: Evaluation | None,
     stop_ids: frozenset[int],
     width: int,
+    unpacked: bool | None = None,
     on_rows: Callable[[float], None],
     tokens_at_once: int = TOKENS_AT_ONCE,
     crew: Crew = ALONE,
@@ -47,6 +48,7 @@ def evaluate(
 
     Args:
         opponent: the player that it was trained against; None for the first one.
+        unpacked: as for `generate`.
         on_rows: hears of rows done, `units` in all.
     """
     cap = config.generation.max_new_tokens
@@ -58,6 +60,7 @@ def evaluate(
             "temperature": temperature,
             "top_p": 1.0,
             "width": width,
+            "unpacked": unpacked,
             "stop_ids": sorted(stop_ids),
         }
         size = min(SHARD, -(-len(requests) // crew.count))

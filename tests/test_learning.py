@@ -19,6 +19,7 @@ from qspin.layers.lora import FusedLayers
 from qspin.phases.answering import answer
 from qspin.phases.game import Game
 from qspin.phases.learning import learn
+from qspin.phases.measuring import measure
 from qspin.prepare import prepare
 from qspin.records import Pair
 from qspin.run_dir import RunDir
@@ -206,7 +207,7 @@ def test_a_width_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     assert read_json(plan)["width"] == 1, "found too wide before"
 
 
-def test_whether_the_base_is_unpacked_is_planned(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whether_the_base_is_unpacked_is_the_runs(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products round otherwise, so a run that goes on must not decide anew by what memory is free now."""
     products: list[int] = []
     own, room, folder = FusedLayers._unpacked_product, game.model.unpacked_bytes, game.dir.iteration(0)
@@ -214,18 +215,27 @@ def test_whether_the_base_is_unpacked_is_planned(game: Game, monkeypatch: pytest
     assert room > 0
 
     def unpacked(room: int) -> tuple[bool, bool]:
-        """Whether that is planned, and was done, with so much room; the first shard is made again."""
+        """Whether it is for a shard and for an evaluation, with so much room."""
         monkeypatch.setattr(type(game.model), "unpacked_bytes", room)
-        remove(folder.generated(0))
-        products.clear()
-        answer(game, 0)
-        return read_json(folder.generation_plan)["unpacked"], bool(products)
+        done = []
+        for make, made in (
+            (lambda: answer(game, 0), folder.generated(0)),
+            (lambda: measure(game, folder, 0, opponent=None), folder.evaluation),
+        ):
+            remove(made)
+            products.clear()
+            make()
+            done.append(bool(products))
+        return done[0], done[1]
 
     assert unpacked(room) == (True, True)
-    assert unpacked(0) == (False, False)
-    assert notes(game) == ["memory has no room for the base in the compute type any more; on with its 4 bits alone"]
-    assert unpacked(room) == (False, False), "and what is in the plan stays"
-    assert len(notes(game)) == 1
+    assert unpacked(0) == (False, False), "memory has its say"
+    told = "memory has no room for the base in the compute type now; on with its 4 bits alone"
+    assert notes(game).count(told) == 2
+    assert unpacked(room) == (True, True)
+    write_json(game.dir.record, game.dir.read_record() | {"unpacked": False})
+    assert unpacked(room) == (False, False), "a run that began with 4 bits alone stays so"
+    assert notes(game).count(told) == 2
 
 
 def test_log_probs_that_are_no_numbers_end_the_iteration_before_it_learns(game: Game) -> None:

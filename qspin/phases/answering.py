@@ -28,7 +28,6 @@ def answer(game: Game, iteration: int) -> None:
         folder.generation_plan,
         lambda: {
             "width": game.width,
-            "unpacked": game.model.unpacked_bytes > 0,  # its products round otherwise
             "shards": [list(range(start, min(start + size, rows))) for start in range(0, rows, size)],
         },
     )
@@ -39,10 +38,6 @@ def answer(game: Game, iteration: int) -> None:
     ):  # a process that the system killed could not lower it itself
         plan["width"] = asked
         write_json(folder.generation_plan, plan)
-    if missing and plan.get("unpacked") and not game.model.unpacked_bytes:
-        plan["unpacked"] = False
-        write_json(folder.generation_plan, plan)
-        game.progress.note("memory has no room for the base in the compute type any more; on with its 4 bits alone")
 
     def begin() -> None:
         done = rows - sum(len(shard) for _, shard in missing)
@@ -50,13 +45,14 @@ def answer(game: Game, iteration: int) -> None:
 
     if missing:
         game.model.set_adapter(game.opponent(iteration))
+        unpacked = game.unpacked()
         begin()
     failures = 0
     while missing:
         shards = missing[: game.crew.count]  # one for each process
         try:
             with refusals_told(), game.counted(folder, "generate"):
-                made = _pairs(game, iteration, [shard for _, shard in shards], plan)
+                made = _pairs(game, iteration, [shard for _, shard in shards], plan["width"], unpacked=unpacked)
                 for (index, _), pairs in zip(shards, made, strict=True):
                     write_jsonl(folder.generated(index), [pair.to_json() for pair in pairs])
         except OutOfMemory as error:
@@ -75,7 +71,9 @@ def answer(game: Game, iteration: int) -> None:
         failures = 0
 
 
-def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], plan: dict[str, Any]) -> list[list[Pair]]:
+def _pairs(
+    game: Game, iteration: int, shards: Sequence[Sequence[int]], width: int, *, unpacked: bool
+) -> list[list[Pair]]:
     """One completion of each of the training rows of some shards, by whoever is in the slot; the first is this
     process's own."""
     prepared, config = game.prepared, game.config.generation
@@ -85,8 +83,8 @@ def _pairs(game: Game, iteration: int, shards: Sequence[Sequence[int]], plan: di
         "max_new_tokens": config.max_new_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
-        "width": plan["width"],
-        "unpacked": plan.get("unpacked"),  # plans of before did not say
+        "width": width,
+        "unpacked": unpacked,
         "stop_ids": sorted(prepared.stop_ids),
     }
     share = sum(map(len, shards)) / len(rows)  # of this process's progress, what is done by all

@@ -106,6 +106,15 @@ class Game:
             return load_own(self.dir.iteration(iteration - 1).adapter)
         return load_own(self.dir.warm_start.adapter) if self.config.sft.epochs else self.start
 
+    def unpacked(self) -> bool:
+        """Whether the base stands in the compute type beside its 4 bits while rows are answered: as when the run began,
+        since its products round otherwise, and only while memory has room for it."""
+        began: bool = remembered(self.dir, "unpacked", lambda: self.model.unpacked_bytes > 0)
+        has_room = self.model.unpacked_bytes > 0
+        if began and not has_room:
+            self.progress.note("memory has no room for the base in the compute type now; on with its 4 bits alone")
+        return began and has_room
+
     def recompute(self, layers: int) -> None:
         """So many layers in training, here and in every helper."""
         self.model.use_gradient_checkpointing(layers)

@@ -56,6 +56,7 @@ def _evaluation(game: Game, iteration: int | None, opponent: Evaluation | None) 
     rows = game.prepared.heldout
     total = units(len(rows), opponent=opponent is not None)
     warm_start = iteration is None and opponent is not None  # the base has none
+    unpacked = game.unpacked()
     for attempt in range(ATTEMPTS):
         game.progress.phase("evaluate", iteration=iteration, total=total, done=0, unit="rows", warm_start=warm_start)
         try:
@@ -68,6 +69,7 @@ def _evaluation(game: Game, iteration: int | None, opponent: Evaluation | None) 
                     opponent=opponent,
                     stop_ids=game.prepared.stop_ids,
                     width=max(1, game.width >> attempt),
+                    unpacked=unpacked,
                     tokens_at_once=TOKENS_AT_ONCE >> attempt,
                     on_rows=game.progress.advance,
                     crew=game.crew,
