@@ -8,9 +8,8 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from qspin.config_errors import explain, groups_of
 from qspin.config_files import NOT_YAML, PATHS, read_layers, together
 from qspin.errors import QspinError
 from qspin.safe_text import check_path, secret_keys
@@ -193,6 +193,10 @@ class TrainConfig(_Part):
         5.0, ge=0, description="training lost in a crash, at most; 0 keeps every step"
     )
 
+    def learnt_from(self, iteration: int) -> range:
+        """The iterations whose pairs iteration t learns from: its own, and `mix_previous` before it."""
+        return range(max(0, iteration - self.mix_previous), iteration + 1)
+
 
 class EvaluationConfig(_Part):
     """What is measured on held-out rows after each iteration, and what follows from it."""
@@ -241,13 +245,6 @@ class RunConfig(_Part):
         return self
 
 
-_GROUPS = {
-    name
-    for name, field in RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-}
-
-
 def at_iteration(value: float | list[float], iteration: int) -> float:
     """The value of a setting that may be a list, one an iteration; the last value goes on."""
     if isinstance(value, list):
@@ -266,11 +263,11 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
         QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
     """
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
-    tree = together(read_layers(source) if source is not None else [], plain, _GROUPS)
+    tree = together(read_layers(source) if source is not None else [], plain, groups_of(RunConfig))
     try:
         config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = "\n".join(f"  {line}" for line in _explain(error))
+        problems = "\n".join(f"  {line}" for line in explain(error, RunConfig))
         raise QspinError(f"the configuration does not fit:\n{problems}") from None
     for key in PATHS:
         group, name = key.split(".")
@@ -335,64 +332,3 @@ def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each setting, and what it is."""
-    for name, field in model.model_fields.items():
-        kinds = (field.annotation, *get_args(field.annotation))  # a group may be optional
-        groups = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        for group in groups:
-            yield from _keys(group, f"{prefix}{name}.")
-        if field.annotation not in groups:
-            yield prefix + name, str(field.description)
-
-
-def _explain(error: ValidationError) -> Iterator[str]:
-    """A line for each setting that does not fit."""
-    known = dict(_keys(RunConfig))
-    worst: dict[str, Mapping[str, Any]] = {}
-    automatic: set[str] = set()
-    for item in error.errors():
-        key = _key_of(item, {*known, *RunConfig.model_fields})
-        if item["type"] == "literal_error" and item["ctx"]["expected"] == "'auto'":
-            automatic.add(key)
-        # a union tells what is wrong with each of its branches: the one that came furthest was meant
-        if key not in worst or _came(item) > _came(worst[key]):
-            worst[key] = item
-    for key, told in worst.items():
-        if told["type"] == "extra_forbidden":
-            yield f"{key}: " + _no_such_setting(key, told["loc"], known)
-        else:
-            member = "".join(f"[{part}]" for part in told["loc"] if isinstance(part, int))
-            place = f"{key}{member} = {told['input']!r}: " if key else ""
-            other = "; or auto" if key in automatic and told["type"] != "literal_error" else ""
-            other += "; put it into quotes" if told["type"] == "string_type" and told["input"] is not None else ""
-            other += " or a list, as [q_proj, v_proj]" if key == "lora.targets" and not member else ""
-            yield place + told["msg"].removeprefix("Value error, ") + other
-
-
-def _no_such_setting(key: str, place: Sequence[int | str], known: Mapping[str, str]) -> str:
-    """What may have been meant: the same name elsewhere, its words in what a setting is, a like name."""
-    if key in known and len(place) == 1:  # one key with a point in it
-        group, _, name = key.partition(".")
-        return f"stands as two in a file: {group}: and below it, indented, {name}:"
-    group, _, name = key.rpartition(".")
-    nearest = [other for other in known if other.rpartition(".")[2] == name]
-    words = name.replace("_", " ")
-    if " " in words:  # as learning_rate, which others call train.lr
-        nearest += [other for other in known if words in known[other] and other.startswith(group)]
-    nearest = nearest or difflib.get_close_matches(key, [*known, *_GROUPS], n=1, cutoff=0.5)
-    return "no such setting" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
-
-
-def _key_of(item: Mapping[str, Any], places: Container[str]) -> str:
-    """The setting, without the name of a union's branch, which its place ends with."""
-    parts = [part for part in item["loc"] if isinstance(part, str)]
-    while parts and item["type"] != "extra_forbidden" and ".".join(parts) not in places:
-        parts = parts[:-1]
-    return ".".join(parts)
-
-
-def _came(item: Mapping[str, Any]) -> tuple[int, bool]:
-    return len(item["loc"]), item["type"] not in {"float_type", "list_type"}

@@ -41,7 +41,17 @@ import filelock
 import psutil
 
 from qspin.errors import QspinError
-from qspin.files import at_work, existing, full_disk_told, make_folder, read_json, remove_temporaries, write_json
+from qspin.files import (
+    at_work,
+    existing,
+    full_disk_told,
+    make_folder,
+    read_json,
+    read_jsonl,
+    remove_temporaries,
+    write_json,
+)
+from qspin.records import Pair
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,15 @@ class IterationDir:
 
     def generated(self, shard: int) -> Path:
         return self.path / "generated" / f"shard-{shard:05d}.jsonl"
+
+    def pairs(self) -> list[Pair]:
+        """What was generated for all training rows.
+
+        Raises:
+            QspinError: it is not all there, or damaged.
+        """
+        shards = range(len(read_json(self.generation_plan)["shards"]))
+        return [Pair.from_json(row) for shard in shards for row in read_jsonl(self.generated(shard))]
 
     @property
     def training_plan(self) -> Path:
@@ -194,6 +213,13 @@ class RunDir:
 
     def iteration(self, index: int) -> IterationDir:
         return IterationDir(self.path / f"iteration-{index}")
+
+    def iterations_done(self) -> int:
+        """How many, from the first on, are finished."""
+        done = 0
+        while self.iteration(done).done:
+            done += 1
+        return done
 
     def player(self, name: str) -> IterationDir:
         """Of base, sft (the warm start) or an iteration's number."""

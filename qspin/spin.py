@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qspin.phases.answering import answer
 from qspin.phases.game import Game, under_way
-from qspin.phases.learning import learn, trained_on, warm_start
+from qspin.phases.learning import learn, warm_start
 from qspin.phases.measuring import ends_before, measure
 from qspin.prepare import Prepared
 from qspin.watch.progress import Progress
@@ -41,7 +41,7 @@ def play(game: Game) -> None:
             break
         folder = game.dir.iteration(iteration)
         if not folder.adapter.is_dir():
-            for earlier in trained_on(game.config, iteration):  # all but the last are there, unless damaged since
+            for earlier in game.config.train.learnt_from(iteration):  # all but the last are there, unless damaged since
                 answer(game, earlier)  # generate: one completion per prompt, sampled from the opponent
             learn(game, iteration)  # score both under the opponent, train against it, commit the next opponent
         measure(game, folder, iteration, opponent=opponent)  # evaluate on held-out rows

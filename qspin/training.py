@@ -38,6 +38,10 @@ class Task:
     seed: int
     prefix: int = 0  # tokens that all prompts begin with
 
+    def order(self, epochs: int) -> list[int]:
+        """Which effective batch each step takes."""
+        return step_order(len(self.plan), epochs, self.seed + self.iteration)
+
 
 def train(
     model: SlotModel,
@@ -61,7 +65,7 @@ def train(
         task.plan,
         config,
         lr=at_iteration(config.lr, task.iteration),
-        order=step_order(len(task.plan), config.epochs, task.seed + task.iteration),
+        order=task.order(config.epochs),
         record_ids=[pair.record_id for pair in task.pairs],
         snapshots=snapshots,
         on_step=on_step,

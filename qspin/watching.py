@@ -18,7 +18,7 @@ from qspin.console import tell
 from qspin.errors import QspinError
 from qspin.experiments import baseline, sweep
 from qspin.figures import report
-from qspin.figures.players import chosen_iteration, finished, players
+from qspin.figures.players import chosen_iteration, players
 from qspin.fitting.memory import keep_freed_memory, used_and_total
 from qspin.prepare import Prepared
 from qspin.record import prepare_run, template_date
@@ -76,7 +76,7 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
     """Train the supervised baseline of a run, or go on with it."""
     config, run_dir = prepared.config, RunDir(out)
     work = baseline.workload(run_dir, config, rates, len(prepared.train), len(prepared.heldout))
-    meter, console = _meter(work, finished(run_dir), baseline=True), _Console()
+    meter, console = _meter(work, run_dir.iterations_done(), baseline=True), _Console()
     with _shown(console, meter) as shown:
         progress = Audience(meter, StatusFile(run_dir.baseline_status, meter), shown)
         baseline.baseline(prepared, out, progress, rates)

@@ -13,7 +13,7 @@ MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if path.stem != "__
 
 LAYERS = [  # each may import what stands above it
     {"errors", "targets", "nf4_levels"},
-    {"safe_text", "config_files", "main_memory", "nf4_product"},
+    {"safe_text", "config_errors", "config_files", "main_memory", "nf4_product"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites", "chat_template"},
     {"formats", "footprint", "judging", "mtbench_result"},

@@ -15,7 +15,6 @@ from pathlib import Path
 from qspin.adapters import load_own
 from qspin.config import RunConfig
 from qspin.errors import QspinError
-from qspin.figures.players import finished
 from qspin.phases.game import Game, under_way
 from qspin.phases.learning import learn_alike
 from qspin.phases.measuring import measure
@@ -31,7 +30,7 @@ def baseline(prepared: Prepared, out: Path, progress: Progress, rates: Sequence[
     Raises:
         QspinError: the run has no finished iteration, or as `spin.run`.
     """
-    rounds = finished(RunDir(out))
+    rounds = RunDir(out).iterations_done()
     if not rounds:
         raise QspinError(f"{out} has no finished iteration yet, so there is nothing to compare with")
     with under_way(prepared, out, progress) as game:
@@ -54,8 +53,8 @@ def workload(run_dir: RunDir, config: RunConfig, rates: Sequence[float], train_r
     """As meter.workload: every phase of the rounds, in order."""
     work = []
     for rate in rates:
-        for index in range(finished(run_dir)):
+        for index in range(run_dir.iterations_done()):
             folder = run_dir.supervised(rate, index)
-            rows = train_rows * config.train.epochs * (min(index, config.train.mix_previous) + 1)
+            rows = train_rows * config.train.epochs * len(config.train.learnt_from(index))
             work += [Work(folder, "train", index, rows), Work(folder, "evaluate", index, 4 * heldout)]
     return work

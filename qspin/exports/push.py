@@ -40,7 +40,6 @@ from qspin.files import (
     MANIFEST,
     check_folder,
     read_json,
-    read_jsonl,
     read_plain_json,
     remove,
     sha256_of,
@@ -227,7 +226,7 @@ def _pairs(run_dir: RunDir, repo: str, folder: Path, config: RunConfig, last: in
     files, kept, identical = [], [], []
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for iteration in range(last + 1):
-        pairs = _generated(run_dir, iteration)
+        pairs = run_dir.iteration(iteration).pairs()
         rows = [
             _row(pair, records[pair.record_id], text(pair.real_ids), text(pair.generated_ids))
             for pair in pairs
@@ -242,12 +241,6 @@ def _pairs(run_dir: RunDir, repo: str, folder: Path, config: RunConfig, last: in
     if shown is None:
         raise QspinError(f"{run_dir.path}: every completion is the real one, so there is no pair to publish")
     return files, dataset_card(run_dir, repo, pairs=kept, identical=identical, example=shown)
-
-
-def _generated(run_dir: RunDir, iteration: int) -> list[Pair]:
-    folder = run_dir.iteration(iteration)
-    shards = range(len(read_json(folder.generation_plan)["shards"]))
-    return [Pair.from_json(row) for shard in shards for row in read_jsonl(folder.generated(shard))]
 
 
 def _row(pair: Pair, record: Record, real: str, generated: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None, option: str = "--itera
         QspinError: the folder is not one of a run, or there is no such iteration.
     """
     run_dir.check_run()
-    done = range(finished(run_dir))
+    done = range(run_dir.iterations_done())
     if not done:
         raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
     if wanted is not None and wanted not in {"last", "best", *map(str, done)}:
@@ -127,11 +127,3 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None, option: str = "--itera
         return done[-1]
     iterations = [player for player in players(run_dir, config) if player.name.isdigit()]
     return int(best(iterations, config).name)
-
-
-def finished(run_dir: RunDir) -> int:
-    """How many iterations are finished."""
-    count = 0
-    while run_dir.iteration(count).done:
-        count += 1
-    return count

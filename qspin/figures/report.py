@@ -11,7 +11,7 @@ from qspin.figures.benchmarks import Score, SetUp, all_kept, gain, shown
 from qspin.figures.evaluation import change, panel, real_panel
 from qspin.figures.markdown import plain, table
 from qspin.figures.panel import Figure
-from qspin.figures.players import Player, best_rival, chosen, finished, kept, players, rivals
+from qspin.figures.players import Player, best_rival, chosen, kept, players, rivals
 from qspin.figures.verdict import RATED, against, verdict
 from qspin.files import read_jsonl
 from qspin.run_dir import IterationDir, RunDir
@@ -168,7 +168,7 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
 
 def _benchmarks(run_dir: RunDir) -> list[Results]:
     """Of every task that was put to a player."""
-    who = ["base", "sft", *map(str, range(finished(run_dir)))]
+    who = ["base", "sft", *map(str, range(run_dir.iterations_done()))]
     outcomes = {name: all_kept(run_dir.player(name)) for name in who}
     set_ups = list(dict.fromkeys(outcome.set_up for found in outcomes.values() for outcome in found))
     return [benchmarks(run_dir, [name for name in who if outcomes[name]], set_ups)] if set_ups else []

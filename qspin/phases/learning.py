@@ -14,7 +14,6 @@ from typing import Any
 
 from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
-from qspin.config import RunConfig
 from qspin.errors import QspinError
 from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.fitting.at_once import Budget, recomputable
@@ -30,11 +29,6 @@ from qspin.scoring import score_pairs
 from qspin.stopping import check_stop, stops_held
 from qspin.training import Task, train
 from qspin.warm_start import train_supervised
-
-
-def trained_on(config: RunConfig, iteration: int) -> range:
-    """The iterations whose pairs iteration t learns from: its own, and `train.mix_previous` before it."""
-    return range(max(0, iteration - config.train.mix_previous), iteration + 1)
 
 
 def learn(game: Game, iteration: int) -> None:
@@ -53,7 +47,7 @@ def learn(game: Game, iteration: int) -> None:
             ),
             phase="train",
             iteration=iteration,
-            order=step_order(len(plan), config.train.epochs, config.seed + iteration),
+            order=task.order(config.train.epochs),
         )
 
     _fit(game, folder, pairs, work, start=game.opponent(iteration))
@@ -138,10 +132,8 @@ def _pairs(game: Game, iteration: int) -> list[Pair]:
     learnt for itself as well.
     """
     found: list[Pair] = []
-    for past in trained_on(game.config, iteration):
-        folder = game.dir.iteration(past)
-        for shard in range(len(read_json(folder.generation_plan)["shards"])):
-            found += [Pair.from_json(row) for row in read_jsonl(folder.generated(shard))]
+    for past in game.config.train.learnt_from(iteration):
+        found += game.dir.iteration(past).pairs()
     if game.config.train.sft_weight:
         return found
     different = [pair for pair in found if pair.real_ids != pair.generated_ids]

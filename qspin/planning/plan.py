@@ -285,7 +285,7 @@ class _Load:
         config, rows = self.config, len(self.rows.lengths)
         real = [(prompt, real, 0) for prompt, real, _ in self.groups]
         held_out = config.data.heldout_rows
-        pairs = [min(past, config.train.mix_previous) + 1 for past in range(config.iterations)]  # times the rows
+        pairs = [len(config.train.learnt_from(iteration)) for iteration in range(config.iterations)]  # times the rows
 
         def phase(name: str, seconds: Callable[[int], float]) -> Seconds:
             each = [seconds(times) for times in pairs]

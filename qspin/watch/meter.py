@@ -49,7 +49,7 @@ def workload(run_dir: RunDir, config: RunConfig, train_rows: int, heldout_rows: 
             Work(folder, "evaluate", None, heldout),
         ]
     for iteration in range(config.iterations):
-        folder, pairs = run_dir.iteration(iteration), train_rows * (min(iteration, config.train.mix_previous) + 1)
+        folder, pairs = run_dir.iteration(iteration), train_rows * len(config.train.learnt_from(iteration))
         work += [
             Work(folder, "generate", iteration, train_rows),
             Work(folder, "score", iteration, pairs),

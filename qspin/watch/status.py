@@ -85,9 +85,7 @@ def look(run_dir: RunDir) -> Standing:
             raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
         return Standing("starting" if process else "not started", process, 0, None, None)
 
-    done = 0
-    while run_dir.iteration(done).done:
-        done += 1
+    done = run_dir.iterations_done()
     own, baseline = _read(run_dir.status), _read(run_dir.baseline_status)
     if process is not None:
         written = [told for told in (own, baseline) if told is not None and told.process == process]

@@ -383,7 +383,7 @@ def plan_lines(config: RunConfig, rows: int) -> list[str]:
         steps = -(-rows // config.train.batch_size) * config.sft.epochs
         lines.append(f"warm start: train {steps} steps of {config.train.batch_size} rows (lr {config.sft.lr:g})")
     for iteration in range(config.iterations):
-        pairs = rows * (min(iteration, config.train.mix_previous) + 1)
+        pairs = rows * len(config.train.learnt_from(iteration))
         steps = -(-pairs // config.train.batch_size) * config.train.epochs
         lines.append(
             f"iteration {iteration}: generate {rows} completions, score {pairs} pairs, train {steps} steps of "
