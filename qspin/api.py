@@ -192,7 +192,7 @@ def load(
 
 @permission_told()
 def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True) -> Plan:
-    """Memory by phase, time and disk of a run, before anything is downloaded.
+    """Memory by phase, time and disk of a run, before the model is downloaded.
 
     Args:
         vram: GiB of a card that is not here; None plans for this machine, which is measured in a few seconds.
