@@ -70,7 +70,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="progress as lines of JSON, for a program")] = False,
     tracker: Annotated[TrackerName | None, typer.Option("--track", help="log the figures there too")] = None,
 ) -> None:
-    """Play SPIN: each iteration answers the prompts, and learns to tell the answers from the human ones."""
+    """Play SPIN: each iteration answers the prompts, and learns to tell the data's answers from those."""
     heed_stops(GOES_ON)
     from qspin.config import load_config, parse_override
 

@@ -33,7 +33,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One good row: a conversation that ends on a user turn, and the human's answer to it."""
+    """One good row: a conversation that ends on a user turn, and the real answer to it."""
 
     id: str  # the row's own id, else "row-" and its number; unique within a data set
     prompt: tuple[Message, ...]

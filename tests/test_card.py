@@ -285,7 +285,7 @@ CHECK = {
 
 
 def test_a_term_that_the_paper_does_not_have_is_told(tmp_path: Path) -> None:
-    row = ["beside the loss", "the human answer's NLL a token, times 0.5"]
+    row = ["beside the loss", "the real answer's NLL a token, times 0.5"]
     assert row in Page(card(make_run(tmp_path / "with", **{"train.sft_weight": 0.5}))).cells
     assert "beside the loss" not in card(make_run(tmp_path / "without"))
 
