@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ from qspin.data import Dataset, check_rejects, load_records, most_common, remove
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, sha256_of, write_jsonl
 from qspin.records import Example, Record, Reject
+
+MANY = 0.1  # of the real completions, beyond the cap of generated ones: of fewer there is little to learn by
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def prepare(config: RunConfig, date: datetime.date, commit: str | None = None) -
         renderer=renderer,
         stop_ids=speech.stop_ids,
         inputs={"chat.template": renderer.template_hash, "model.init_adapter": _adapter_hash(config, base)},
-        notes=(*speech.notes, *rows.notes),
+        notes=(*speech.notes, *rows.notes, *_on_long_completions(config, rows.train)),
         train=rows.train,
         heldout=rows.heldout,
         train_prompts=rows.train_prompts,
@@ -185,6 +187,18 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+
+
+def _on_long_completions(config: RunConfig, train: Sequence[Example]) -> Iterator[str]:
+    """Generated completions end at a cap that real ones don't know."""
+    cap = config.generation.max_new_tokens
+    long = sum(len(row.real_ids) > cap for row in train)
+    if long > MANY * len(train):
+        yield (
+            f"{long} of {len(train)} real completions are longer than the {cap} tokens of generation.max_new_tokens, "
+            "so their length tells them from generated ones; raise it, or lower data.max_completion_tokens to leave "
+            "them out"
+        )
 
 
 def _asked(records: Sequence[Record], examples: Sequence[Example]) -> tuple[str, ...]:

@@ -82,6 +82,22 @@ def test_what_is_odd_about_good_rows_is_told(ready: Prepare, tmp_path: Path) -> 
     assert {e.record_id for e in (*found.train, *found.heldout)} >= {"a", "b", "row-22", "row-24"}
 
 
+@pytest.mark.parametrize(("long", "told"), [(2, False), (10, True)])
+def test_many_real_completions_beyond_the_cap_of_generated_ones_are_told(
+    long: int, told: bool, ready: Prepare, tmp_path: Path
+) -> None:
+    rows = [*good(40 - long), *({"prompt": f"And {n}?", "completion": "and on " * 40} for n in range(long))]
+    found = ready(write(tmp_path / "rows.jsonl", *rows), **{"generation.max_new_tokens": 30})
+    beyond = sum(len(row.real_ids) > 30 for row in found.train)
+    assert 0 < beyond <= long
+    said = (
+        f"{beyond} of {len(found.train)} real completions are longer than the 30 tokens of "
+        "generation.max_new_tokens, so their length tells them from generated ones; raise it, or lower "
+        "data.max_completion_tokens to leave them out"
+    )
+    assert (said in found.notes) == told == any("real completions" in note for note in found.notes)
+
+
 def test_a_template_that_can_not_be_read_is_named(ready: Prepare, tmp_path: Path) -> None:
     rows = write(tmp_path / "rows.jsonl", *good(8))
     (tmp_path / "latin.jinja").write_bytes("é".encode("latin-1"))
