@@ -36,6 +36,7 @@ from qspin.packing import plan_batches
 from qspin.planning.plan import Plan, make_plan
 from qspin.planning.plan_change import nearest_change, with_settings
 from qspin.planning.plan_rows import Rows, assumed_rows, rows_of_data
+from qspin.planning.plan_view import _verdict
 from qspin.records import Pair
 
 CPU = torch.device("cpu")
@@ -224,6 +225,18 @@ def test_a_smaller_model_is_the_last_resort() -> None:
     assert change.plan.shape.parameters < plan.shape.parameters
     assert make_plan(load_config(change.preset), plan.machine, plan.rows).fits
     assert nearest_change(planned("smollm2-135m", 0.8)) is None
+
+
+def test_a_smaller_model_is_one_that_takes_some_of_the_rows() -> None:
+    config = load_config("qwen3-8b", {"data.max_prompt_tokens": 8192})
+    machine = card(4, config.model)
+    plan = make_plan(config, machine, Rows(((4000, 300),) * 9, 0, "long ones"))
+    assert nearest_change(plan) is None, "no preset takes prompts of 4000 tokens"
+    plan = make_plan(config, machine, Rows(((4000, 300),) * 9 + ((100, 300),), 0, "long ones, and one that is short"))
+    change = nearest_change(plan)
+    assert change is not None
+    assert change.preset is not None
+    assert f"GiB and 1 of 10 rows: {change.preset}" in _verdict(plan, change)
 
 
 def test_changes_keep_to_rows_that_are_short_enough() -> None:

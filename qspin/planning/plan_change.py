@@ -74,10 +74,9 @@ def _steps(config: RunConfig, machine: Machine) -> Iterator[dict[str, Any]]:
 def _smaller_model(plan: Plan) -> Change | None:
     presets = [(name, load_config(name)) for name in preset_names()]
     for name, config in sorted(presets, key=lambda preset: -shape_of(preset[1]).parameters):
-        if shape_of(config).parameters < plan.shape.parameters:
-            smaller = make_plan(config, plan.machine, plan.rows)
-            if smaller.fits:
-                return Change({}, name, smaller)
+        # asked first: a preset may leave none of rows as long as these
+        if shape_of(config).parameters < plan.shape.parameters and fits(config, plan.machine, plan.rows):
+            return Change({}, name, make_plan(config, plan.machine, plan.rows))
     return None
 
 

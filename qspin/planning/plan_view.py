@@ -54,13 +54,12 @@ def _verdict(plan: Plan, change: Change | None) -> str:
         said += "Rows shorter than the settings allow may fit: give --data. "
     if change is None:
         return f"{said}No smaller preset fits either."
-    then = f"with {change.plan.largest.total / GIB:.1f} GiB"
+    rows, left = len(plan.rows.lengths), len(change.plan.rows.lengths)
+    then = f"with {change.plan.largest.total / GIB:.1f} GiB" + (f" and {left} of {rows} rows" if left < rows else "")
     if change.preset is not None:
         return f"{said}The largest preset of a smaller model that fits, {then}: {change.preset}"
-    rows, left = len(plan.rows.lengths), len(change.plan.rows.lengths)
-    fewer = f" and {left} of {rows} rows" if left < rows else ""
     settings = "".join(f"\n  --set {key}={_yaml(value)}" for key, value in change.settings.items())
-    return f"{said}The nearest change that fits, {then}{fewer}:{settings}"
+    return f"{said}The nearest change that fits, {then}:{settings}"
 
 
 def _yaml(value: Any) -> str:
