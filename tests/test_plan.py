@@ -189,6 +189,21 @@ def test_disk_holds_the_base_the_adapters_and_the_pairs() -> None:
     adapter = dict(plan.phases[2].parts)["gradients"]
     assert sizes["3 adapters"] == 3 * adapter
     assert sizes["snapshots while training, two at most"] == 2 * 3 * adapter  # with AdamW's two moments
+    assert "4 adapters" in dict(planned("llama-3.1-8b", 24).disk), "one of its warm start"
+    alike, alone = (Rows(((100, 50),) * 40, prefix, "forty") for prefix in (90, 0))  # a file has each prompt whole
+    pairs = [make_plan(plan.config, plan.machine, rows).disk[2] for rows in (alike, alone)]
+    assert pairs[0] == pairs[1] == ("pairs of all iterations", int(6.5 * 3 * 40 * (150 + 256)))
+
+
+def test_no_more_rows_are_evaluated_than_can_be_held_out() -> None:
+    def evaluating(rows: int, **settings: Any) -> float:
+        config = load_config("zephyr-7b-sft", {key.replace("__", "."): value for key, value in settings.items()})
+        plan = make_plan(config, card(24, config.model), assumed_rows(rows))
+        return next(seconds.first for seconds in plan.times if seconds.phase == "evaluate")
+
+    assert evaluating(152) == evaluating(152, data__heldout_rows=38) < evaluating(1000, data__heldout_rows=64)
+    assert evaluating(152, data__heldout_source="elsewhere.jsonl") > evaluating(152)
+    assert evaluating(2) > 0
 
 
 # --- what doesn't fit

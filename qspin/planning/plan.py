@@ -285,6 +285,8 @@ class _Load:
         config, rows = self.config, len(self.rows.lengths)
         real = [(prompt, real, 0) for prompt, real, _ in self.groups]
         held_out = config.data.heldout_rows
+        if config.data.heldout_source is None:  # split off: at most a fifth of all, which is a quarter of the others
+            held_out = max(2, min(held_out, rows // 4))
         pairs = [len(config.train.learnt_from(iteration)) for iteration in range(config.iterations)]  # times the rows
 
         def phase(name: str, seconds: Callable[[int], float]) -> Seconds:
@@ -329,8 +331,9 @@ class _Load:
         footprint, config = self.footprint, self.config
         if not at_home(config.model.id).is_dir():
             yield "the base's 16-bit weights, in the cache", 2 * footprint.shape.parameters
-        yield f"{config.iterations} adapters", 4 * footprint.adapter_weights * config.iterations
-        pairs = int(PAIR_BYTES * sum(map(sum, self.groups)) * config.iterations)
-        yield "pairs of all iterations", pairs
+        adapters = config.iterations + bool(config.sft.epochs)  # with what a warm start ended with
+        yield f"{adapters} adapters", 4 * footprint.adapter_weights * adapters
+        tokens = sum(map(sum, self.groups)) + self.rows.prefix * len(self.groups)  # each row's prompt is written whole
+        yield "pairs of all iterations", int(PAIR_BYTES * tokens * config.iterations)
         snapshot = 4 * footprint.adapter_weights + footprint.optimizer(config.train.optimizer)
         yield "snapshots while training, two at most", 2 * snapshot
