@@ -81,7 +81,9 @@ class ModelConfig(_Part):
         "auto", description="kernels on a GPU; auto is unsloth where it is installed; a run keeps what it began with"
     )
     double_quant: bool = Field(True, description="quantise the NF4 constants as well (saves 0.37 bits a weight)")
-    init_adapter: str | None = Field(None, description="PEFT adapter folder that iteration 0 starts from")
+    init_adapter: Annotated[str | None, _FREE] = Field(  # where it lies; run.json has the hash of its weights
+        None, description="PEFT adapter folder that iteration 0 starts from"
+    )
     license: Annotated[str | None, FACT] = Field(None, description="name of the model's licence")
     gated: Annotated[bool | None, FACT] = Field(
         None, description="whether the hub wants terms accepted and `hf auth login` first; null: not known"

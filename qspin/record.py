@@ -112,7 +112,7 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
     """With whole paths to the files that it names, as what is done with the run later may be done in another folder."""
-    data, template = config.data, config.chat.template
+    data, template, adapter = config.data, config.chat.template, config.model.init_adapter
     sources = {"source": data.source, "heldout_source": data.heldout_source}
     files = {
         name: str(Path(source).absolute())
@@ -120,7 +120,8 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
         if source and os.path.isfile(source)  # noqa: PTH113 (Path.is_file raises)
     }
     chat = config.chat.model_copy(update={"template": template and str(Path(template).absolute())})
-    return config.model_copy(update={"data": data.model_copy(update=files), "chat": chat})
+    model = config.model.model_copy(update={"init_adapter": adapter and str(Path(adapter).absolute())})
+    return config.model_copy(update={"model": model, "data": data.model_copy(update=files), "chat": chat})
 
 
 def remembered(run_dir: RunDir, key: str, make: Callable[[], Any]) -> Any:

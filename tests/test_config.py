@@ -512,6 +512,7 @@ FREE: dict[str, Any] = {
         "family": "llama", "layers": 1, "hidden": 8, "intermediate": 16, "heads": 2, "kv_heads": 1, "head_size": 4,
         "vocabulary": 32, "tied_embeddings": True, "parameters": 1000,
     },
+    "model.init_adapter": "elsewhere",
     "chat.template": "elsewhere.jinja",
     "data.source": "elsewhere.jsonl",
     "data.heldout_source": "elsewhere.jsonl",
@@ -527,7 +528,7 @@ FREE: dict[str, Any] = {
 }  # fmt: skip
 DEFINING: dict[str, Any] = {
     "model.id": "a/b", "model.revision": "x", "model.package": "x", "model.dtype": "float32",
-    "model.double_quant": False, "model.init_adapter": "x", "lora.rank": 3, "lora.alpha": 3.0,
+    "model.double_quant": False, "lora.rank": 3, "lora.alpha": 3.0,
     "lora.targets": ["q_proj"], "chat.template_kwargs": {"a": 1}, "data.split": "x",
     "data.config": "x", "data.format": "messages", "data.columns": {"prompt": "q", "completion": "a"},
     "data.turns": "first", "data.limit": 3, "data.heldout_rows": 3, "data.max_prompt_tokens": 3,

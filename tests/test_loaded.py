@@ -305,6 +305,26 @@ def test_the_adapter_that_a_run_began_with_must_be_the_same(own_base: RunDir, tm
         loaded.seat("base")
 
 
+def test_the_adapter_that_a_run_began_with_may_lie_elsewhere(
+    own_base: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small_run(tmp_path / "model", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+
+    def again(**adapter: str) -> None:
+        config = load_config(None, settings | {f"model.{key}": value for key, value in adapter.items()})
+        run(prepare(config, datetime.date(2026, 1, 2)), own_base.path, Silent())
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "moved")
+    again(init_adapter="moved")
+    monkeypatch.chdir("/")
+    Loaded.open(own_base, "base")
+    with pytest.raises(QspinError, match=r"^model.init_adapter: its content is not what .* began with"):
+        again()
+    with pytest.raises(QspinError, match=r"^model.init_adapter: its content is not what .* began with"):
+        again(init_adapter=str(tmp_path / "run" / "iteration-0" / "adapter"))
+
+
 def test_a_damaged_adapter_is_not_played(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1, "sft.epochs": 1}
     run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "run", Silent())
