@@ -75,6 +75,18 @@ def test_it_goes_on_where_it_stopped(played: tuple[RunDir, list[bytes]], ready: 
     assert read_json(folder.evaluation) == read_json(played[0].supervised(0.02, 1).evaluation)
 
 
+def test_whom_the_first_round_is_against_is_measured_again_where_that_was_damaged(
+    played: tuple[RunDir, list[bytes]], ready: Prepared, tmp_path: Path
+) -> None:
+    run = RunDir(Path(shutil.copytree(played[0].path, tmp_path / "run")))
+    remove(run.supervised(RATES[0], 0).path)
+    run.base.evaluation.write_text("damaged")
+    baseline(ready, run.path, Silent(), RATES[:1])
+    for folder in (run.base, run.supervised(RATES[0], 0)):
+        whole = played[0].path / folder.evaluation.relative_to(run.path)
+        assert read_json(folder.evaluation) == read_json(whole)
+
+
 def test_without_the_metrics_of_an_iteration_it_takes_as_many_steps(
     played: tuple[RunDir, list[bytes]], ready: Prepared, tmp_path: Path
 ) -> None:

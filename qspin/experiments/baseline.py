@@ -19,7 +19,7 @@ from qspin.phases.game import Game, under_way
 from qspin.phases.learning import learn_alike
 from qspin.phases.measuring import measure
 from qspin.prepare import Prepared
-from qspin.run_dir import RunDir
+from qspin.run_dir import IterationDir, RunDir
 from qspin.watch.meter import Work
 from qspin.watch.progress import Progress
 
@@ -34,13 +34,22 @@ def baseline(prepared: Prepared, out: Path, progress: Progress, rates: Sequence[
     if not rounds:
         raise QspinError(f"{out} has no finished iteration yet, so there is nothing to compare with")
     with under_way(prepared, out, progress) as game:
+        first = _first_player(game)
         for rate in rates:
-            _train(game, rate, rounds)
+            _train(game, rate, rounds, first)
 
 
-def _train(game: Game, rate: float, rounds: int) -> None:
-    start = game.opponent(0)
-    opponent = game.dir.warm_start if game.config.sft.epochs else game.dir.base
+def _first_player(game: Game) -> IterationDir:
+    """Whom the first round trains against. The run has measured it, but that may have been damaged since."""
+    measure(game, game.dir.base, None, opponent=None)
+    if not game.config.sft.epochs:
+        return game.dir.base
+    measure(game, game.dir.warm_start, None, opponent=game.dir.base)
+    return game.dir.warm_start
+
+
+def _train(game: Game, rate: float, rounds: int, first: IterationDir) -> None:
+    start, opponent = game.opponent(0), first
     for index in range(rounds):
         folder = game.dir.supervised(rate, index)
         if not folder.adapter.is_dir():
