@@ -204,7 +204,10 @@ def cache_told() -> Iterator[None]:
 
 def _gguf_of_package(package: str) -> Path | None:
     """The GGUF file that an installed package carries; the package itself is not imported."""
-    spec = importlib.util.find_spec(package.replace("-", "_"))
+    try:
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+    except (ModuleNotFoundError, ValueError):  # of a name with a point in it the first part is imported; an empty one
+        return None
     if spec is None or spec.origin is None:
         return None
     files = sorted(Path(spec.origin).parent.glob("*.gguf"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,9 @@ def test_a_model_that_can_not_be_read_is_not_the_caches_fault(tmp_path: Path, mo
     monkeypatch.setattr(base.transformers.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(QspinError, match=r"^model\.id: .* can't be loaded: no such model$"):
         load_tokenizer(find_base(load_config("quickstart").model))
+
+
+def test_a_package_that_is_not_there_is_done_without(tiny_folder: Callable[[str], Path]) -> None:
+    folder = str(tiny_folder("llama"))
+    for package in ("nothing-like-it", "nothing.like.it", ""):
+        assert find_base(ModelConfig(id=folder, package=package)).location == folder
