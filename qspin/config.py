@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from qspin.config_errors import explain, groups_of
 from qspin.config_files import NOT_YAML, PATHS, read_layers, together
-from qspin.errors import QspinError
-from qspin.safe_text import check_path, secret_keys
+from qspin.errors import QspinError, one_line
+from qspin.safe_text import check_path, secret_keys, texts
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class _Mark:
 
 
 _FREE, FACT = _Mark(), _Mark(fact=True)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # Python's for a byte of the command line that is not UTF-8
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -274,7 +275,14 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     for key in PATHS:
         group, name = key.split(".")
         check_path(getattr(getattr(config, group), name) or "", key)
-    for key in secret_keys(config.model_dump(mode="json")):
+    settings = config.model_dump(mode="json")
+    for key, text in texts(settings):
+        if _SURROGATE.search(text):
+            raise QspinError(
+                f"{key}: {one_line(text)} is not UTF-8, in which settings are kept in the run's folder; write it, or "
+                "rename what it names, in that"
+            )
+    for key in secret_keys(settings):
         raise QspinError(
             f"{key}: holds a token or a password, and settings are kept in the run's folder and published with it; "
             "take it out, and log in with `hf auth login`, or set HF_TOKEN"

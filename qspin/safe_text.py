@@ -55,16 +55,21 @@ def _shown(text: str) -> str:
     return text if len(text) < 200 else f"{text[:60]}…{text[-20:]}"
 
 
-def secret_keys(value: object, key: str = "") -> Iterator[str]:
-    """Where in a tree of settings there is text that `redacted` would change: dotted keys."""
+def texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a tree of settings, each with its dotted key."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from secret_keys(inner, f"{key}.{name}" if key else name)
+            yield from texts(inner, f"{key}.{name}" if key else name)
     elif isinstance(value, list):
         for inner in value:
-            yield from secret_keys(inner, key)
-    elif isinstance(value, str) and redacted(value) != value:
-        yield key
+            yield from texts(inner, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def secret_keys(value: object) -> Iterator[str]:
+    """Where in a tree of settings there is text that `redacted` would change: dotted keys."""
+    return (key for key, text in texts(value) if redacted(text) != text)
 
 
 def show_traceback(_kind: type[BaseException], error: BaseException, _trace: TracebackType | None) -> None:

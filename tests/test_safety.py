@@ -248,6 +248,21 @@ def test_a_setting_that_no_file_can_have(key: str, value: str, tmp_path: Path) -
         load_config(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize(
+    ("option", "key", "said"),
+    [
+        (("--data", "/caf\udce9.jsonl"), "data.source", r"/caf\udce9.jsonl"),  # a name in Latin 1, as Python has it
+        (("--set", r'evaluation.style="\ud800"'), "evaluation.style", r"\ud800"),  # half a character
+    ],
+)
+def test_a_setting_that_no_file_can_hold(option: tuple[str, str], key: str, said: str, tmp_path: Path) -> None:
+    answer = call("run", "quickstart", "--out", tmp_path / "run", *option)
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err.startswith(f"error: {key}: {said} is not UTF-8, in which settings are kept in the run's folder; ")
+    assert answer.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_names_that_are_only_odd_are_names() -> None:
     for name in ("../x", "/abs/olute", "CON", "a b", "[red]", "x" * 200):
         assert check_path(name, "--out") == Path(name)
