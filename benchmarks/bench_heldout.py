@@ -20,9 +20,10 @@ from typing import Any
 from harness import made_by, say
 
 from qspin.adapters import load_own
-from qspin.evaluate import SHARD, evaluate
+from qspin.evaluate import evaluate
 from qspin.exports.recipe import recorded_config
 from qspin.figures.evaluation import Evaluation, change, panel, real_panel, two_samples
+from qspin.fitting.footprint import EVALUATED_ROWS
 from qspin.prepare import Prepared, prepare
 from qspin.run_dir import RunDir
 from qspin.trials.loaded import Loaded
@@ -57,7 +58,7 @@ def measure(loaded: Loaded, prepared: Prepared) -> Evaluation:
         prepared.config.model_copy(update={"seed": SEED}),
         opponent=None,
         stop_ids=prepared.stop_ids,
-        width=SHARD,
+        width=EVALUATED_ROWS,
         on_rows=lambda _rows: None,
     )
     reported = [True] * len(prepared.heldout)

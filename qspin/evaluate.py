@@ -9,6 +9,7 @@ from typing import Any
 from qspin.chat import Renderer
 from qspin.config import RunConfig
 from qspin.figures.evaluation import Evaluation, halves, two_samples
+from qspin.fitting.footprint import EVALUATED_ROWS
 from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, common_prefix, lengths_of, plan_batches
@@ -19,12 +20,6 @@ from qspin.sampling import noise_key
 from qspin.scoring import score_pairs
 
 TOKENS_AT_ONCE = 1024  # nothing is kept for a backward pass, so this is little memory
-SHARD = 64  # rows answered between two signs of life
-
-
-def units(rows: int, *, opponent: bool) -> int:
-    """What `on_rows` hears of in all: rows sampled, answered greedily and scored, and an opponent's rows scored."""
-    return (4 if opponent else 3) * rows
 
 
 def evaluate(
@@ -49,7 +44,7 @@ def evaluate(
     Args:
         opponent: the player that it was trained against; None for the first one.
         unpacked: as for `generate`.
-        on_rows: hears of rows done, `units` in all.
+        on_rows: hears of rows done, `progress.evaluation_units` in all.
     """
     cap = config.generation.max_new_tokens
     requests = [Request(row.prompt_ids, noise_key(config.seed, 0, f"held-out {row.record_id}")) for row in heldout]
@@ -63,7 +58,7 @@ def evaluate(
             "unpacked": unpacked,
             "stop_ids": sorted(stop_ids),
         }
-        size = min(SHARD, -(-len(requests) // crew.count))
+        size = min(EVALUATED_ROWS, -(-len(requests) // crew.count))
         groups = [requests[start : start + size] for start in range(0, len(requests), size)]
         found: list[Completion] = []
         for start in range(0, len(groups), crew.count):

@@ -1,6 +1,6 @@
 """The outer loop of self-play (Algorithm 1 of arXiv 2401.01335).
 
-    prepared = prepare(config)
+    prepared = prepare(config, datetime.date.today())
     run(prepared, Path("runs/mine"), progress)
 
 Each phase is cut into pieces that are kept as they finish; called again on the same folder, the loop goes on after

@@ -13,13 +13,14 @@ import torch
 from conftest import moved_adapter
 
 from qspin.config import load_config
-from qspin.evaluate import evaluate, units
+from qspin.evaluate import evaluate
 from qspin.figures.evaluation import Evaluation, panel
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 from qspin.scoring import pair_logps
+from qspin.watch.progress import evaluation_units
 
 CAP = 12
 
@@ -46,7 +47,7 @@ def measure(model: SlotModel, prepared: Prepared, opponent: Evaluation | None = 
     config = how.pop("config", prepared.config)
     given = {"width": 3, "stop_ids": prepared.stop_ids, "on_rows": heard.append, **how}
     found = evaluate(model, prepared.renderer, prepared.heldout, config, opponent=opponent, **given)
-    assert sum(heard) == pytest.approx(units(8, opponent=opponent is not None))
+    assert sum(heard) == pytest.approx(evaluation_units(8, opponent=opponent is not None))
     return found
 
 

@@ -21,7 +21,7 @@ from qspin.phases.measuring import measure
 from qspin.prepare import Prepared
 from qspin.run_dir import IterationDir, RunDir
 from qspin.watch.meter import Work
-from qspin.watch.progress import Progress
+from qspin.watch.progress import Progress, evaluation_units
 
 
 def baseline(prepared: Prepared, out: Path, progress: Progress, rates: Sequence[float]) -> None:
@@ -65,5 +65,6 @@ def workload(run_dir: RunDir, config: RunConfig, rates: Sequence[float], train_r
         for index in range(run_dir.iterations_done()):
             folder = run_dir.supervised(rate, index)
             rows = train_rows * config.train.epochs * len(config.train.learnt_from(index))
-            work += [Work(folder, "train", index, rows), Work(folder, "evaluate", index, 4 * heldout)]
+            evaluated = evaluation_units(heldout, opponent=True)
+            work += [Work(folder, "train", index, rows), Work(folder, "evaluate", index, evaluated)]
     return work

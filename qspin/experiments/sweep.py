@@ -24,7 +24,7 @@ from qspin.errors import QspinError
 from qspin.figures import plots
 from qspin.figures.evaluation import panel
 from qspin.figures.players import kept, players
-from qspin.figures.report import GAME, PLAYER, WRITING, Column, Results, markdown
+from qspin.figures.report import GAME, WRITING, Column, Results, markdown
 from qspin.files import copy_file, read_json, write_text
 from qspin.phases.game import Game, under_way
 from qspin.prepare import Prepared
@@ -35,6 +35,9 @@ from qspin.watch.progress import Progress
 
 TABLE, PLOT = "SWEEP.md", "sweep.svg"
 PLOTTED = {"nll": "NLL, nats a token", "two_sample_auc": "2-sample AUC (0.5 is the best)"}
+PLAYER = Column(
+    "player", "base: what the run began with; a number: what that iteration ended with; *: the one that is kept"
+)
 
 
 @dataclass(frozen=True, slots=True)

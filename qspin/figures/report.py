@@ -79,9 +79,6 @@ WRITING: _Fields = (
     ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
     ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
 )  # fmt: skip
-PLAYER = Column(
-    "player", "base: what the run began with; a number: what that iteration ended with; *: the one that is kept"
-)
 _IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
 STYLE: _Fields = (("style", _share, _IN_STYLE),)
 STYLE_INTERVAL: _Fields = (("style", _percent, _IN_STYLE),)

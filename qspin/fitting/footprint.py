@@ -32,6 +32,7 @@ LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
 PACKED_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
+EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qspin.adapters import load_own
 from qspin.errors import QspinError
-from qspin.evaluate import TOKENS_AT_ONCE, evaluate, units
+from qspin.evaluate import TOKENS_AT_ONCE, evaluate
 from qspin.figures.evaluation import Evaluation, read_evaluation, values
 from qspin.figures.players import players
 from qspin.figures.report import summary
@@ -13,6 +13,7 @@ from qspin.files import remove, write_json, write_text
 from qspin.fitting.memory import ATTEMPTS, OutOfMemory, refusals_told
 from qspin.phases.game import Game
 from qspin.run_dir import IterationDir
+from qspin.watch.progress import evaluation_units
 
 
 def measure(game: Game, folder: IterationDir, iteration: int | None, *, opponent: IterationDir | None) -> None:
@@ -54,7 +55,7 @@ def _is_from(name: str, iteration: int) -> bool:
 def _evaluation(game: Game, iteration: int | None, opponent: Evaluation | None) -> Evaluation:
     """Of whoever is in the slot; in smaller pieces if memory does not hold them."""
     rows = game.prepared.heldout
-    total = units(len(rows), opponent=opponent is not None)
+    total = evaluation_units(len(rows), opponent=opponent is not None)
     warm_start = iteration is None and opponent is not None  # the base has none
     unpacked = game.unpacked()
     for attempt in range(ATTEMPTS):

@@ -18,7 +18,7 @@ from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.files import at_home
 from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
-from qspin.fitting.footprint import SHARE, Batch, Footprint
+from qspin.fitting.footprint import EVALUATED_ROWS, SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
 from qspin.machine import Machine
 from qspin.planning.plan_rows import Rows
@@ -29,7 +29,6 @@ from qspin.planning.plan_rows import Rows
 PASSES = {"cpu": 0.55, "cuda": 0.4}
 DECODING = {"cpu": 0.4, "cuda": 0.25}
 PAIR_BYTES = 6.5  # a token in a file of pairs
-EVALUATION_SHARD = 64  # held-out rows answered at once
 SAMPLE = 256  # rows by which micro-batches are chosen
 
 
@@ -295,7 +294,7 @@ class _Load:
 
         score, train = (self._passes_seconds(self.groups, training=training) for training in (False, True))
         # sampled and answered greedily; then scored as a pair, and an opponent's completion as long as a real one
-        evaluate = 2 * self._generation_seconds(held_out, EVALUATION_SHARD) + (
+        evaluate = 2 * self._generation_seconds(held_out, EVALUATED_ROWS) + (
             (score + self._passes_seconds(real, training=False)) * held_out / rows
         )
         players = config.iterations + 1 + bool(config.sft.epochs)  # the base, and what its warm start ended with

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qspin.run_dir import IterationDir, RunDir
+from qspin.watch.progress import evaluation_units
 
 if TYPE_CHECKING:
     from qspin.config import RunConfig
@@ -39,8 +40,7 @@ class Work:
 
 def workload(run_dir: RunDir, config: RunConfig, train_rows: int, heldout_rows: int) -> list[Work]:
     """Every phase of a run, in order. A pair that teaches nothing is left out of a run, and counted here."""
-    # each is sampled, answered greedily and scored; after the first player its opponent's completions are scored too
-    first, heldout = 3 * heldout_rows, 4 * heldout_rows
+    first, heldout = (evaluation_units(heldout_rows, opponent=opponent) for opponent in (False, True))
     work = [Work(run_dir.base, "evaluate", None, first)]
     if config.sft.epochs:
         folder = run_dir.warm_start

@@ -7,6 +7,12 @@ from typing import Literal, Protocol
 TrackerName = Literal["tensorboard", "wandb", "trackio"]  # see track.py
 
 
+def evaluation_units(heldout_rows: int, *, opponent: bool) -> int:
+    """Rows that an evaluation tells of in all: each is sampled, answered greedily and scored, and where there is an
+    opponent, its completion is scored too."""
+    return (4 if opponent else 3) * heldout_rows
+
+
 class Progress(Protocol):
     """Hears of each phase, of each piece of work done in it, of completions, and of things worth a sentence."""
 
