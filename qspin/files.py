@@ -181,10 +181,10 @@ def remove(path: Path) -> None:
     _delete(temporary)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """What a killed process left half-written, or half-removed, below a folder."""
+def remove_temporaries(folder: Path, but: Path | None = None) -> None:
+    """What a killed process left half-written, or half-removed, below a folder, but for one in it that others hold."""
     for leftover in list(folder.rglob(f"*{_SUFFIX}")):
-        if leftover.exists():  # else it went with a folder
+        if leftover.exists() and but not in leftover.parents:  # else it went with a folder
             _delete(leftover)
 
 

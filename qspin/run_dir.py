@@ -199,6 +199,11 @@ class RunDir:
         return IterationDir(self.path / "warm-start")
 
     @property
+    def trials(self) -> Path:
+        """MT-Benches of the run's players, which have a lock of their own."""
+        return self.path / "mt-bench"
+
+    @property
     def baseline_status(self) -> Path:
         return self.path / "supervised" / "status.json"
 
@@ -288,7 +293,7 @@ class RunDir:
         try:
             with full_disk_told(self._holder):
                 self._holder.write_text(f"{process_name()}\n")
-            remove_temporaries(self.path)
+            remove_temporaries(self.path, but=self.trials)  # a judge may be heard there meanwhile
             with at_work(self._holder):
                 yield
         finally:

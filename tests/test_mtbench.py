@@ -398,7 +398,7 @@ def test_what_was_judged_with_other_references_is_in_no_table_with_these(
     third = written(tmp_path / "gpt-4.jsonl", others)
     assert trial(again, server, without, "--iteration", "0", "--references", third).code == 0
     assert len(list((again / "mt-bench").glob("questions-*"))) == 1, "players are asked the same"
-    found = mtbench_result.results(again)
+    found = mtbench_result.results(RunDir(again).trials)
     assert first in found
     held = {tuple(result["grades"]): tuple(result["pairs"]) for result in found}
     assert held == {("base",): (), ("1",): ("base vs 1",), ("0",): ()}
@@ -904,7 +904,7 @@ def test_other_questions_have_a_folder_of_their_own(
     others = written(tmp_path / "others.jsonl", [{"question_id": 1, "category": "writing", "turns": ["What is 11?"]}])
     assert trial(again, server, others, "--iteration", "base").code == 0
     assert len(list((again / "mt-bench").glob("questions-*/model_answer/base.jsonl"))) == 2
-    titles = [table[0] for table in mtbench_result.all_tables(again)]
+    titles = [table[0] for table in mtbench_result.all_tables(RunDir(again).trials)]
     assert sorted(title.partition(",")[0] for title in titles) == [
         *["MT-Bench: 1 questions"] * 2,
         *["MT-Bench: 5 questions"] * 2,

@@ -106,6 +106,14 @@ def test_nothing_is_cleared_under_the_feet_of_another(tmp_path: Path, holder: su
     assert (tmp_path / "run" / ".adapter.0123abcd.partial").is_file()
 
 
+def test_what_a_trial_of_the_players_is_writing_is_not_cleared_by_a_run(tmp_path: Path) -> None:
+    written = RunDir(tmp_path / "run").trials / "questions-01" / ".result.json.0123abcd.partial"
+    write_text(tmp_path / "run" / "run.json", "{}")
+    write_text(written, "half")
+    with RunDir(tmp_path / "run").lock():
+        assert written.is_file()
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     assert refusal(tmp_path / "run") == f"--out: {tmp_path / 'run'} is a file; name a folder"

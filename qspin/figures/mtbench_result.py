@@ -18,7 +18,6 @@ from typing import Any
 from qspin.figures.panel import Figure, Statistic, difference, estimate, ratio
 from qspin.files import read_json
 
-FOLDER = "mt-bench"  # in a run's
 RESULT = "result.json"
 ALL = "all"
 OURS = "qspin's"  # prompts
@@ -29,17 +28,17 @@ Table = tuple[str, list[tuple[str, str]], list[list[str]]]  # title, headings wi
 Scores = Sequence[Sequence[Any]]
 
 
-def results(run: Path) -> list[dict[str, Any]]:
-    """Of every question file and judge that a run was tried with.
+def results(trials: Path) -> list[dict[str, Any]]:
+    """Of every question file and judge that a run's players were tried with; `trials` is `RunDir.trials`.
 
     Raises:
         QspinError: one is damaged.
     """
-    return [read_json(path) for path in sorted(run.glob(f"{FOLDER}/*/*/{RESULT}"))]
+    return [read_json(path) for path in sorted(trials.glob(f"*/*/{RESULT}"))]
 
 
-def all_tables(run: Path) -> list[Table]:
-    return [table for result in results(run) for table in tables(result)]
+def all_tables(trials: Path) -> list[Table]:
+    return [table for result in results(trials) for table in tables(result)]
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

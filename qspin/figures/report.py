@@ -131,7 +131,7 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
         _changes(measured, player, config),
         _training(measured, player, config),
         *_rates(run_dir, config),
-        *from_parts(mtbench_result.all_tables(run_dir.path)),
+        *from_parts(mtbench_result.all_tables(run_dir.trials)),
     ]
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import filelock
 
 from qspin.errors import QspinError
-from qspin.figures.mtbench_result import FIRST, FOLDER, RESULT, SECOND, TIE, figures
+from qspin.figures.mtbench_result import FIRST, RESULT, SECOND, TIE, figures
 from qspin.files import (
     full_disk_told,
     make_folder,
@@ -77,7 +77,7 @@ class Trial:
 
     def __enter__(self) -> Trial:
         """Raises a QspinError: another process holds the trials of the run, or the folder can't be written to."""
-        top = self.run_dir.path / FOLDER
+        top = self.run_dir.trials
         self._lock = filelock.FileLock(top / ".lock", blocking=False)
         try:
             with full_disk_told(top):
@@ -95,7 +95,7 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        return self.run_dir.path / FOLDER / self.bench.folder
+        return self.run_dir.trials / self.bench.folder
 
     @property
     def judged(self) -> Path:
