@@ -88,4 +88,5 @@ def _nucleus(weights: Tensor, top_p: float) -> Tensor:
     """Zero outside the smallest set of likeliest tokens whose weights reach top_p (Holtzman et al. 2020)."""
     ordered, order = weights.sort(dim=-1, descending=True)
     outside = ordered.cumsum(-1) - ordered >= top_p
+    outside[:, 0] = False  # in fp32 a top_p below 1e-45 is 0, which what is before the first token reaches
     return weights.masked_fill(outside.scatter(-1, order, outside), 0.0)

@@ -190,6 +190,11 @@ def test_top_p_between_equal_tokens_keeps_one_of_them() -> None:
     assert sorted(counts) == pytest.approx([0, 400, 800, 1600], abs=1.01)
 
 
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-9])  # the first is 0 in fp32
+def test_the_smallest_top_p_keeps_the_likeliest_token(top_p: float) -> None:
+    assert set(draw([0.0, 2.0, 1.0], grid(100), top_p=top_p)) == {1}
+
+
 def test_top_p_looks_across_blocks() -> None:
     # the two likeliest tokens of 600 lie in the first and in the last block
     logits = [0.0] * 600
