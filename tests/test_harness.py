@@ -145,6 +145,12 @@ def test_greedy_answers_are_those_of_hflm(player: Player, peer: HFLM) -> None:
     assert ours[0] != longest, "nothing was cut"
 
 
+def test_an_empty_text_is_gone_on_from(player: Player) -> None:
+    how = {"max_gen_toks": 4}
+    first, second = player.generate_until(asked("generate_until", ("", how), ("<|endoftext|>", how)))
+    assert first == second
+
+
 def test_another_player_answers_otherwise(loaded: Loaded, player: Player) -> None:
     question = asked("loglikelihood", PAIRS[0])
     moved = player.loglikelihood(question)

@@ -125,12 +125,16 @@ class Player(TemplateLM):  # type: ignore[misc]
                     f"the task asks for {settings.new_tokens} new tokens; the model's context is {self.max_length}"
                 )
             prompts = [
-                Request(tuple(self.tok_encode(requests[index].args[0])[-room:]), noise_key(0, 0, f"request {index}"))
+                Request(self._prompt(requests[index].args[0], room), noise_key(0, 0, f"request {index}"))
                 for index in members
             ]
             for index, completion in zip(members, self._generate(prompts, settings), strict=True):
                 answers[index] = settings.cut(self._renderer.completion_text(completion.ids))
         return answers
+
+    def _prompt(self, text: str, room: int) -> tuple[int, ...]:
+        """A text too long loses its beginning; an empty one is what comes before a text, as for likelihoods."""
+        return tuple(self.tok_encode(text)[-room:] or [self.prefix_token_id])
 
     def _generate(self, requests: list[Request], settings: Sampling) -> list[Completion]:
         model, renderer = self._loaded.model, self._renderer
