@@ -41,13 +41,16 @@ def start(*command: str) -> subprocess.Popen[str]:
 
 SCRIPT = """
 import sys, time
+from qspin import stopping
 from qspin.stopping import check_stop, heed_stops, stops_held
 heed_stops()
 def say(text): print(text, flush=True)
-def wait(seconds):
+def wait(seconds, until=lambda: False):
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end and not until():
         time.sleep(0.01)
+def wait_for_the_signal():
+    wait(20, lambda: stopping._State.asked is not None)
 {body}
 """
 
@@ -83,7 +86,7 @@ def test_what_must_not_be_torn_ends_first(number: signal.Signals) -> None:
 with stops_held():
     with stops_held():
         say("now")
-        wait(0.5)
+        wait_for_the_signal()
         say("inner")
     say("outer")
 say("never")
@@ -98,10 +101,8 @@ def test_twice_it_is_gone_at_once_and_says_how_to_go_on(number: signal.Signals, 
 try:
     with stops_held():
         say("now")
-        if {not held}:
-            wait(0.5)
-        else:
-            time.sleep(0.3)
+        wait_for_the_signal()
+        if {held}:
             say("again")
             wait(20)
 finally:
