@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 ROWS = 24
-PHASES = {  # phase → what shows that it is under way
-    "warm start": "warm-start/snapshots/step-000002",
+PHASES = {  # phase → what shows that it is under way: of snapshots the last two are kept, so that a later one does too
+    "warm start": "warm-start/snapshots/step-00000[2-9]",
     "generate": "iteration-1/generated/shard-00001.jsonl",
     "score": "iteration-1/scores/shard-00001.jsonl",
-    "train": "iteration-1/snapshots/step-000004",
+    "train": "iteration-1/snapshots/step-00000[4-9]",
     "commit": "iteration-1/metrics.jsonl",
     "evaluate": "iteration-1/adapter",
 }
@@ -79,14 +79,14 @@ def final_bytes(out: Path) -> dict[str, bytes]:
     }
 
 
-def kill_when(appears: Path, run: list[str]) -> None:
-    """Start the run, and kill it as soon as a path is there."""
+def kill_when(appears: str, out: Path, run: list[str]) -> None:
+    """Start the run, and kill it as soon as a path, or one like it, is in its folder."""
     process = subprocess.Popen(
         run, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env=ENVIRONMENT
     )
     deadline = time.monotonic() + 120
-    while not appears.exists():
-        assert process.poll() is None, f"ended before {appears.name}: {process.communicate()[1].decode()}"
+    while not any(out.glob(appears)):
+        assert process.poll() is None, f"ended before {appears}: {process.communicate()[1].decode()}"
         assert time.monotonic() < deadline, f"{appears} never came"
         time.sleep(0.0005)
     os.killpg(process.pid, signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_killed_in_every_phase_it_ends_in_the_same_bytes(
 
     run = command(model, data, tmp_path / "killed")
     for phase, sign in PHASES.items():
-        kill_when(tmp_path / "killed" / sign, run)
+        kill_when(sign, tmp_path / "killed", run)
         assert not (tmp_path / "killed" / "iteration-1" / "evaluation.json").exists(), f"{phase}: killed too late"
     subprocess.run(run, check=True, capture_output=True, env=ENVIRONMENT)
     assert final_bytes(tmp_path / "killed") == expected
