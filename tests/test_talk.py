@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import played_small
@@ -40,6 +41,7 @@ GREEDY = Manner(temperature=0, top_p=1, max_new_tokens=10)
 WILD = Manner(temperature=2.0, top_p=1, max_new_tokens=40)
 EVIL = "\x1b[31mred\x1b]0;title\x07 [bold]b[/bold] :smile: \x9b2J\r"
 ESCAPE = re.compile(r"\x1b(\[[\d;?]*[A-Za-z])?|[\x00-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+BUSY = 300  # seconds that something may take on a busy machine
 RICH = re.compile(r"\x1b\[([01]m|\?25[lh]|1A|2K)")  # what Rich itself writes here: bold, cursor, lines
 
 
@@ -397,18 +399,31 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self.keyboard, keys.encode())
 
-    def until(self, text: str, seconds: float = 300) -> str:
+    def until(self, text: str) -> str:
         """All that came since the last time, up to a text and with it."""
-        deadline = time.monotonic() + seconds
-        while text not in self._seen:
-            assert time.monotonic() < deadline, f"no {text!r} in {self._seen!r}"
+        self._wait(text, lambda: text in self._seen)
+        before, _, self._seen = self._seen.partition(text)
+        return before + text
+
+    def until_it_replies(self) -> None:
+        self._wait("a word", lambda: bool(re.search(r"\w", ESCAPE.sub("", self._seen))))
+
+    def until_it_listens(self) -> None:
+        """The line editor shows its prompt before it waits for keys, and between the two it hears no signal."""
+        deadline = time.monotonic() + BUSY
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def _wait(self, awaited: str, come: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + BUSY
+        while not come():
+            assert time.monotonic() < deadline, f"no {awaited!r} in {self._seen!r}"
             if select.select([self.keyboard], [], [], 1)[0]:
                 try:
                     self._seen += os.read(self.keyboard, 65536).decode(errors="replace")
                 except OSError:  # the other side is closed
-                    assert text in self._seen, f"no {text!r} in {self._seen!r}"
-        before, _, self._seen = self._seen.partition(text)
-        return before + text
+                    assert come(), f"no {awaited!r} in {self._seen!r}"
 
     def ask(self, keys: str) -> str:
         """What comes between a line and the next prompt."""
@@ -462,7 +477,7 @@ def test_ctrl_c_stops_a_reply_and_then_leaves(run_dir: RunDir) -> None:
     terminal.until("> ")
     terminal.type("Hi\r")
     terminal.until("\n")
-    time.sleep(0.2)  # it is being answered, which takes longer
+    terminal.until_it_replies()
     terminal.type("\x03")
     said = terminal.until("stopped; what was said is kept")
     assert "cut at" not in said
@@ -470,11 +485,11 @@ def test_ctrl_c_stops_a_reply_and_then_leaves(run_dir: RunDir) -> None:
     assert "a new conversation" in terminal.ask("/new"), "it goes on"
     terminal.type("Hi\r")
     terminal.until("\n")
-    time.sleep(0.2)
+    terminal.until_it_replies()
     terminal.type("\x03")
     terminal.until("stopped; what was said is kept")  # the second reply as well, and the process is not gone
     terminal.until("> ")
-    time.sleep(0.5)  # the line editor shows its prompt before it waits, and between the two it hears no signal
+    terminal.until_it_listens()
     terminal.type("\x03")
     assert terminal.end() == 0
 
