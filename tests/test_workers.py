@@ -304,6 +304,40 @@ def test_a_helper_that_dies_costs_no_step(  # the last test with these helpers
     assert apart(run.iteration(0), one.iteration(0)) < WEIGHTS_BOUND
 
 
+FIRST = """
+from qspin.processes import workers
+from qspin.stopping import heed_stops, leave_stopped
+heed_stops("bye")
+try:
+    with workers.launch():
+        workers.Crew(2).share("work", [None], lambda: print("waits", flush=True))
+except SystemExit as stop:
+    leave_stopped(stop.code)
+"""
+AT_WORK = """
+import time
+from qspin.processes import workers
+workers.connect()
+workers._broadcast(None)
+time.sleep(600)
+"""
+
+
+def test_a_stop_is_heard_while_a_helper_is_at_work() -> None:
+    scripts = zip((FIRST, AT_WORK), environments(2), strict=True)
+    first, helper = (start(["-c", script], environment) for script, environment in scripts)
+    assert first.stdout is not None
+    assert "waits\n" in iter(first.stdout.readline, "")
+    time.sleep(0.5)  # until it does
+    first.send_signal(signal.SIGTERM)
+    try:
+        said, _ = first.communicate(timeout=60)
+    finally:
+        helper.kill()
+        helper.communicate()
+    assert (first.returncode, said) == (128 + signal.SIGTERM, "bye\n")
+
+
 # --- a real launcher
 
 

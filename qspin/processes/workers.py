@@ -25,11 +25,13 @@ from qspin.stopping import check_stop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.distributed import Work
 
 T = TypeVar("T")
 
 # A process waits for the others as long as a piece takes, which may be hours; of one that has died it hears at once.
 PATIENCE = datetime.timedelta(days=1)
+LOOK_SECONDS = 0.001  # between two looks whether the others are done
 SECONDS_TO_HEAR = 1.0  # all are told to stop at once, and others may be gone before the word has reached this one
 
 
@@ -64,7 +66,8 @@ def launch() -> Iterator[None]:
         if not _State.sharing:
             with contextlib.suppress(WorkerLost):  # who is gone need not be told
                 _broadcast(None)
-        dist.destroy_process_group()
+        if not _State.waiting:  # else it would end with what was waited for
+            dist.destroy_process_group()
 
 
 def connect() -> None:
@@ -164,6 +167,7 @@ def serve(do: Callable[[str, Any], Any], slot: Callable[[], Sequence[nn.Paramete
 class _State:
     count = 1  # processes that are connected, as the first one knows
     sharing = False  # the helpers are at work, or were when that was broken off
+    waiting = False  # for the others to be done, or was when that was broken off
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, dict[str, str]]:
@@ -219,12 +223,21 @@ def _exchange(value: Any) -> list[Any]:
     data = _bytes(value)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_launched())]
     with _losses_told():
-        dist.all_gather(sizes, torch.tensor([len(data)]))
+        _wait_for(dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
         padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8)
         padded[: len(data)] = data
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
     return [_value(part[: int(size)]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _wait_for(others: Work) -> None:
+    """Until all have done their pieces. A request to stop is heard meanwhile, which it is not in torch's own wait."""
+    _State.waiting = True
+    while not others.is_completed():
+        time.sleep(LOOK_SECONDS)
+    _State.waiting = False
+    others.wait()
 
 
 def _share_weights(slot: Sequence[nn.Parameter]) -> None:
