@@ -104,13 +104,13 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     else:
         record = _new_record(prepared)
         write_json(run_dir.record, record)
-    write_text(run_dir.config, dump_config(_from_anywhere(prepared.config)))
+    write_text(run_dir.config, dump_config(_from_anywhere(prepared.config, prepared.base)))
     write_rejects(run_dir.rejects, prepared.rejects)
     threads: int = record["threads"]
     return threads
 
 
-def _from_anywhere(config: RunConfig) -> RunConfig:
+def _from_anywhere(config: RunConfig, base: Base) -> RunConfig:
     """With whole paths to the files that it names, as what is done with the run later may be done in another folder."""
     data, template, adapter = config.data, config.chat.template, config.model.init_adapter
     sources = {"source": data.source, "heldout_source": data.heldout_source}
@@ -120,7 +120,12 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
         if source and os.path.isfile(source)  # noqa: PTH113 (Path.is_file raises)
     }
     chat = config.chat.model_copy(update={"template": template and str(Path(template).absolute())})
-    model = config.model.model_copy(update={"init_adapter": adapter and str(Path(adapter).absolute())})
+    model = config.model.model_copy(
+        update={
+            "id": str(Path(base.location).absolute()) if "folder" in base.origin else config.model.id,
+            "init_adapter": adapter and str(Path(adapter).absolute()),
+        }
+    )
     return config.model_copy(update={"model": model, "data": data.model_copy(update=files), "chat": chat})
 
 
@@ -260,7 +265,9 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"{run_dir.record}: its settings are not those of this version of qspin ({qspin.__version__}; it was "
             f"written by {record['qspin']}); go on with that version, or choose another --out"
         ) from None
-    changes = changed_results(recorded, prepared.config)
+    folders = "folder" in record["base"] and "folder" in prepared.base.origin
+    # where a folder lies may change: its weights, its tokens and its template have hashes
+    changes = changed_results(recorded, prepared.config, but={"model.id"} if folders else ())
     if changes:
         diff = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise QspinError(

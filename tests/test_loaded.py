@@ -325,6 +325,40 @@ def test_the_adapter_that_a_run_began_with_may_lie_elsewhere(
         again(init_adapter=str(tmp_path / "run" / "iteration-0" / "adapter"))
 
 
+def test_a_base_in_a_folder_may_lie_elsewhere(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("llama", "qwen2"):
+        shutil.copytree(tiny_folder(name), tmp_path / "models" / name)
+    settings = small_run(Path("models/llama"), Path("rows.jsonl"), rows=18) | {"iterations": 1}
+    made = RunDir(tmp_path / "run")
+
+    def play(base: str) -> None:
+        run(prepare(load_config(None, settings | {"model.id": base}), datetime.date(2026, 1, 2)), made.path, Silent())
+
+    play("models/llama")
+    monkeypatch.chdir("/")
+    [before] = Loaded.open(made, "0").generate(["What is 3?"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").rename(tmp_path / "moved")
+    play("moved")
+    monkeypatch.chdir("/")
+    assert Loaded.open(made, "0").generate(["What is 3?"]) == [before]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        QspinError, match=rf"^model\.id: the rows are other tokens than when {made.path} began, so qwen2's"
+    ):
+        play("models/qwen2")
+    weights = tmp_path / "moved" / "model.safetensors"
+    tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(
+        QspinError, match=rf"^model\.id: the 4-bit weights of moved are not those that {made.path} began"
+    ):
+        play("moved")
+
+
 def test_a_damaged_adapter_is_not_played(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1, "sft.epochs": 1}
     run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "run", Silent())

@@ -117,8 +117,9 @@ Every setting of a run, as a YAML file, `--set KEY=VALUE` and `qspin init` have 
 them, and `qspin run … --dry-run` what is in force.
 
 **may change**: whether a run that goes on may have another value. *no*: the setting defines the result, and the run is
-refused with another. *yes*: it doesn't, or only what comes after; a file may lie elsewhere, but must hold the same, and
-a run keeps the kernels and batches that it began with. *fact*: it says what a model is, and is nothing to choose.
+refused with another. *yes*: it doesn't, or only what comes after; a file may lie elsewhere, and so may a base that is a
+local folder, but must hold the same, and a run keeps the kernels and batches that it began with. *fact*: it says what a
+model is, and is nothing to choose.
 
 <!-- made from the code by tools/commands.py -->
 """

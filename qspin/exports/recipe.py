@@ -32,7 +32,9 @@ def recorded_config(run_dir: RunDir) -> RunConfig:
     if not run_dir.record.is_file():
         raise QspinError(f"{run_dir.path} holds no run (no {run_dir.record.name}); name the --out of a qspin run")
     config = load_config(run_dir.config)
-    changes = changed_results(load_config(None, run_dir.read_record()["config"]), config)
+    record = run_dir.read_record()
+    placed = {"model.id"} if "folder" in record["base"] else set()  # where a folder lies; its weights have a hash
+    changes = changed_results(load_config(None, record["config"]), config, but=placed)
     if changes:
         keys = ", ".join(key for key, _, _ in changes)
         raise QspinError(f"{run_dir.config}: changed since the run was made ({keys}); put the old values back")
