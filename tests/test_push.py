@@ -101,13 +101,14 @@ class Pusher:
 
     def __init__(self, folder: Path, variables: dict[str, str]) -> None:
         self.said = folder / f"said-{len(list(folder.iterdir()))}-"
+        self.home = folder / "hf-home"
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**environment, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "hf-home"), **variables},
+            env={**environment, "OMP_NUM_THREADS": "1", "HF_HOME": str(self.home), **variables},
         )
 
     def __call__(self, run: RunDir, repo: str, *options: str, token: str = TOKEN) -> Answer:
@@ -287,15 +288,26 @@ def test_a_token_that_the_hub_does_not_know_is_not_shown(run: RunDir, push: Push
     assert "unknownSecret" not in done.out + done.err
     assert refusal(done) == (
         "me/mine: the Hub does not accept the token (HTTP 401: Invalid username or password.); "
-        "run `hf auth login` again"
+        "set HF_TOKEN anew, or unset it and run `hf auth login`"
     )
+
+
+def test_a_wrong_token_of_a_login_is_mended_by_another_login(run: RunDir, push: Pusher) -> None:
+    kept = push.home / "token"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("hf_unknownSecret", encoding="ascii")
+    said = refusal(push(run, "me/mine", token=""))
+    kept.unlink()
+    assert said.endswith("(HTTP 401: Invalid username or password.); run `hf auth login` again")
 
 
 @pytest.mark.parametrize("token", ["hf_bent\x0bSecret", "hf_bentéSecret"])
 def test_a_token_that_cannot_be_sent_is_not_shown(token: str, run: RunDir, push: Pusher) -> None:
     done = push(run, "me/mine", token=token)
     assert "Secret" not in done.out + done.err
-    assert refusal(done) == "me/mine: the token has characters that no token has; run `hf auth login` again"
+    assert refusal(done) == (
+        "me/mine: the token has characters that no token has; set HF_TOKEN anew, or unset it and run `hf auth login`"
+    )
 
 
 def test_a_name_that_is_not_ones_own(run: RunDir, hub: HubServer, push: Pusher) -> None:

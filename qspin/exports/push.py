@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -296,7 +297,7 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look with --dry-run"
     if isinstance(error, httpx.LocalProtocolError | UnicodeError):  # its message would show the token
-        return "the token has characters that no token has; run `hf auth login` again"
+        return f"the token has characters that no token has; {_another_token()}"
     if isinstance(error, HfHubHTTPError):
         return _explain_status(error.response.status_code, _one_line(error.server_message or ""))
     if isinstance(error, httpx.HTTPError):
@@ -307,12 +308,20 @@ def _explain(error: BaseException) -> str:
 def _explain_status(status: int, said: str) -> str:
     answer = f"HTTP {status}: {said}" if said else f"HTTP {status}"
     if status == 401:
-        return f"the Hub does not accept the token ({answer}); run `hf auth login` again"
+        return f"the Hub does not accept the token ({answer}); {_another_token()}"
     if status == 403:
         return f"the token may not write there ({answer}); take one with write access, or a repository of your own"
     if status == 404:
         return f"the Hub knows no such repository or owner, or hides it from this token ({answer}); check the name"
     return f"the Hub refused ({answer}); {_AGAIN}"
+
+
+def _another_token() -> str:
+    """What to do about a wrong one: a variable is taken before what a login keeps, so a login alone mends nothing."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # the client's order
+        if os.environ.get(name, "").strip():
+            return f"set {name} anew, or unset it and run `hf auth login`"
+    return "run `hf auth login` again"
 
 
 def _one_line(text: str) -> str:
