@@ -657,8 +657,8 @@ def test_refusals_are_one_line_and_come_before_any_answer(played: Path, tmp_path
     assert "can't be reached" in said and "6 times in a row" in said
     server.fail(400, b'{"error": {"message": "temperature is not supported"}}')
     assert "refuses (HTTP 400: temperature is not supported)" in one_line(trial(run, server, questions))
-    server.fail(301, b"", Location="https://elsewhere.invalid/")
-    assert "refuses (HTTP 301" in one_line(trial(run, server, questions))
+    server.fail(301, b"", Location="https://elsewhere.invalid/v1?key=secret")
+    assert "refuses (HTTP 301: it is at https://elsewhere.invalid/v1)" in one_line(trial(run, server, questions))
     assert not list((run / "mt-bench").glob("*/*")), "no answer was made"
 
 
@@ -690,6 +690,12 @@ def test_a_proxy_that_cannot_be_used(proxy: str, again: Path, played: Path, serv
 def test_an_answer_in_an_encoding_that_is_none(name: str, server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.fail(401, b"who are you?", **{"Content-Type": f"text/plain; charset={name}"})
     with pytest.raises(QspinError, match=r"does not accept the key \(HTTP 401: who are you"):
+        asked(server, monkeypatch)
+
+
+def test_a_refusal_without_a_word(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.fail(401, b"")
+    with pytest.raises(QspinError, match=r"does not accept the key \(HTTP 401: without a word\)"):
         asked(server, monkeypatch)
 
 

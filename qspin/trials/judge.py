@@ -338,7 +338,11 @@ def _content(response: httpx.Response) -> str:
 
 
 def _error_text(response: httpx.Response) -> str:
-    """What a server says of an error, wherever servers put it."""
+    """What a server says of an error, wherever servers put it; where it sends, if it sends elsewhere."""
+    if response.has_redirect_location:
+        return f"it is at {_said(response.headers['location'].partition('?')[0])}"  # a query may have a key in it
+    if not response.text.strip():
+        return "without a word"
     try:
         value = response.json()
     except (ValueError, RecursionError):
