@@ -110,9 +110,14 @@ class Renderer:
         return renderer
 
     @property
+    def template(self) -> str:
+        """The template's text."""
+        return self._template.source
+
+    @property
     def template_hash(self) -> str:
         """SHA-256 of the template's text."""
-        return hashlib.sha256(self._template.source.encode()).hexdigest()
+        return hashlib.sha256(self.template.encode()).hexdigest()
 
     @property
     def portable_template(self) -> str:
@@ -121,7 +126,7 @@ class Renderer:
             f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}"
             for key, value in self._template.kwargs.items()
         ]
-        return "".join(switches) + self._template.source
+        return "".join(switches) + self.template
 
     def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens that generation starts from; a QspinError says why there are none."""

@@ -104,14 +104,17 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     else:
         record = _new_record(prepared)
         write_json(run_dir.record, record)
-    write_text(run_dir.config, dump_config(_from_anywhere(prepared.config, prepared.base)))
+    if prepared.config.chat.template is not None:
+        write_text(run_dir.template, prepared.renderer.template)
+    write_text(run_dir.config, dump_config(_from_anywhere(prepared.config, prepared.base, run_dir)))
     write_rejects(run_dir.rejects, prepared.rejects)
     threads: int = record["threads"]
     return threads
 
 
-def _from_anywhere(config: RunConfig, base: Base) -> RunConfig:
-    """With whole paths to the files that it names, as what is done with the run later may be done in another folder."""
+def _from_anywhere(config: RunConfig, base: Base, run_dir: RunDir) -> RunConfig:
+    """With whole paths to the files that it names, as what is done with the run later may be done in another folder.
+    The template is the run's own copy, and found beside the configuration wherever both are moved."""
     data, template, adapter = config.data, config.chat.template, config.model.init_adapter
     sources = {"source": data.source, "heldout_source": data.heldout_source}
     files = {
@@ -119,7 +122,7 @@ def _from_anywhere(config: RunConfig, base: Base) -> RunConfig:
         for name, source in sources.items()
         if source and os.path.isfile(source)  # noqa: PTH113 (Path.is_file raises)
     }
-    chat = config.chat.model_copy(update={"template": template and str(Path(template).absolute())})
+    chat = config.chat.model_copy(update={"template": template and run_dir.template.name})
     model = config.model.model_copy(
         update={
             "id": str(Path(base.location).absolute()) if "folder" in base.origin else config.model.id,

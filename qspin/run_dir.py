@@ -2,6 +2,7 @@
 
 run.json                    what the run is: configuration, versions, data, base model, threads
 config.yaml                 the configuration as last started
+template.jinja              its chat template, if that is not the tokenizer's own
 rejects.jsonl               rows left out, each with its reason
 SUMMARY.md                  the tables of players, and what they come to
 verdict.json                the same for programs: sentences, why the run ended early, which iteration is kept
@@ -173,6 +174,10 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def template(self) -> Path:
+        return self.path / "template.jinja"
 
     @property
     def rejects(self) -> Path:

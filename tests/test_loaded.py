@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import flip_byte, played_small, small_run
+from conftest import CHATML, flip_byte, played_small, small_run
 from safetensors.torch import load_file, save_file
 from test_cli import call
 
@@ -357,6 +357,27 @@ def test_a_base_in_a_folder_may_lie_elsewhere(
         QspinError, match=rf"^model\.id: the 4-bit weights of moved are not those that {made.path} began"
     ):
         play("moved")
+
+
+def test_a_template_is_the_runs_own_whatever_becomes_of_its_file(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{# mine #}\n" + CHATML, encoding="utf-8-sig")
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    settings["chat.template"] = str(template)
+    made = RunDir(tmp_path / "run")
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), made.path, Silent())
+    [before] = Loaded.open(made, "0").generate(["What is 3?"])
+    template.unlink()
+    made.path.rename(tmp_path / "moved")
+    made = RunDir(tmp_path / "moved")
+    assert Loaded.open(made, "0").generate(["What is 3?"]) == [before]
+    template.write_bytes(made.template.read_bytes())
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), made.path, Silent())
+    made.template.write_text("{# another #}" + CHATML)
+    with pytest.raises(QspinError, match=r"^chat\.template: its content is not what .* began with; bring it back$"):
+        Loaded.open(made, "0")
 
 
 def test_a_damaged_adapter_is_not_played(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -216,8 +216,9 @@ def test_a_folder_that_is_taken_is_known_before_any_work(tmp_path: Path, holder:
 def test_every_path_of_a_run() -> None:
     """Programs read these, and runs of earlier versions have them."""
     run = RunDir(Path("run"))
-    assert {str(path.relative_to("run")) for path in (run.record, run.config, run.rejects, run.summary)} == {
-        "run.json", "config.yaml", "rejects.jsonl", "SUMMARY.md",
+    named = (run.record, run.config, run.template, run.rejects, run.summary)
+    assert {str(path.relative_to("run")) for path in named} == {
+        "run.json", "config.yaml", "template.jinja", "rejects.jsonl", "SUMMARY.md",
     }  # fmt: skip
     assert (run.verdict, run.status) == (Path("run/verdict.json"), Path("run/status.json"))
     assert run.base.evaluation == Path("run/base/evaluation.json")
