@@ -477,8 +477,14 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, playe
     assert told["all"]["both"] == {"value": 7, "low": 7, "high": 7, "judged": 7, "unparsed": 2}
     assert told["riddles"]["1"] == {"judged": 0, "unparsed": 1}
     assert re.search(r"riddles +base +- +- +- +1", answer.out)
+    said = re.search(
+        r"2 of 9 judgements hold no verdict that can be read, and count as unparsed; the first is (\S+ '[^']*')",
+        " ".join(answer.out.split()),
+    )
+    assert said is not None and said[1] in {"1-turn-2: 'Hm.'", "own-4-turn-1: ''"}
     server.asked.clear()
-    trial(again, server, played / "questions.jsonl", "--iteration", "base")
+    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base")
+    assert answer.code == 0 and "judgements hold" not in answer.out
     assert server.asked == [], "unparsed is kept"
 
 

@@ -188,7 +188,7 @@ class Trial:
         judge = self.judge
         assert judge is not None
         missing = {item.path: item for item in asked if not _kept(item)}
-        done, refused = len(asked) - len(missing), []
+        done, refused, unread = len(asked) - len(missing), [], []
         told = f"{judge.model}: {what}"
         self.progress.step(told, done, len(asked))
 
@@ -208,6 +208,8 @@ class Trial:
                     "tstamp": time.time(),
                 }
                 write_json(path, value)
+                if judgement.verdict is None:
+                    unread.append(f"{path.stem}: {judgement.text[:80]!r}")
             done += 1
             self.progress.step(told, done, len(asked))
 
@@ -225,6 +227,11 @@ class Trial:
             self.progress.note(
                 f"the judge would not take {len(refused)} prompts, which count as unparsed and are asked again by the "
                 f"next command; {refused[0]}"
+            )
+        if unread:
+            self.progress.note(
+                f"{len(unread)} of {len(missing)} judgements hold no verdict that can be read, and count as unparsed; "
+                f"the first is {unread[0]}"
             )
 
     def _conclude(self, kind: str, found: Mapping[str, Any]) -> dict[str, Any]:
