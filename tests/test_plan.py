@@ -330,6 +330,12 @@ def test_the_command_says_what_is_recomputed(setting: str, gigabytes: int, said:
     assert re.fullmatch(rf"train\.gradient_checkpointing +{said}", line)
 
 
+def test_a_narrow_terminal_breaks_no_setting() -> None:
+    shown = call("plan", "zephyr-7b-sft", "--vram", "12", columns=60).out
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "\ntrain.tokens_per_micro_batch " in shown and "\ntrain.gradient_checkpointing " in shown
+
+
 def test_the_command_plans_for_a_folder_and_its_data(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     config = tmp_path / "mine.yaml"
     config.write_text(f"model:\n  id: {tiny_folder('qwen3')}\ndata:\n  heldout_rows: 4\n")

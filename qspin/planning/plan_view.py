@@ -89,6 +89,8 @@ def _memory_table(plan: Plan) -> Table:
 def _settings_table(plan: Plan) -> Table:
     config = plan.config
     table = _table("", "", "")
+    for column in table.columns[:2]:
+        column.no_wrap = True  # names and values are there to be copied
     table.columns[2].justify = "left"
     tokens, width = config.train.tokens_per_micro_batch, config.generation.width
     longest = f"the longest pair, {plan.longest}, goes alone" if plan.longest > plan.tokens else ""
