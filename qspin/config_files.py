@@ -156,13 +156,16 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    """Paths that exist relative to the file which names them are meant so."""
+    """Paths that exist relative to the file which names them are meant so; so is what is a path in any case, and is
+    nowhere, that it be told where to put it."""
     for key in PATHS:
         part, name = key.split(".")
         section = tree.get(part)
         value = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and value and os.path.exists(folder / value):  # noqa: PTH110 (Path.exists raises)
-            section[name] = str(folder / value)
+        if isinstance(section, dict) and isinstance(value, str) and value:
+            nowhere = key in OPENED and not value.startswith("~") and not os.path.exists(value)  # noqa: PTH110 (Path.exists raises)
+            if nowhere or os.path.exists(folder / value):  # noqa: PTH110
+                section[name] = str(folder / value)
 
 
 def _with_homes(tree: dict[str, Any]) -> dict[str, Any]:

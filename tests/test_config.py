@@ -240,7 +240,8 @@ def test_what_is_known_of_a_model_goes_when_another_is_named(known: Path, write:
     for config in (load_config(known, {"model.id": "c/d"}), load_config(child)):
         assert config.model.id == "c/d"
         assert [getattr(config.model, name) for name in OF_ONE_MODEL] == [None] * len(OF_ONE_MODEL)
-        assert (config.model.dtype, config.chat.template, config.seed) == ("float16", "x.jinja", 4)
+        template = str(known.parent / "x.jinja")
+        assert (config.model.dtype, config.chat.template, config.seed) == ("float16", template, 4)
 
 
 def test_what_is_known_of_a_model_stays_when_it_is_named_again(known: Path, write: Callable[[str, str], Path]) -> None:
@@ -592,4 +593,7 @@ def test_a_path_may_begin_in_a_home_folder(tmp_path: Path, monkeypatch: pytest.M
     for overrides in ({"model.init_adapter": "~/adapter"}, {"model": {"init_adapter": "~/adapter"}}):
         assert load_config(tmp_path / "mine.yaml", overrides).model.init_adapter == str(tmp_path / "home" / "adapter")
     (tmp_path / "other.yaml").write_text("preset: mine.yaml\nchat: {template: other.jinja}\n")
-    assert load_config(tmp_path / "other.yaml").chat.template == "other.jinja"
+    there = str(tmp_path / "other.jinja")
+    assert load_config(tmp_path / "other.yaml").chat.template == there, (
+        "and one that is nowhere, where it was looked for"
+    )

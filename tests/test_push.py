@@ -394,7 +394,7 @@ def test_damaged_weights_are_not_published(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_another_template_is_not_published(run: RunDir) -> None:
-    template = run.path.parent / "own.jinja"
+    template = run.template
     text = template.read_text()
     for change in (lambda: template.write_text(text + " "), template.unlink):
         change()
