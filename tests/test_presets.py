@@ -27,6 +27,9 @@ from rich.console import Console
 from qspin.chat import Renderer
 from qspin.config import Architecture, RunConfig, load_config
 from qspin.errors import QspinError
+from qspin.machine import card
+from qspin.planning.plan import make_plan
+from qspin.planning.plan_rows import assumed_rows
 from qspin.presets import COLUMNS, listed, rows, shown, starter, write_starter
 from qspin.records import Example, Message, Record, Reject
 
@@ -383,3 +386,13 @@ def test_a_starter_that_cannot_be_written(preset: str, file: str, said: str, tmp
     assert str(caught.value).startswith(said.format(tmp_path))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_long_the_page_says_that_the_papers_experiment_takes() -> None:
+    page = " ".join((ROOT / "docs" / "presets.md").read_text(encoding="utf-8").split())
+    assert "`qspin plan paper-qlora --vram 24` it takes about three weeks on a card of 24 GB, and two months on" in page
+    config = load_config("paper-qlora")
+    assert config.data.limit == 50_000
+    for gigabytes, days in [(24, 21), (12, 61)]:
+        plan = make_plan(config, card(gigabytes, config.model), assumed_rows(config.data.limit))
+        assert plan.seconds / 86_400 == pytest.approx(days, rel=0.15)

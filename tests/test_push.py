@@ -19,7 +19,7 @@ import yaml
 from conftest import CHATML
 from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
-from test_cli import Answer
+from conftest import Answer
 
 from qspin import spin
 from qspin.config import changed_results, load_config
