@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import small_run
+from conftest import Notes, small_run
 
 from qspin import spin
 from qspin.adapters import load_adapter
@@ -70,14 +70,6 @@ def failing(name, job):
 helping.JOBS = {name: failing(name, job) for name, job in helping.JOBS.items()}
 helping.help_out()
 """
-
-
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def settings(folder: Path, data: Path) -> dict[str, Any]:
