@@ -1,13 +1,20 @@
-"""Evaluations that were made up, for tests of what follows from them."""
+"""Evaluations, and a run under way, that were made up: for tests of what follows from them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from conftest import Clock
 
+from qspin.config import load_config
 from qspin.figures.evaluation import Evaluation, two_samples
+from qspin.run_dir import RunDir
+from qspin.watch.meter import Meter, Status, workload
+from qspin.watch.progress import Progress
 
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
 
@@ -75,3 +82,80 @@ def after(
         opponent_tokens=[len(ids) for ids in opponent.generated_ids],
         opponent_logps=opponent.generated_logps,
     )
+
+
+# --- a run under way ---
+
+ROWS, HELDOUT = 1500, 100
+PROMPT = "Why do acoustic guitars have a hollow body?"
+COMPLETION = (
+    "The hollow body of an acoustic guitar makes the sound of its strings louder.\n"
+    "Try it: Twang a rubber band in your hand, then over an open box."
+)
+
+
+def meter_of_a_run(clock: Clock) -> Meter:
+    """Of three iterations, on a machine that holds 5.2 of 15.5 GiB."""
+    work = workload(RunDir(Path("none")), load_config(None, {"iterations": 3, "train.epochs": 2}), ROWS, HELDOUT)
+    return Meter(work, {}, 3, lambda: (int(5.2 * 2**30), int(15.5 * 2**30)), clock)
+
+
+def play(progress: Progress, clock: Clock) -> None:
+    """That run, up to the middle of the second iteration's training."""
+
+    def phase(
+        name: str,
+        iteration: int | None,
+        total: int,
+        unit: str,
+        seconds: float,
+        figures: Callable[[float], dict[str, float]] = lambda _share: {},
+        did: float = 1.0,
+    ) -> None:
+        progress.phase(name, iteration=iteration, total=total, done=0, unit=unit)
+        for part in range(1, 101):
+            clock.now += did * seconds / 100
+            progress.advance(did * total / 100, **figures(did * part / 100))
+
+    def trained(share: float) -> dict[str, float]:
+        return {
+            "step": int(188 * share) - 1,
+            "epoch": int(2 * share),
+            "lr": 1e-4 * (1 - share),
+            "loss": 0.693 - 0.35 * share,
+            "margin": 1.4 * share,
+            "accuracy": 0.5 + 0.45 * share,
+            "real_reward": 0.5 * share,
+            "generated_reward": -0.9 * share,
+            "grad_norm": 0.8,
+        }
+
+    progress.note("mine.jsonl: 1600 good rows of 1604, format prompt-completion")
+    progress.note("1500 training rows, 100 held out, 4 left out: 4 duplicate (line 9 says the same as line 3)")
+    phase("evaluate", None, 3 * HELDOUT, "rows", 165)
+    progress.advance(0, nll=3.822, two_sample_auc=0.74, length_auc=0.7, f1=0.151, tokens=46.0, ended=0.1)
+    for iteration, pairs in ((0, ROWS), (1, 2 * ROWS)):
+        phase("generate", iteration, ROWS, "rows", 1700, lambda _share: {"tokens/s": 31.0})
+        progress.sampled(PROMPT, COMPLETION)
+        phase("score", iteration, pairs, "pairs", 0.6 * pairs)
+        did = 1.0 if iteration == 0 else 0.6
+        phase("train", iteration, 2 * pairs, "pairs", 1.25 * 2 * pairs, trained, did)
+        if iteration == 0:
+            phase("evaluate", iteration, 4 * HELDOUT, "rows", 230)
+            progress.advance(
+                0, nll=3.068, two_sample_auc=0.83, reward_auc=0.91, f1=0.09, tokens=22.0, ended=0.83, kl=0.2
+            )
+
+
+def status_of(meter: Meter) -> Status:
+    status = meter.status()
+    assert status is not None
+    return status
+
+
+def midway() -> Status:
+    """How that run stands there."""
+    clock = Clock()
+    meter = meter_of_a_run(clock)
+    play(meter, clock)
+    return status_of(meter)

@@ -1,4 +1,4 @@
-"""The status of a run as another process sees it. Real locks, real processes."""
+"""The status of a run as another process sees it, and what it shows of it. Real locks, real processes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Clock
+from made import midway
+from pages import blocks
 
 from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
 from qspin.run_dir import RunDir, process_name
 from qspin.watch.meter import Meter
-from qspin.watch.status import StatusFile, look
+from qspin.watch.status import Standing, StatusFile, look
+from qspin.watch.view import standing_lines
 
 MEMORY = (3 << 30, 24 << 30)
 
@@ -276,3 +280,62 @@ def test_a_configuration_that_makes_no_sense_is_named(run_dir: RunDir) -> None:
     run_dir.config.write_text("iterations: [\n")
     with pytest.raises(QspinError, match=r"config\.yaml: damaged or unreadable"):
         look(run_dir)
+
+
+# --- how it is shown ---
+
+
+@pytest.mark.parametrize(
+    ("state", "process", "first"),
+    [
+        ("not started", None, "runs/mine: not started; nothing has been done here yet"),
+        ("starting", "process 7 on here", "runs/mine: starting (process 7 on here); it has begun no phase yet"),
+        ("running", "process 7 on here", "runs/mine: running (process 7 on here), as of 12 s ago"),
+        (
+            "stopped",
+            None,
+            "runs/mine: stopped 12 s ago; the command that started it goes on from the last finished piece",
+        ),
+        ("finished", None, "runs/mine: finished, 3 iterations"),
+    ],
+)
+def test_what_is_seen_of_a_run_from_outside(state: Any, process: str | None, first: str) -> None:
+    status = midway() if state not in {"not started", "starting"} else None
+    standing = Standing(state, process, 3, status, 12.0 if status else None, 2 if state == "finished" else None)
+    lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    assert lines[0] == first
+    text = "\n".join(lines)
+    assert ("3600/6000 pairs" in text) == (status is not None)
+    assert ("left" in text) == (state == "running"), "a run that does nothing has no time left"
+    assert ("adapter: runs/mine/iteration-2/adapter" in text) == (state == "finished")
+
+
+def test_the_page_shows_what_status_shows() -> None:
+    standing = Standing("running", "process 4711 on laptop", 1, midway(), 2.0)
+    lines = [line.plain.rstrip() for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    assert blocks("watching.md", "From another terminal")[-1] == "$ qspin status runs/mine\n" + "\n".join(lines) + "\n"
+
+
+def test_a_baseline_is_told_from_its_run() -> None:
+    own = midway()
+    round_of_it = replace(own, baseline=True, iterations=2)
+    standing = Standing("running", "process 7 on here", 3, round_of_it, 12.0)
+    first, panel_of_it, *_ = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    assert first == "runs/mine: its baseline is running (process 7 on here), as of 12 s ago"
+    assert panel_of_it.startswith("supervised round 1 (2 of 2) · train  ━")
+    standing = Standing("finished", None, 3, own, 500.0, 2, (round_of_it, 12.0))
+    *before, last = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
+    assert before[3].startswith("iteration 1 (2 of 3) · train  ━")
+
+
+def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:
+    standing = Standing("stopped", None, 0, None, None)
+    [line] = standing_lines(standing, RunDir(Path("x")), 80)
+    assert line.plain == "x: stopped; the command that started it goes on from the last finished piece"
+
+
+def test_one_iteration_is_one() -> None:
+    standing = Standing("finished", None, 1, None, None, 0)
+    lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    assert lines[0] == "runs/mine: finished, 1 iteration"

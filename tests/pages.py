@@ -1,0 +1,21 @@
+"""The pages of docs/, for tests that hold them to the code."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def section(page: str, heading: str) -> str:
+    """What stands below a heading of a page, up to the next one like it."""
+    _, _, found = (DOCS / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")
+    assert found, heading
+    return found.partition("\n## ")[0]
+
+
+def blocks(page: str, heading: str) -> list[str]:
+    """The code blocks of a section."""
+    return re.findall(r"^```[a-z]*\n(.*?)^```$", section(page, heading), re.MULTILINE | re.DOTALL)
