@@ -11,9 +11,10 @@ SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --timeout 600 --max-worker-rest
 	--override-ini faulthandler_timeout=660 --override-ini faulthandler_exit_on_timeout=true
 
 # what a library's release most easily breaks: arithmetic beside transformers and PEFT, tokens, files, the command line
-FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py cli.py config.py data.py evaluation.py \
-	fused.py generation.py gguf_file.py invariants.py json_lines.py lora.py loss.py merge.py model.py optimisation.py \
-	packing.py page.py presets.py push.py sampling.py scoring.py status.py track.py training.py view.py)
+FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py chat_template.py cli.py config.py \
+	control_tokens.py data.py evaluation.py fused.py generation.py gguf_file.py invariants.py json_lines.py \
+	lora.py loss.py merge.py model.py optimisation.py packing.py page.py presets.py push.py sampling.py \
+	scoring.py status.py track.py training.py view.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test coverage lint docs constraints floors clean

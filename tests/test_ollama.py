@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import GEMMA, LLAMA_DATE, MISTRAL, NO_THINKING, QWEN3, build, families, smollm2, trl_templates
 from conftest import ROOT
-from test_chat import GEMMA, LLAMA_DATE, MISTRAL, NO_THINKING, QWEN3, build, families, smollm2, trl_templates
 
 from qspin.chat import Renderer
 from qspin.errors import QspinError
