@@ -13,6 +13,11 @@ from tokenizers import AddedToken
 from qspin.chat import Renderer
 from qspin.records import Example, Message, Place, Record, Reject
 
+TURNS = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[TURN]' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
 
 def usual() -> tuple[Any, Renderer]:
     return smollm2(), build()
@@ -27,10 +32,7 @@ def unmarked() -> tuple[Any, Renderer]:
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.add_tokens([AddedToken("[TURN]", special=False)])
     tokenizer.add_special_tokens({"additional_special_tokens": ["]]>"]})
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[TURN]' }}{% endfor %}"
-    return tokenizer, build(
-        tokenizer, template=template + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
+    return tokenizer, build(tokenizer, template=TURNS)
 
 
 @pytest.mark.parametrize(
@@ -118,9 +120,7 @@ def test_control_tokens_need_no_mark_and_plain_added_words_are_no_control_tokens
     """Some fine-tuned models add their turn markers as ordinary tokens; Gemma and Qwen add words such as <table>."""
     tokenizer = copy.deepcopy(smollm2())
     tokenizer.add_tokens([AddedToken("[TURN]", special=False), AddedToken("<table>", special=False)])
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '[TURN]' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    renderer = build(tokenizer, template=template)
+    renderer = build(tokenizer, template=TURNS)
     example = must(renderer.example(row("A <table>?", "It is <table>.")))
     assert example.real_ids[-1] == renderer.end_of_turn == token(tokenizer, "[TURN]")
     assert renderer.completion_text(example.real_ids) == " It is <table>."
