@@ -25,12 +25,9 @@ from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, read_jsonl, remove
 from qspin.fitting.at_once import Budget
-from qspin.layers.attention import Lengths
-from qspin.packing import plan_batches
 from qspin.phases import learning
 from qspin.prepare import Prepared, prepare
 from qspin.processes import workers
-from qspin.processes.dealing import deal
 from qspin.processes.workers import WorkerLost
 from qspin.run_dir import IterationDir, RunDir
 from qspin.stopping import GOES_ON
@@ -384,27 +381,3 @@ def test_a_rank_without_a_world_is_a_process_alone(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert workers.rank() == 0
-
-
-# --- who is dealt what
-
-
-def test_the_largest_goes_to_whoever_has_least() -> None:
-    assert deal([5, 9, 4, 4, 2], 2) == [[1, 3], [0, 2, 4]]
-    assert deal([3, 3], 3) == [[0], [1], []]
-    assert deal([1, 3, 2], 1) == [[0, 1, 2]]
-
-
-def test_a_batch_is_cut_for_all_workers_and_stays_the_same_batch() -> None:
-    lengths = [Lengths(10, 10 + index % 7, 10) for index in range(32)]
-
-    def plan(workers: int) -> list[list[list[int]]]:
-        return plan_batches(lengths, batch_size=16, token_budget=10_000, seed=0, workers=workers)
-
-    assert [len(batch) for batch in plan(1)] == [1, 1]
-    assert [len(batch) for batch in plan(4)] == [4, 4]
-    for cut, whole in zip(plan(4), plan(1), strict=True):
-        assert sorted(index for micro_batch in cut for index in micro_batch) == sorted(whole[0])
-        tokens = [sum(lengths[index].total for index in micro_batch) for micro_batch in cut]
-        shares = [sum(tokens[place] for place in places) for places in deal(tokens, 4)]
-        assert max(shares) < 1.1 * sum(shares) / 4
