@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from conftest import ROOT
 
 DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+# of code, between fences or indented
+BLOCK = re.compile(r"^(?:```.*\n(?P<fenced>(?:.*\n)*?)```|(?P<indented>(?:(?: {4}.*)?\n)+))", re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def section(page: str, heading: str) -> str:
