@@ -1,13 +1,18 @@
-"""Real parts, made small: random models of real architectures, a tokenizer trained on the embedded data."""
+"""Real parts, made small: random models of real architectures, a tokenizer trained on the embedded data; commands."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.adapters import load_adapter
 from qspin.base import find_base
+from qspin.cli import main
 from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
 from qspin.files import ADAPTER_WEIGHTS
 from qspin.model import SlotModel
@@ -52,6 +58,7 @@ MULTI_TURN = Record(
     "Since I hatched.",
 )
 VOCABULARY = 512
+COLOUR_VARIABLES = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")
 
 # Every architecture that presets name, with what is peculiar to it made small enough to matter on short rows.
 SHAPE: dict[str, Any] = {
@@ -192,6 +199,60 @@ def flip_byte(adapter: Path) -> str:
     weights.write_bytes(data)
     assert load_adapter(adapter)
     return f"{weights}: missing or altered since it was written; delete {adapter} and run again"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: str | Path, columns: int = 200, **variables: str) -> Answer:
+    """`qspin` in this process, to a pipe."""
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in COLOUR_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in {"COLUMNS": str(columns), **variables}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["qspin", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def process(*arguments: str | Path) -> subprocess.Popen[str]:
+    """`qspin` in a process of its own, to pipes."""
+    environment = {key: value for key, value in os.environ.items() if key not in COLOUR_VARIABLES}
+    command = [sys.executable, "-m", "qspin.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        preexec_fn=_heed_interrupts,  # noqa: PLW1509 (it takes no lock)
+    )
+
+
+def _heed_interrupts() -> None:
+    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def refusal(*arguments: str | Path) -> str:
+    """What a command that can't be carried out says, and nothing besides."""
+    answer = call(*arguments)
+    assert answer.code == 1
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    return answer.err.removeprefix("error: ").removesuffix("\n")
 
 
 class Notes(Silent):

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_nobody
+from conftest import as_nobody, call
 from safetensors.torch import load_file, save_file
-from test_cli import call
 
 from qspin.adapters import check_config, load_adapter
 from qspin.config import LoraConfig

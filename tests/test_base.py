@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import as_nobody
-from test_cli import call
+from conftest import as_nobody, call
 
 from qspin import base
 from qspin.base import cache_dir, find_base, load_tokenizer

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import io
 import itertools
 import json
 import os
@@ -28,13 +26,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import CHATML, HOUSE_STYLE, ROOT, as_nobody
+from conftest import CHATML, HOUSE_STYLE, ROOT, Answer, as_nobody, call, process, refusal
 from rich.cells import cell_len
 
 import qspin
 from qspin import api
 from qspin import run_dir as run_dir_module
-from qspin.cli import main
 from qspin.config import dump_config, load_config
 from qspin.errors import NoPermission, QspinError
 from qspin.figures.evaluation import panel, read_evaluation, values
@@ -44,52 +41,6 @@ from qspin.run_dir import RunDir
 from qspin.watch.progress import Silent
 
 ANSI = "\x1b["
-COLOUR_VARIABLES = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a command ended, and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-def call(*arguments: str | Path, columns: int = 200, **variables: str) -> Answer:
-    """`qspin` in this process, to a pipe."""
-    out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name in COLOUR_VARIABLES:
-            patch.delenv(name, raising=False)
-        for name, value in {"COLUMNS": str(columns), **variables}.items():
-            patch.setenv(name, value)
-        patch.setattr(sys, "argv", ["qspin", *map(str, arguments)])
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop:
-            main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return Answer(int(stop.value.code or 0), out.getvalue(), err.getvalue())
-
-
-def process(*arguments: str | Path) -> subprocess.Popen[str]:
-    """`qspin` in a process of its own, to pipes."""
-    environment = {key: value for key, value in os.environ.items() if key not in COLOUR_VARIABLES}
-    command = [sys.executable, "-m", "qspin.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-        preexec_fn=_heed_interrupts,  # noqa: PLW1509 (it takes no lock)
-    )
-
-
-def _heed_interrupts() -> None:
-    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")
@@ -188,15 +139,6 @@ def test_help_names_every_option_that_people_reach_for() -> None:
 
 
 # --- one clear line ---
-
-
-def refusal(*arguments: str | Path) -> str:
-    """What a command that can't be carried out says, and nothing besides."""
-    answer = call(*arguments)
-    assert answer.code == 1
-    assert answer.out == ""
-    assert answer.err.startswith("error: ")
-    return answer.err.removeprefix("error: ").removesuffix("\n")
 
 
 def test_an_unknown_preset() -> None:

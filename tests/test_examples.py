@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import HOUSE_STYLE, ROOT, small_run
+from conftest import HOUSE_STYLE, ROOT, call, small_run
 from pages import BLOCK, DOCS, PAGES, name_of
-from test_cli import call
 
 from qspin.cli import app
 from qspin.config import RunConfig, dump_config, load_config

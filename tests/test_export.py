@@ -21,8 +21,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import flip_byte
-from test_cli import call, process
+from conftest import call, flip_byte, process
 from test_gguf_file import texts
 
 from qspin.adapters import load_adapter

@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import HOUSE_STYLE, flip_byte, moved_adapter, small_run
+from conftest import HOUSE_STYLE, call, flip_byte, moved_adapter, process, refusal, small_run
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from test_cli import call, process, refusal
 from test_scoring import plain_twin
 
 from qspin.config import load_config

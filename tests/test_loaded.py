@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import CHATML, flip_byte, played_small, small_run
+from conftest import CHATML, call, flip_byte, played_small, small_run
 from safetensors.torch import load_file, save_file
-from test_cli import call
 
 import qspin
 from qspin.config import load_config

@@ -21,9 +21,8 @@ from typing import Any
 import filelock
 import pytest
 import torch
-from conftest import flip_byte, played_small
+from conftest import Answer, call, flip_byte, played_small, process
 from judge_server import KEY, MODEL, Failure, JudgeServer
-from test_cli import Answer, call, process
 
 from qspin.errors import QspinError
 from qspin.figures import mtbench_result

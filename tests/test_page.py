@@ -14,8 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import small_run
-from test_cli import call, refusal
+from conftest import call, refusal, small_run
 
 from qspin import spin
 from qspin.config import load_config

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 from bench_plan import A_BILLION, Bytes, Case, generation, save_random, training
-from conftest import HOUSE_STYLE, ROOT
+from conftest import HOUSE_STYLE, ROOT, call
 from harness import in_fresh_process
-from test_cli import call
 
 from qspin import api, budget
 from qspin.base import find_base

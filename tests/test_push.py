@@ -16,10 +16,9 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import CHATML
+from conftest import CHATML, Answer
 from hub_server import SIGNATURE, TOKEN, HubServer
 from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
-from conftest import Answer
 
 from qspin import spin
 from qspin.config import changed_results, load_config

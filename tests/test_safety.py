@@ -18,11 +18,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, Notes, small_run
+from conftest import ROOT, Notes, call, small_run
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
 from rich.console import Console
-from test_cli import call
 
 from qspin.base import find_base, quiet_libraries
 from qspin.chat import PieceKind

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_run
-from test_cli import call
+from conftest import call, small_run
 
 from qspin import api, spin
 from qspin.config import RunConfig, load_config, parse_vary

@@ -21,9 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import played_small
+from conftest import COLOUR_VARIABLES, call, played_small
 from rich.console import Console
-from test_cli import COLOUR_VARIABLES, call
 
 from qspin.config import load_config
 from qspin.errors import QspinError
