@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from qspin.adapters import load_adapter
 from qspin.base import find_base
 from qspin.cli import main
 from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
-from qspin.files import ADAPTER_WEIGHTS
+from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.model import SlotModel
 from qspin.prepare import prepare
 from qspin.records import Message, Record
@@ -58,6 +59,7 @@ MULTI_TURN = Record(
     "Since I hatched.",
 )
 VOCABULARY = 512
+ANSI = "\x1b["
 COLOUR_VARIABLES = ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "GITHUB_ACTIONS", "PY_COLORS")
 
 # Every architecture that presets name, with what is peculiar to it made small enough to matter on short rows.
@@ -253,6 +255,54 @@ def refusal(*arguments: str | Path) -> str:
     assert answer.out == ""
     assert answer.err.startswith("error: ")
     return answer.err.removeprefix("error: ").removesuffix("\n")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("llama")
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A finished run, and what it said."""
+
+    command: list[str | Path]
+    out: Path
+    data: Path
+    answer: Answer
+
+    def again(self, *changes: str | Path, out: Path | None = None, columns: int = 200) -> Answer:
+        return call(*self.command, "--out", out or self.out, *changes, columns=columns)
+
+    def copy(self, path: Path) -> Path:
+        return Path(shutil.copytree(self.out, path))
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file with its hash; who holds the lock is not part of a run."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in {".lock", ".holder"}]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+@pytest.fixture(scope="session")
+def played(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """Two iterations by the command; whoever would change the folder takes a copy."""
+    folder = tmp_path_factory.mktemp("played")
+    rows = [{"prompt": f"What is [red]{n}[/red]?", "completion": f"It is {7 * n}."} for n in range(24)]
+    rows += [{"prompt": "", "completion": "nothing was asked"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["model.dtype=float32", "generation.max_new_tokens=8", "generation.width=8", "data.heldout_rows=4"]
+    settings += ["train.batch_size=8", "train.lr=0.003", "evaluation.style='.*'", "lora.rank=4"]
+    command: list[str | Path] = ["run", "--model", tiny, "--data", folder / "rows.jsonl", "--iterations", "2"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    return Played(command, folder / "run", folder / "rows.jsonl", call(*command, "--out", folder / "run"))
+
+
+def summary_tables(out: Path) -> list[list[list[str]]]:
+    """The tables of SUMMARY.md: rows of cells, the heading and the line under it first."""
+    parts = RunDir(out).summary.read_text(encoding="utf-8").split("\n## ")[1:]
+    lines = ([line for line in part.splitlines() if line.startswith("|")] for part in parts)
+    return [[[cell.strip() for cell in line.strip("|").split("|")] for line in table] for table in lines]
 
 
 class Notes(Silent):

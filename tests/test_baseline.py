@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import small_run
+from conftest import contents, refusal, small_run
 
-from qspin import spin
+from qspin import api, spin
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.experiments.baseline import baseline, workload
@@ -142,3 +142,16 @@ def test_a_run_without_an_iteration_has_none(ready: Prepared, tmp_path: Path) ->
     with pytest.raises(QspinError, match="no finished iteration yet, so there is nothing to compare with"):
         baseline(ready, tmp_path / "new", Silent(), RATES)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-1e-4", "nan"])
+def test_a_rate_that_is_none_is_refused_before_the_baseline_is_trained(
+    rate: str, played: tuple[RunDir, list[bytes]]
+) -> None:
+    folder = played[0].path
+    before = contents(folder)
+    with pytest.raises(QspinError, match="--lr: a learning rate is between 0 and 1"):
+        api.baseline(folder, [1e-4, float(rate)], progress=Silent())
+    said = "--lr: a learning rate is between 0 and 1, as 1e-4"
+    assert refusal("baseline", folder, "--lr", "1e-4", "--lr", rate) == said
+    assert contents(folder) == before

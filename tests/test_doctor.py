@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ANSI, ROOT
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -22,7 +22,6 @@ from qspin.doctor.doctor import cache, disk, embedded_model, hub, hub_cache, mem
 from qspin.doctor.finding import GIB, INDENT, Finding, as_text, verdict
 from qspin.model import compute_dtype
 
-ANSI = "\x1b["
 PIP = f"{sys.executable} -m pip"
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
 NEVER = 1 << 60  # bytes that no machine has

@@ -1,26 +1,141 @@
-"""A run goes on as what it began as: with its base's commit, the same tokens and ends, and a word on other versions."""
+"""A folder is only continued as the run that it holds: by its settings, rows, template, base and tokens; or refused."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import Notes, small_run
+from conftest import CHATML, Notes, Played, contents, small_run, summary_tables
 
+import qspin
 from qspin.base import find_base
 from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.files import read_json, write_json
+from qspin.files import read_json, read_jsonl, write_json
 from qspin.record import check_rows, prepare_run
 from qspin.run_dir import RunDir
 from qspin.spin import run
 from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
+
+# --- the same folder again ---
+
+
+def test_the_same_command_again_does_nothing_more(played: Played) -> None:
+    before = contents(played.out)
+    times = {name: (played.out / name).stat().st_mtime_ns for name in before if name.startswith(("base", "iteration"))}
+    answer = played.again()
+    assert (answer.code, answer.err) == (0, "")
+    assert contents(played.out) == before
+    assert {name: (played.out / name).stat().st_mtime_ns for name in times} == times
+    assert " · " not in answer.out, "no phase"
+    # what was said after each iteration is not said again, but for the last one's, which stands under the tables
+    beginning, tables, rest = played.answer.out.partition("Held-out rows: ")
+    first = [line for line in beginning.splitlines(keepends=True) if re.match(r"note: (/|\d+ training rows, )", line)]
+    assert answer.out == "".join(first) + tables + rest
+
+
+def test_another_beta_is_refused_with_the_difference(played: Played) -> None:
+    before = contents(played.out)
+    answer = played.again("--beta", "0.5", "--seed", "9", "--set", "train.tokens_per_micro_batch=512")
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {played.out} is a run with other settings; choose another --out, or go on with its own:\n"
+        "  train.beta: 0.1 -> 0.5\n"
+        "  seed: 0 -> 9\n"
+    )
+    assert contents(played.out) == before
+
+
+def test_settings_of_another_version_are_told_from_changed_ones(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    record = RunDir(out).record
+    written = read_json(record)
+    write_json(record, written | {"qspin": "9.9", "config": written["config"] | {"rebound": 3}})
+    answer = played.again(out=out)
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {record}: its settings are not those of this version of qspin ({qspin.__version__}; it was written by "
+        "9.9); go on with that version, or choose another --out\n"
+    )
+
+
+def test_another_data_file_is_refused(played: Played, tmp_path: Path) -> None:
+    before = contents(played.out)
+    other = tmp_path / "other.jsonl"
+    other.write_text(played.data.read_text().replace("It is 7.", "It is 8."))
+    answer = played.again("--data", other)
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: {other}: the rows are not those that {played.out} began with; "
+        "choose another --out, or bring the old file back\n"
+    )
+    assert contents(played.out) == before
+
+
+def test_the_same_rows_under_another_name_are_welcome(played: Played, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.jsonl"
+    shutil.copy(played.data, moved)
+    out = played.copy(tmp_path / "run")
+    answer = played.again("--data", moved, out=out)
+    assert (answer.code, answer.err) == (0, "")
+    assert " · " not in answer.out
+
+
+def test_the_same_template_in_another_file_is_welcome(played: Played, tmp_path: Path) -> None:
+    """A preset's lies where qspin is installed, and that may move."""
+    moved = tmp_path / "moved.jinja"
+    moved.write_text(CHATML)
+    answer = played.again("--set", f"chat.template={moved}", out=played.copy(tmp_path / "run"))
+    assert (answer.code, answer.err) == (0, "")
+    assert " · " not in answer.out
+
+
+def test_another_template_is_refused(played: Played, tmp_path: Path) -> None:
+    before = contents(played.out)
+    other = tmp_path / "other.jinja"
+    other.write_text(CHATML + "{# another #}")
+    answer = played.again("--set", f"chat.template={other}")
+    assert answer.code == 1
+    assert answer.err == (
+        f"error: chat.template: its content is not what {played.out} began with; choose another --out, "
+        "or bring it back\n"
+    )
+    assert contents(played.out) == before
+
+
+def test_more_iterations_go_on_where_it_ended(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    before = contents(out)
+    answer = played.again("--iterations", "3", "--set", "generation.width=4", out=out)
+    assert (answer.code, answer.err) == (0, "")
+    after = contents(out)
+    kept = [name for name in before if name.startswith(("iteration-", "base/", "run.json", "rejects"))]
+    assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
+    assert {name.partition("/")[0] for name in after.keys() - before.keys()} == {"iteration-2"}
+    assert [row[0] for row in summary_tables(out)[0][2:]] == ["base", "0", "1", "2"]
+    assert set(re.findall(r"^(\S+ .*) · ", answer.out, re.MULTILINE)) == {"iteration 2 (3 of 3)"}
+    # its policy starts as its opponent, and the pairs of iteration 1 are trained on again
+    assert read_jsonl(RunDir(out).iteration(2).metrics)[0]["margin"] == 0
+    assert "score: 40/40" in answer.out
+
+
+def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
+    out = played.copy(tmp_path / "run")
+    (out / "run.json").write_text('{"config": ')
+    answer = played.again(out=out)
+    assert answer.code == 1
+    assert answer.err.startswith(f"error: {out / 'run.json'}: damaged or unreadable (")
+    assert answer.err.count("\n") == 1
+
+
+# --- the same base, and the same tokens ---
 
 
 def test_a_run_goes_on_with_the_commit_it_began_with(
