@@ -35,6 +35,7 @@ from qspin.prepare import prepare
 from qspin.records import Message, Record
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
@@ -191,6 +192,18 @@ def played_small(model: Path, folder: Path) -> RunDir:
     config = load_config(None, small_run(model, folder / "rows.jsonl", rows=18) | {"iterations": 2})
     run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
     return RunDir(folder / "run")
+
+
+@pytest.fixture(scope="session")
+def played_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A small run for whoever changes nothing in it."""
+    return played_small(tiny_folder("llama"), tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def loaded(played_run: RunDir) -> Loaded:
+    """Its players, whoever of them sits in the slot."""
+    return Loaded.open(played_run)
 
 
 def flip_byte(adapter: Path) -> str:
