@@ -285,6 +285,10 @@ def test_a_configuration_that_makes_no_sense_is_named(run_dir: RunDir) -> None:
 # --- how it is shown ---
 
 
+def shown(standing: Standing) -> list[str]:
+    return [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+
+
 @pytest.mark.parametrize(
     ("state", "process", "first"),
     [
@@ -302,7 +306,7 @@ def test_a_configuration_that_makes_no_sense_is_named(run_dir: RunDir) -> None:
 def test_what_is_seen_of_a_run_from_outside(state: Any, process: str | None, first: str) -> None:
     status = midway() if state not in {"not started", "starting"} else None
     standing = Standing(state, process, 3, status, 12.0 if status else None, 2 if state == "finished" else None)
-    lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    lines = shown(standing)
     assert lines[0] == first
     text = "\n".join(lines)
     assert ("3600/6000 pairs" in text) == (status is not None)
@@ -312,7 +316,7 @@ def test_what_is_seen_of_a_run_from_outside(state: Any, process: str | None, fir
 
 def test_the_page_shows_what_status_shows() -> None:
     standing = Standing("running", "process 4711 on laptop", 1, midway(), 2.0)
-    lines = [line.plain.rstrip() for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+    lines = [line.rstrip() for line in shown(standing)]
     assert blocks("watching.md", "From another terminal")[-1] == "$ qspin status runs/mine\n" + "\n".join(lines) + "\n"
 
 
@@ -320,22 +324,21 @@ def test_a_baseline_is_told_from_its_run() -> None:
     own = midway()
     round_of_it = replace(own, baseline=True, iterations=2)
     standing = Standing("running", "process 7 on here", 3, round_of_it, 12.0)
-    first, panel_of_it, *_ = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    first, panel_of_it, *_ = shown(standing)
     assert first == "runs/mine: its baseline is running (process 7 on here), as of 12 s ago"
     assert panel_of_it.startswith("supervised round 1 (2 of 2) · train  ━")
     standing = Standing("finished", None, 3, own, 500.0, 2, (round_of_it, 12.0))
-    *before, last = (line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80))
+    *before, last = shown(standing)
     assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
     assert before[3].startswith("iteration 1 (2 of 3) · train  ━")
 
 
 def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:
     standing = Standing("stopped", None, 0, None, None)
-    [line] = standing_lines(standing, RunDir(Path("x")), 80)
-    assert line.plain == "x: stopped; the command that started it goes on from the last finished piece"
+    [line] = shown(standing)
+    assert line == "runs/mine: stopped; the command that started it goes on from the last finished piece"
 
 
 def test_one_iteration_is_one() -> None:
     standing = Standing("finished", None, 1, None, None, 0)
-    lines = [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
-    assert lines[0] == "runs/mine: finished, 1 iteration"
+    assert shown(standing)[0] == "runs/mine: finished, 1 iteration"
