@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ OBEYED = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # by terminals, but for l
 
 
 @pytest.fixture(scope="module")
-def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run whose rows, base and file are named and filled with markup, made with secrets in the environment."""
     folder = tmp_path_factory.mktemp("safety")
     base = Path(shutil.copytree(tiny_folder("llama"), folder / "<b>[red]\x1b[31mbase"))
@@ -63,7 +63,7 @@ def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
         "push": call("push", folder / "run", "me/mine", "--what", "merged", "--dry-run", **variables),
         "pairs": call("push", folder / "run", "me/mine", "--dataset", "--dry-run", **variables),
     }
-    yield {"folder": folder, "said": said}
+    return {"folder": folder, "said": said}
 
 
 def test_every_command_worked(played: dict[str, Any]) -> None:

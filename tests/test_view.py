@@ -224,15 +224,11 @@ def log(meter: Meter, clock: Clock, events: Callable[[Progress], None]) -> list[
     return console.file.getvalue().splitlines()
 
 
-def log_part(lines: list[str]) -> list[str]:
-    """The lines of one short phase."""
-    return [line for line in lines if line.startswith("iteration 0 (1 of 3) · evaluate")]
-
-
 def test_the_page_shows_what_a_log_shows(meter: Meter, clock: Clock) -> None:
     [shown] = blocks("watching.md", "In a log")
     lines = log(meter, clock, lambda progress: play(progress, clock))
-    assert "\n".join(log_part(lines)) + "\n" == shown
+    part = [line for line in lines if line.startswith("iteration 0 (1 of 3) · evaluate")]  # a short phase
+    assert "\n".join(part) + "\n" == shown
 
 
 def test_short_phases_have_two_lines(meter: Meter, clock: Clock) -> None:
