@@ -15,7 +15,9 @@ from conftest import Notes
 from qspin.config import load_config
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, read_json, read_jsonl, remove, write_json, write_jsonl
+from qspin.fitting.at_once import Budget
 from qspin.layers.lora import FusedLayers
+from qspin.phases import learning
 from qspin.phases.answering import answer
 from qspin.phases.game import Game
 from qspin.phases.learning import learn
@@ -145,6 +147,44 @@ def test_a_budget_that_was_lowered_holds_for_a_kept_plan(game: Game) -> None:
     assert kept(2048) == kept(512) == whole, "a larger one, or the same, changes nothing"
     assert kept(32) > whole
     assert kept(512) == kept(32), "and what was lowered stays"
+
+
+@pytest.mark.parametrize("cut_off", ["between two iterations", "in the first", "in the second"])
+def test_a_run_that_goes_on_computes_as_much_at_once_as_one_that_was_not_cut_off(
+    cut_off: str, game: Game, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By other micro-batches sums round otherwise, and what would be found now may be another budget."""
+    train = game.config.train.model_copy(update={"tokens_per_micro_batch": "auto"})
+    game.prepared = replace(game.prepared, config=game.config.model_copy(update={"train": train}))
+    for iteration in (0, 1):
+        generated(game, iteration, pairs_of(game, iteration))
+    found = iter([Budget(64, 1), Budget(32, 0), Budget(32, 0)])
+    monkeypatch.setattr(learning, "token_budget", lambda *_: next(found))
+
+    first, second = (game.dir.iteration(iteration) for iteration in (0, 1))
+    for iteration in (0, 1):
+        learn(game, iteration)
+    plan, trained = read_json(second.training_plan), (second.adapter / ADAPTER_WEIGHTS).read_bytes()
+
+    gone = [second.adapter, second.metrics]
+    gone += [first.adapter, first.metrics] if cut_off == "in the first" else []
+    gone += [second.training_plan, second.scores(0).parent] if cut_off != "in the second" else []
+    for path in gone:
+        remove(path)
+    again = replace(game, budget=None)
+    for iteration in (0, 1):
+        learn(again, iteration)
+    assert read_json(second.training_plan) == plan
+    assert (second.adapter / ADAPTER_WEIGHTS).read_bytes() == trained
+    assert again.budget == Budget(64, 1), "and so will the next iteration"
+
+    for path in (second.adapter, second.metrics, second.training_plan):
+        remove(path)
+    train = train.model_copy(update={"gradient_checkpointing": False})
+    again = replace(again, prepared=replace(again.prepared, config=again.config.model_copy(update={"train": train})))
+    again.budget = None
+    learn(again, 1)
+    assert again.budget == Budget(32, 0), "where the settings are others, it is found anew"
 
 
 def test_scores_that_are_there_already_are_no_progress_of_this_process(game: Game) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
+from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.fitting.at_once import Budget, recomputable
@@ -35,6 +36,7 @@ def learn(game: Game, iteration: int) -> None:
     """Score the pairs under iteration t's opponent, then train against it."""
     folder, config = game.dir.iteration(iteration), game.config
     pairs = _pairs(game, iteration)
+    game.budget = game.budget or _kept_budget(game, iteration)
 
     def work(plan: Plan, prefix: int) -> None:
         task = _score(game, folder, Task(pairs, {}, plan, iteration, config.seed, prefix))
@@ -260,12 +262,25 @@ def _plan(game: Game, folder: IterationDir, pairs: Sequence[Pair], prefix: int) 
     def make() -> dict[str, Any]:
         if game.budget is None:
             game.budget = token_budget(game.model, pairs, plan, prefix, config)
-        tokens, recomputed = game.budget
-        return {"pairs": _fingerprint(pairs), "recomputed": recomputed, "batches": plan(tokens)}
+        found = game.budget._asdict()
+        return {"pairs": _fingerprint(pairs), "asked": _asked(config), **found, "batches": plan(game.budget.tokens)}
 
     kept, allowed = kept_json(folder.training_plan, make), _recomputable(game)
     recomputed: int = kept.get("recomputed", allowed[-1])
     return kept["batches"], recomputed if recomputed in allowed else allowed[-1]
+
+
+def _kept_budget(game: Game, iteration: int) -> Budget | None:
+    """That of an earlier process, by its last plan. Sought anew, with other pairs and other memory free, it might be
+    another, and sums would round otherwise than in a run that was not cut off. None where other settings ask for it."""
+    plans = [game.dir.iteration(index).training_plan for index in (iteration, iteration - 1)]
+    kept = next((read_json(plan) for plan in plans if plan.is_file()), {})
+    return Budget(kept["tokens"], kept["recomputed"]) if kept.get("asked") == _asked(game.config.train) else None
+
+
+def _asked(config: TrainConfig) -> list[Any]:
+    """What a budget is found by, beside memory and pairs."""
+    return [config.tokens_per_micro_batch, config.gradient_checkpointing]
 
 
 def _score(game: Game, folder: IterationDir, task: Task) -> Task:
