@@ -9,7 +9,7 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -327,10 +327,12 @@ def dump_config(config: RunConfig, *, changes_only: bool = False) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
-def changed_results(old: RunConfig, new: RunConfig, *, but: Container[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of each setting that defines the result and differs, but for some."""
+def changed_results(old: RunConfig, new: RunConfig, *, folder: bool = False) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) of each setting that defines the result and differs. Of a base in a local `folder`
+    where that lies may change: weights, tokens and template have hashes in run.json."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
-    return [(key, before[key], after[key]) for key in before if key not in but and before[key] != after[key]]
+    free = {"model.id"} if folder else set()
+    return [(key, before[key], after[key]) for key in before if key not in free and before[key] != after[key]]
 
 
 def _leaves(part: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -269,8 +269,7 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"written by {record['qspin']}); go on with that version, or choose another --out"
         ) from None
     folders = "folder" in record["base"] and "folder" in prepared.base.origin
-    # where a folder lies may change: its weights, its tokens and its template have hashes
-    changes = changed_results(recorded, prepared.config, but={"model.id"} if folders else ())
+    changes = changed_results(recorded, prepared.config, folder=folders)
     if changes:
         diff = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changes)
         raise QspinError(

@@ -33,8 +33,7 @@ def recorded_config(run_dir: RunDir) -> RunConfig:
         raise QspinError(f"{run_dir.path} holds no run (no {run_dir.record.name}); name the --out of a qspin run")
     config = load_config(run_dir.config)
     record = run_dir.read_record()
-    placed = {"model.id"} if "folder" in record["base"] else set()  # where a folder lies; its weights have a hash
-    changes = changed_results(load_config(None, record["config"]), config, but=placed)
+    changes = changed_results(load_config(None, record["config"]), config, folder="folder" in record["base"])
     if changes:
         keys = ", ".join(key for key, _, _ in changes)
         raise QspinError(f"{run_dir.config}: changed since the run was made ({keys}); put the old values back")
