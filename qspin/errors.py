@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 class QspinError(Exception):
@@ -25,6 +25,11 @@ def permission_told() -> Iterator[None]:
         raise NoPermission(
             f"{error.filename}: no permission to read or write it, or to look into a folder above it"
         ) from error
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five, for a message, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def one_line(words: object) -> str:

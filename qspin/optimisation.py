@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qspin.config import TrainConfig
-from qspin.errors import QspinError
+from qspin.errors import QspinError, some
 from qspin.files import check_folder, commit_folder, read_jsonl, remove, write_jsonl
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.model import SlotModel
@@ -91,7 +91,10 @@ def optimise(
                     optimizer.zero_grad()
                     figures, norm = _gradient(objective, batch, step, scale, parameters, config.max_grad_norm)
                 if not math.isfinite(norm):
-                    raise _not_finite([record_ids[index] for micro_batch in batch for index in micro_batch])
+                    bad = some([record_ids[index] for micro_batch in batch for index in micro_batch])
+                    raise QspinError(
+                        f"the gradient is not finite in the batch of {bad}; lower the learning rate, or drop these rows"
+                    )
                 figures |= {"loss_scale": scale} if scaled else {}
                 with stops_held():
                     between_steps = False
@@ -127,14 +130,6 @@ def _gradient(
             assert parameter.grad is not None
             parameter.grad.div_(scale)
     return figures, float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
-
-
-def _not_finite(record_ids: Sequence[str]) -> QspinError:
-    more = f" and {len(record_ids) - 5} more" if len(record_ids) > 5 else ""
-    return QspinError(
-        f"the gradient is not finite in the batch of {', '.join(record_ids[:5])}{more}; lower the learning rate, or "
-        "drop these rows"
-    )
 
 
 def steps_kept(snapshots: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qspin.config import TrainConfig, at_iteration
-from qspin.errors import QspinError
+from qspin.errors import QspinError, some
 from qspin.loss import SpinLoss, real_nll, spin_loss
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise, step_order
@@ -182,9 +182,7 @@ def _check(figures: PairFigures, task: Task, pairs: Sequence[Pair], config: Trai
     finite = torch.isfinite(figures.losses).tolist()
     if not all(finite):
         bad = [pair.record_id for pair, ok in zip(pairs, finite, strict=True) if not ok]
-        raise QspinError(
-            f"the loss is not finite for {', '.join(bad[:5])}; lower train.lr or train.beta, or drop these rows"
-        )
+        raise QspinError(f"the loss is not finite for {some(bad)}; lower train.lr or train.beta, or drop these rows")
     rewards = torch.cat([figures.real_rewards, figures.generated_rewards])
     gap = float(rewards.abs().max()) / at_iteration(config.beta, task.iteration)
     if not gap <= bound:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from qspin.config import TrainConfig
-from qspin.errors import QspinError
+from qspin.errors import QspinError, some
 from qspin.model import SlotModel
 from qspin.optimisation import Metrics, optimise
 from qspin.packing import MicroBatch, Plan, pack_row
@@ -97,8 +97,8 @@ def backward_real(
         if not bool(torch.isfinite(logps).all()):
             bad = [row.record_id for row, ok in zip(members, torch.isfinite(logps).tolist(), strict=True) if not ok]
             raise QspinError(
-                f"the loss is not finite for {', '.join(bad[:5])}; lower its learning rate (sft.lr, or --lr of the "
-                "baseline), or drop these rows"
+                f"the loss is not finite for {some(bad)}; lower its learning rate (sft.lr, or --lr of the baseline), "
+                "or drop these rows"
             )
         (-logps.sum() / tokens * scale).backward()  # type: ignore[no-untyped-call]
         sums.append(float(logps.detach().sum()))

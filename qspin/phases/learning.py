@@ -15,7 +15,7 @@ from typing import Any
 from qspin.adapters import Adapter
 from qspin.budget import smaller, token_budget
 from qspin.config import TrainConfig
-from qspin.errors import QspinError
+from qspin.errors import QspinError, some
 from qspin.files import commit_folder, kept_json, read_json, read_jsonl, remove, write_json, write_jsonl
 from qspin.fitting.at_once import Budget, recomputable
 from qspin.fitting.memory import ATTEMPTS, OutOfMemory, refusals_told
@@ -313,10 +313,9 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
 def _check_finite(scores: Sequence[Score]) -> None:
     bad = [one.key for one in scores if not math.isfinite(one.opponent_real_logps + one.opponent_generated_logps)]
     if bad:
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise QspinError(
-            f"the opponent's log-probs are not finite numbers for {', '.join(bad[:5])}{more}: its training went too "
-            "far (lower train.lr or sft.lr), or the base overflows in float16 (set model.dtype)"
+            f"the opponent's log-probs are not finite numbers for {some(bad)}: its training went too far (lower "
+            "train.lr or sft.lr), or the base overflows in float16 (set model.dtype)"
         )
 
 
