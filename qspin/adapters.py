@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qspin.config import LoraConfig
-from qspin.errors import QspinError, permission_told
+from qspin.errors import QspinError, one_line, permission_told
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_folder, read_plain_json
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
@@ -53,7 +53,7 @@ def load_adapter(folder: Path) -> Adapter:
     try:
         adapter = {name: tensor.float() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: a dtype that torch lacks
-        raise QspinError(f"{path}: not a readable safetensors file ({' '.join(str(error).split())[:200]})") from None
+        raise QspinError(f"{path}: not a readable safetensors file ({one_line(error)})") from None
     wrong = sorted(name for name, tensor in adapter.items() if not bool(torch.isfinite(tensor).all()))
     if wrong:
         raise QspinError(f"{path}: {len(wrong)} weights hold NaN or infinity, the first {wrong[0]}; train it anew")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 
 # PyYAML lets Python's own out, as for the date 2024-13-45 or a thousand brackets
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
@@ -148,7 +148,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"{path}: cannot be read ({error})") from None
     except NOT_YAML as error:
-        raise QspinError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise QspinError(f"{path}: not valid YAML: {one_line(error)}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise QspinError(f"{path}: a configuration is a mapping of settings, not a {type(tree).__name__}")

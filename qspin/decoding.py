@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 from qspin.fitting.memory import is_refusal
 from qspin.fitting.shape import has_experts
 from qspin.layers.kv_cache import Decode, KVCache
@@ -93,7 +93,7 @@ class Decoder:
                 raise
             raise QspinError(
                 f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "
-                f"({' '.join(str(error).split())}); please report the model"
+                f"({one_line(error)}); please report the model"
             ) from None
         return _Step(graph, logits)
 

@@ -32,7 +32,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qspin.adapters import Adapter
 from qspin.base import Base, unreachable
 from qspin.config import BackendName, LoraConfig, ModelConfig
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.fitting.footprint import Footprint
 from qspin.fitting.memory import free_bytes, refusals_told
@@ -106,7 +106,7 @@ class SlotModel:
             with warnings.catch_warnings(action="ignore"):  # of PEFT's own ways to train and merge
                 peft_model = peft.get_peft_model(causal_lm, slot, adapter_name=SLOT)
         except ValueError as error:  # no such layers, or of a kind that can't be adapted
-            raise QspinError(f"lora.targets: {base.name}: {' '.join(str(error).split())}") from None
+            raise QspinError(f"lora.targets: {base.name}: {one_line(error)}") from None
         _check_targets(peft_model, base)
         layers = refit(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
@@ -306,7 +306,7 @@ class SlotModel:
         except (RuntimeError, AttributeError, TypeError) as error:  # a decoder that ours does not fit into
             raise QspinError(
                 f"model.id: {self.base.name} ({family}) has layers that qspin can't compute (keys and values of two "
-                f"sizes, or an attention of their own): {' '.join(str(error).split())}"
+                f"sizes, or an attention of their own): {one_line(error)}"
             ) from None
         first, _, later = ours.chunk(3)
         # 16-bit rounding adds up over layers; a wrong scale or formula is far beyond it

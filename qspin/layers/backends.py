@@ -15,7 +15,7 @@ import torch
 from packaging.version import Version
 
 from qspin.config import BackendName
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 from qspin.layers.kernels import Kernels, compiles
 
 OLDEST_UNSLOTH = "2026.10.9"
@@ -92,6 +92,6 @@ def unsloth_kernels() -> Kernels:
             from qspin.layers.unsloth_kernels import UnslothKernels
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise QspinError(
-            f"Unsloth can't be imported ({' '.join(str(error).split())}); mend it, or set model.backend=transformers"
+            f"Unsloth can't be imported ({one_line(error)}); mend it, or set model.backend=transformers"
         ) from None
     return UnslothKernels()

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 from qspin.files import read_json, write_json
 from qspin.run_dir import RunDir, process_name
 from qspin.watch.meter import Meter, Status, aged
@@ -126,5 +126,5 @@ def _iterations(config: Path) -> int:
     try:
         iterations: int = yaml.safe_load(config.read_text(encoding="utf-8"))["iterations"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise QspinError(f"{config}: damaged or unreadable ({' '.join(str(error).split())})") from None
+        raise QspinError(f"{config}: damaged or unreadable ({one_line(error)})") from None
     return iterations
