@@ -274,10 +274,11 @@ def test_a_file_that_makes_no_sense_is_named(content: str, run_dir: RunDir) -> N
     assert str(caught.value).startswith(f"{run_dir.status}: ")
 
 
-def test_a_configuration_that_makes_no_sense_is_named(run_dir: RunDir) -> None:
+@pytest.mark.parametrize("content", ["iterations: [\n", "iterations: three\n", "seed: 2024-13-45\n", "[" * 5000])
+def test_a_configuration_that_makes_no_sense_is_named(content: str, run_dir: RunDir) -> None:
     begun(run_dir)
     finish(run_dir, 0)
-    run_dir.config.write_text("iterations: [\n")
+    run_dir.config.write_text(content)
     with pytest.raises(QspinError, match=r"config\.yaml: damaged or unreadable"):
         look(run_dir)
 

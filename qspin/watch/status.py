@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import yaml
 
+from qspin.config_files import NOT_YAML
 from qspin.errors import QspinError, one_line
 from qspin.files import read_json, write_json
 from qspin.run_dir import RunDir, process_name
@@ -124,7 +125,6 @@ def _read(path: Path) -> _Told | None:
 def _iterations(config: Path) -> int:
     """How many iterations the run was last asked for."""
     try:
-        iterations: int = yaml.safe_load(config.read_text(encoding="utf-8"))["iterations"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        return int(yaml.safe_load(config.read_text(encoding="utf-8"))["iterations"])
+    except (OSError, *NOT_YAML, KeyError, TypeError) as error:
         raise QspinError(f"{config}: damaged or unreadable ({one_line(error)})") from None
-    return iterations
