@@ -342,15 +342,20 @@ def _in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torc
             dtype=dtype,
             device_map={"": device},
             attn_implementation="eager",  # for the reference, then ours
-            quantization_config=transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=model.double_quant,
-                bnb_4bit_compute_dtype=dtype,
-            ),
+            quantization_config=nf4(model, dtype),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise unreachable(base, error) from None
+
+
+def nf4(model: ModelConfig, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How linear layers are quantised, and the type that they compute in."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:

@@ -47,6 +47,7 @@ from qspin.files import (
     write_text,
 )
 from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
+from qspin.model import nf4
 from qspin.prepare import Speech
 from qspin.records import Message
 
@@ -229,12 +230,7 @@ class _Export:
             whole,
             dtype="auto",
             device_map={"": self.trained.device},
-            quantization_config=transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=self.trained.config.model.double_quant,
-                bnb_4bit_compute_dtype=merged.main_dtype,
-            ),
+            quantization_config=nf4(self.trained.config.model, merged.main_dtype),
         )
         model.save_pretrained(folder)
         del model
