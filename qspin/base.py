@@ -142,8 +142,12 @@ def stop_tokens(base: Base) -> tuple[int, ...]:
         generation = transformers.GenerationConfig.from_pretrained(base.location, revision=base.revision)
     except OSError:  # most local folders have none
         return ()
-    ids = generation.eos_token_id
-    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+    return token_ids(generation.eos_token_id)
+
+
+def token_ids(found: int | list[int] | None) -> tuple[int, ...]:
+    """What a configuration calls EOS, which is one token, several or none."""
+    return () if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
 def unreachable(base: Base, error: Exception) -> QspinError:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import torch
 import transformers
 
-from qspin.base import load_model_config, load_tokenizer, read_gguf, stop_tokens
+from qspin.base import load_model_config, load_tokenizer, read_gguf, stop_tokens, token_ids
 from qspin.errors import QspinError
 from qspin.exports.compare import CHECK, Trained, compared, read_exported
 from qspin.exports.gguf_file import (
@@ -289,7 +289,7 @@ class _Export:
         tokenizer, renderer = load_tokenizer(self.base), self.speech.renderer
         asked = [Message("user", "?"), Message("assistant", "!"), Message("user", "?")]
         prompt = renderer.prompt_ids(asked)
-        ends = stop_tokens(self.base) or _ids(architecture.eos_token_id)
+        ends = stop_tokens(self.base) or token_ids(architecture.eos_token_id)
         bos = architecture.bos_token_id
         return Vocabulary(
             tokenizer=json.loads(tokenizer.backend_tokenizer.to_str()),
@@ -323,7 +323,3 @@ def _load_gguf(path: Path, architecture: Any, size: int) -> Any:
     dtype = torch.float32 if 2 * size < free_bytes(torch.device("cpu")) else torch.bfloat16
     # the configuration that transformers reads from a GGUF lacks Llama's biases and Llama 3's rope
     return read_gguf(path, config=architecture, dtype=dtype)
-
-
-def _ids(tokens: int | list[int] | None) -> tuple[int, ...]:
-    return () if tokens is None else tuple(tokens) if isinstance(tokens, list) else (tokens,)
