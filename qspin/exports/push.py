@@ -34,6 +34,7 @@ from qspin.exports.card import HUB, Example, Licence, dataset_card, model_card
 from qspin.exports.compare import CHECK, WARNING, Trained, drifted
 from qspin.exports.export import export
 from qspin.exports.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
+from qspin.figures.markdown import one_line
 from qspin.figures.players import chosen_iteration
 from qspin.files import (
     ADAPTER_CONFIG,
@@ -299,10 +300,10 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, httpx.LocalProtocolError | UnicodeError):  # its message would show the token
         return f"the token has characters that no token has; {_another_token()}"
     if isinstance(error, HfHubHTTPError):
-        return _explain_status(error.response.status_code, _one_line(error.server_message or ""))
+        return _explain_status(error.response.status_code, _unsigned(error.server_message or ""))
     if isinstance(error, httpx.HTTPError):
-        return f"the Hub can't be reached ({_one_line(str(error))}); check the connection, then {_AGAIN}"
-    return f"the upload failed ({_one_line(str(error))}); {_AGAIN}"
+        return f"the Hub can't be reached ({_unsigned(str(error))}); check the connection, then {_AGAIN}"
+    return f"the upload failed ({_unsigned(str(error))}); {_AGAIN}"
 
 
 def _explain_status(status: int, said: str) -> str:
@@ -324,7 +325,6 @@ def _another_token() -> str:
     return "run `hf auth login` again"
 
 
-def _one_line(text: str) -> str:
-    """For the terminal: no control characters, and no signatures of addresses."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", " ".join(printable.split()))[:300]
+def _unsigned(text: str) -> str:
+    """For the terminal: one line, without signatures of addresses."""
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", one_line(text))[:300]
