@@ -305,7 +305,7 @@ def span(seconds: float | None) -> str:
 
 def one_line(text: str) -> str:
     """A model's or a file's text on one line, without anything that a terminal obeys."""
-    return "".join("↵" if c == "\n" else " " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
+    return visible(text).replace("\n", "↵")
 
 
 def _rate(status: Status) -> list[str]:
@@ -370,7 +370,7 @@ def example_text(pieces: Iterable[tuple[PieceKind, str]]) -> Text:
     text = Text()
     for index, (kind, piece) in enumerate(pieces):
         # a newline is shown, and made: a background colour up to the edge would look like a token
-        text.append(visible(piece).replace("\n", "↵"), style=PIECE_STYLES[kind][index % 2])
+        text.append(one_line(piece), style=PIECE_STYLES[kind][index % 2])
         if "\n" in piece:
             text.append("\n")
     return text
