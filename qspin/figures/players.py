@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qspin.config import BestBy, RunConfig, load_config
 from qspin.errors import QspinError
-from qspin.figures.evaluation import NEAR_HALF, Evaluation, Half, figure, read_evaluation
+from qspin.figures.evaluation import NEAR_HALF, Evaluation, figure, read_evaluation
 from qspin.run_dir import IterationDir, RunDir
 
 ROUND = "s"  # begins the name of a round of supervised training, the baseline
@@ -75,9 +75,9 @@ def best_rival(run_dir: RunDir, config: RunConfig) -> tuple[float, list[Player]]
     return rate, found[rate]
 
 
-def loss_of(player: Player, by: BestBy, half: Half, seed: int) -> float:
-    """A figure as something of which less is better."""
-    value = figure(player.evaluation, by, half, seed=seed).value
+def loss_of(player: Player, by: BestBy, seed: int) -> float:
+    """A figure on the half to choose by, as something of which less is better."""
+    value = figure(player.evaluation, by, "choose", seed=seed).value
     if by in NEAR_HALF:
         return abs(value - 0.5)
     return -value if by == "f1" else value
@@ -90,8 +90,7 @@ def best(candidates: Sequence[Player], config: RunConfig) -> Player:
     """
 
     def loss(player: Player) -> tuple[float, float]:
-        by, seed = config.evaluation.best_by, config.seed
-        return loss_of(player, by, "choose", seed), loss_of(player, "nll", "choose", seed)
+        return loss_of(player, config.evaluation.best_by, config.seed), loss_of(player, "nll", config.seed)
 
     return min(candidates, key=loss)
 

@@ -155,7 +155,7 @@ def _choice(measured: Sequence[Player], config: RunConfig) -> Iterator[str]:
     theirs = figure(chosen.evaluation, by, "choose", seed=config.seed)
     nearest = ", the nearest to 0.5" if by in NEAR_HALF else ""
     said = f"By {RATED[by]} on the rows to choose by, {chosen.told} is the best ({theirs.told()}{nearest})"
-    if loss_of(first, by, "choose", config.seed) <= loss_of(chosen, by, "choose", config.seed):
+    if loss_of(first, by, config.seed) <= loss_of(chosen, by, config.seed):
         theirs = figure(first.evaluation, by, "choose", seed=config.seed)
         said += f" of the iterations, and {first.told} is no worse ({theirs.told()})"
     if by not in NEAR_HALF or len(first.evaluation.prompts_of("choose")) > 1:  # else no classifier was trained
