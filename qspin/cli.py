@@ -6,7 +6,7 @@ import errno
 import io
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -311,7 +311,8 @@ def main() -> None:
     try:
         _run_app()
     except QspinError as error:
-        _fail(f"error: {error}", 1)
+        print(visible(redacted(f"error: {error}")), file=sys.stderr)  # noqa: T201
+        raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code in CODES:
             leave_stopped(int(stop.code))
@@ -329,11 +330,6 @@ def _run_app() -> None:
         raise QspinError(
             "the disk is full where the output, temporary files or caches are written; free some space"
         ) from None
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(visible(redacted(message)), file=sys.stderr)  # noqa: T201
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":
