@@ -25,12 +25,12 @@ from torch import Tensor
 
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
+from qspin.fitting.footprint import NESTED_BLOCK, NF4_BLOCK
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 2**20  # weights computed at once: 4 MB in fp32, and a few times that for what the sum is made of
 COPY = 2**22  # bytes copied at once
 LONGEST_HEADER = 100_000_000  # of the safetensors library
-NF4_BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, which SlotModel loads with
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}

@@ -36,7 +36,8 @@ EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
 
-BLOCK, NESTED_BLOCK = 64, 256  # NF4 weights that share a constant, and such constants that share one of their own
+# NF4 weights that share a constant, and such constants that share one of their own: bitsandbytes' defaults
+NF4_BLOCK, NESTED_BLOCK = 64, 256
 # sampling with a nucleus, bytes a logit: logits, weights, their share, sorted, order (8), sums twice, and a mask
 SAMPLING = 33
 # on a CPU, tensors of so many bytes and more are mapped by themselves (`memory.keep_freed_memory`); in the heap each
@@ -109,7 +110,7 @@ class Footprint:
         """
         total = 0
         for linear in linears(self.shape):
-            blocks = math.ceil(linear.weights / BLOCK)
+            blocks = math.ceil(linear.weights / NF4_BLOCK)
             nested = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + 1028
             unpacked = 4 * blocks if self.device == "cpu" else 0
             total += math.ceil(linear.weights / 2) + 64 + (nested if double_quant else 4 * blocks) + unpacked
