@@ -52,7 +52,7 @@ def generate(
     top_p: float,
     width: int,
     stop_ids: Container[int],
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], None] = lambda _tokens, _rows: None,
     on_done: Callable[[int, Completion], None] = lambda _index, _completion: None,
     on_token: Callable[[int, int], None] = lambda _index, _token: None,
     ends: Callable[[Sequence[int]], bool] = lambda _ids: False,

@@ -189,7 +189,6 @@ class Trained:
             top_p=1.0,
             width=COMPLETIONS,
             stop_ids=self.speech.stop_ids,
-            on_step=lambda _tokens, _rows: None,
         )
         reading.completions = [self.speech.renderer.completion_text(answer.ids) for answer in answers]
         return reading

@@ -73,7 +73,7 @@ def _generate(model: SlotModel, piece: dict[str, Any]) -> list[tuple[tuple[int, 
     requests = [Request(tuple(ids), key) for ids, key in piece["requests"]]
     if not requests:  # there were fewer groups than processes
         return []
-    completions = generate(model, requests, **piece["settings"], on_step=lambda _tokens, _done: None)
+    completions = generate(model, requests, **piece["settings"])
     return [(completion.ids, completion.ended) for completion in completions]
 
 
