@@ -20,7 +20,7 @@ from qspin import spin
 from qspin.config import load_config
 from qspin.figures import plots
 from qspin.figures.page import SCRIPT, page
-from qspin.figures.panel import Figure
+from qspin.figures.panel import Figure, auc, estimate
 from qspin.figures.report import PHASES, sentences, tables
 from qspin.prepare import Prepared, prepare
 from qspin.run_dir import RunDir
@@ -186,6 +186,17 @@ def test_completions_side_by_side(run: RunDir, tmp_path: Path) -> None:
     for wrong in ("7", "0,,1"):
         assert refusal("compare", run.path, "--iterations", wrong).startswith("--iterations: '")
     assert refusal("compare", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
+
+
+def test_an_estimate_outside_of_its_interval_is_drawn() -> None:
+    """An AUC's bootstrap counts a row against itself too often; and one prompt's rows are summed in another order."""
+    real, generated = [row + 0.5 for row in range(32)], list(range(32))  # far apart as rows, near as a pair
+    biased = estimate(auc(real, generated), range(32), seed=0)
+    assert biased.low > biased.value
+    rounded = Figure(0.3, 0.1 + 0.2, 0.1 + 0.2)
+    panels = {"base": {"reward_auc": biased}, "0": {"reward_auc": rounded}}
+    assert plots.players(panels, {"reward_auc": ("reward AUC", None)}).startswith("<svg")
+    assert plots.compared({"a run": panels}, {"reward_auc": "reward AUC"}).startswith("<svg")
 
 
 def test_pictures_take_their_ink_from_the_page() -> None:

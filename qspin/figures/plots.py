@@ -61,9 +61,9 @@ def intervals(axis: Axes, series: Mapping[str, Mapping[str, Figure]]) -> None:
     for offset, (label, line) in enumerate(series.items()):
         places = [names.index(player) + 0.03 * (offset - (len(series) - 1) / 2) for player in line]
         values = [figure.value for figure in line.values()]
-        around = (
-            [figure.value - figure.low for figure in line.values()],
-            [figure.high - figure.value for figure in line.values()],
+        around = (  # an estimate may lie outside of its percentile interval, by bias or by rounding
+            [max(0.0, figure.value - figure.low) for figure in line.values()],
+            [max(0.0, figure.high - figure.value) for figure in line.values()],
         )
         axis.errorbar(places, values, around, label=label or None, capsize=2, marker="o", markersize=3, linewidth=1)
     axis.set_xticks(range(len(names)), names)
