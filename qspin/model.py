@@ -121,6 +121,8 @@ class SlotModel:
 
     def hidden(self, embedded: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
         """(T, D), (T,) → (T, D): the decoder's last hidden state, after its final norm."""
+        for layers in self._layers:
+            layers.let_go()
         output = self._decoder(
             inputs_embeds=embedded[None], position_ids=position_ids[None], use_cache=False, layout=layout
         )

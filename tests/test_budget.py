@@ -29,6 +29,7 @@ from qspin.fitting import at_once, memory
 from qspin.fitting.at_once import A_PASS, Budget
 from qspin.fitting.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.fitting.memory import OutOfMemory, peak, refusals_told
+from qspin.layers.attention import Packed
 from qspin.layers.lora import FusedLayers
 from qspin.model import SlotModel
 from qspin.packing import Plan, Row, lengths_of, pack_row, plan_batches
@@ -414,6 +415,46 @@ def test_work_refused_in_any_product_leaves_nothing_to_the_next(
         assert not any(x() is not None for x in inputs)
         assert torch.equal(work(), undisturbed)
         assert not held
+
+
+@pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
+@pytest.mark.parametrize("recomputed", [0, 3])
+@pytest.mark.parametrize("measured", [True, False])
+def test_work_refused_between_layers_of_one_input_leaves_nothing_to_the_next(
+    measured: bool, recomputed: int, norm: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3's queries are normed before its keys are asked for, which are there by then."""
+    model, rows = tiny_model("qwen3"), list[weakref.ref[Packed]]()
+    model.use_gradient_checkpointing(recomputed)
+
+    def packed(*args: Any) -> Row:
+        if measured:  # while the memory that is taken is watched
+            assert not any(row() is not None for row in rows)
+        row = pack_row(*args)
+        rows.append(weakref.ref(row.layout))  # attention's graph has it
+        return row
+
+    def work() -> None:
+        if measured:
+            budget._need(model, PAIRS[:2], 0)
+        else:
+            with refusals_told():
+                budget.pair_logps(model, packed(PAIRS[:2], CPU))[0].sum().backward()
+
+    def refused(_x: torch.Tensor) -> torch.Tensor:
+        assert [row() is not None for row in rows] == [False] * (len(rows) - 1) + [True]
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(budget, "pack_row", packed)
+    layers = model._decoder.layers
+    monkeypatch.setattr(getattr(layers[-1].self_attn, norm), "forward", refused)
+    for _ in range(2):
+        with pytest.raises(OutOfMemory):
+            work()
+    monkeypatch.setattr(layers[0].input_layernorm, "forward", refused)
+    with pytest.raises(OutOfMemory):
+        work()
+    assert not any(row() is not None for row in rows)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is the allocator's business")

@@ -115,6 +115,12 @@ class FusedLayers:
     def forget(self) -> None:
         """Hold nothing that was kept to be quicker the next time."""
         self._low_rank = None
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Hold nothing of a pass that was refused between two of the layers, as by a norm of queries: what was made
+        for the next of them has all that was kept before it in its graph."""
+        self._input, self._outputs = None, [None] * len(self._outputs)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What one of the layers makes of x; the first to be asked computes for all."""
