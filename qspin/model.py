@@ -336,7 +336,7 @@ def _in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torc
         QspinError: it can't be loaded.
     """
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
+        causal_lm: Any = transformers.AutoModelForCausalLM.from_pretrained(
             base.weights(),
             revision=base.revision,
             trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
@@ -348,6 +348,11 @@ def _in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torc
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise unreachable(base, error) from None
+    for parameter in causal_lm.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # W is made in its type, which of a base that came quantised is that of its maker
+            state.dtype = dtype
+    return causal_lm
 
 
 def nf4(model: ModelConfig, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:

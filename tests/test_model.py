@@ -273,6 +273,27 @@ def test_peft_loads_what_is_saved_and_it_is_the_same_player(
     torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_base_that_came_quantised_computes_in_the_type_asked_for(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Such bases were bfloat16, as a rule, which neither older GPUs nor most CPUs multiply."""
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    for name, settings in (("plain", {}), ("quantised", {"quantization_config": config})):
+        source = tiny_folder("qwen2") if name == "plain" else tmp_path / "plain"
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **settings)
+        model.save_pretrained(tmp_path / name)
+
+    def loaded(name: str) -> SlotModel:
+        config = ModelConfig(id=str(tmp_path / name), dtype="float32")
+        return SlotModel.load(find_base(config), config, LoraConfig(), seed=0, device=torch.device("cpu"))
+
+    plain, quantised = loaded("plain"), loaded("quantised")
+    assert quantised.base_hash() == plain.base_hash()
+    assert torch.equal(logits(quantised), logits(plain))
+
+
 def test_the_saved_configuration_names_no_path_and_is_sorted(
     tiny_model: Callable[..., SlotModel], tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
