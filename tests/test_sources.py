@@ -5,19 +5,11 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
-import os
 import re
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 from qspin import sources
 from qspin.errors import QspinError, one_line
@@ -150,6 +142,18 @@ def test_names_that_no_file_can_have(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_local_folder_with_a_loader_script_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text("raise SystemExit('run')")
+    with pytest.raises(QspinError) as caught:
+        rows(folder)
+    assert str(caught.value) == f"{folder}: is not a file; name one in it"
+    with pytest.raises(QspinError) as caught:
+        rows(folder / "scripted.py")
+    assert str(caught.value).startswith(f"{folder / 'scripted.py'}: .py is not one of .jsonl")
+
+
 # --- Parquet ---
 
 
@@ -185,82 +189,3 @@ def test_whatever_type_a_column_has_it_is_read_or_refused(tmp_path: Path) -> Non
         else:
             assert isinstance(row, dict)
             assert (str(place), row["prompt"], row["completion"]) == ("row 1", "Hi", "Hello."), name
-
-
-# --- a data set with a loader script ---
-
-
-class _Hub(BaseHTTPRequestHandler):
-    """Serves one data set, me/scripted, that has no README and a script; nothing of it can be loaded."""
-
-    protocol_version = "HTTP/1.1"
-    sha = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/datasets/me/scripted"):
-            self._answer(200, {"id": "me/scripted", "sha": self.sha, "siblings": [], "private": False, "tags": []})
-        elif path.endswith(f"/resolve/{self.sha}/scripted.py"):
-            self._answer(200, {}, ETag='"script"')
-        else:
-            self._answer(404, {"error": "Entry not found"}, **{"X-Error-Code": "EntryNotFound"})
-
-    def _answer(self, status: int, value: Any, **headers: str) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        length = {"Content-Type": "application/json", "Content-Length": str(len(body)), "X-Repo-Commit": self.sha}
-        for name, text in {**length, **headers}.items():
-            self.send_header(name, text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_hub_data_set_with_a_loader_script_is_refused(tmp_path: Path) -> None:
-    script = "from qspin.sources import hub_rows\ntry: list(hub_rows('me/scripted', 'train', None))\n"
-    script += "except Exception as error: print(type(error).__name__, error)"
-    with hub() as url:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(tmp_path),
-            "HF_ENDPOINT": url,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
-        command = [sys.executable, "-c", script]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == (
-        "QspinError me/scripted: is a hub data set with a loader script, and programs of strangers are not run; choose "
-        "one that is stored as files, or download its files and name one of them "
-        "(Dataset scripts are no longer supported, but found scripted.py)\n"
-    )
-
-
-def test_a_local_folder_with_a_loader_script_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "scripted"
-    folder.mkdir()
-    (folder / "scripted.py").write_text("raise SystemExit('run')")
-    with pytest.raises(QspinError) as caught:
-        rows(folder)
-    assert str(caught.value) == f"{folder}: is not a file; name one in it"
-    with pytest.raises(QspinError) as caught:
-        rows(folder / "scripted.py")
-    assert str(caught.value).startswith(f"{folder / 'scripted.py'}: .py is not one of .jsonl")
