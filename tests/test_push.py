@@ -18,7 +18,7 @@ import transformers
 import yaml
 from conftest import CHATML, Answer
 from hub_server import SIGNATURE, TOKEN, HubServer
-from test_card import IN_FOLDER, IN_PACKAGE, ON_HUB
+from made import IN_FOLDER, IN_PACKAGE, ON_HUB
 
 from qspin import spin
 from qspin.config import changed_results, load_config
