@@ -206,6 +206,14 @@ def loaded(played_run: RunDir) -> Loaded:
     return Loaded.open(played_run)
 
 
+def ordered(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats as integers that count in units in the last place."""
+    kinds = {2: (torch.int16, 0x7FFF), 4: (torch.int32, 0x7FFFFFFF)}
+    kind, mask = kinds[tensor.dtype.itemsize]
+    bits = tensor.contiguous().view(kind).long()
+    return torch.where(bits < 0, -(bits & mask), bits)
+
+
 def flip_byte(adapter: Path) -> str:
     """Alter a weight of an adapter, which stays a readable file; what is said of it."""
     weights = adapter / ADAPTER_WEIGHTS

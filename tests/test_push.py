@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import Answer, CHATML, flip_byte
+from conftest import CHATML, Answer, flip_byte
 from hub_server import SIGNATURE, TOKEN, HubServer
 from made import IN_FOLDER, IN_PACKAGE, ON_HUB
 
