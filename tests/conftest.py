@@ -32,6 +32,7 @@ from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
 from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.model import SlotModel
 from qspin.prepare import prepare
+from qspin.record import template_date
 from qspin.records import Message, Record
 from qspin.run_dir import RunDir
 from qspin.spin import run
@@ -204,6 +205,35 @@ def played_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.Temp
 def loaded(played_run: RunDir) -> Loaded:
     """Its players, whoever of them sits in the slot."""
     return Loaded.open(played_run)
+
+
+def played_on_markup(model: Path, folder: Path) -> RunDir:
+    """Two iterations on rows full of markup, with a template of its own."""
+    evil = "<script>alert(1)</script> | `x`\n---\nlicense: mit"
+    rows = [{"prompt": f"What is {n}? {evil}", "completion": f"{7 * n} {evil}"} for n in range(12)]
+    rows += [{"prompt": "", "completion": "nothing was asked"}]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.jinja").write_text(CHATML)
+    config = load_config(
+        None,
+        {
+            "model.id": str(model),
+            "model.dtype": "float32",
+            "chat.template": str(folder / "own.jinja"),
+            "data.source": str(folder / "mine.jsonl"),
+            "data.heldout_rows": 2,
+            "data.max_malformed_share": 0.1,
+            "generation.max_new_tokens": 6,
+            "train.batch_size": 8,
+            "train.lr": 0.003,
+            "train.epochs": 1,
+            "lora.rank": 4,
+            "iterations": 2,
+        },
+    )
+    made = RunDir(folder / "run")
+    run(prepare(config, template_date(made)), made.path, Silent())
+    return made
 
 
 def ordered(tensor: torch.Tensor) -> torch.Tensor:

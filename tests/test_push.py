@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,113 +14,26 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import CHATML, Answer, flip_byte
+from conftest import CHATML, Answer, played_on_markup
 from hub_server import SIGNATURE, TOKEN, HubServer
 from made import IN_FOLDER, IN_PACKAGE, ON_HUB
+from pusher import Pusher
 
-from qspin import spin
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
-from qspin.exports.card import Licence
-from qspin.exports.push import Content, _explain, _licence, make_upload, send
+from qspin.exports.push import Content, _explain, make_upload, send
 from qspin.exports.recipe import recorded_config
-from qspin.files import read_json, read_jsonl, read_plain_json, sha256_of, write_json, write_jsonl, write_plain_json
+from qspin.files import read_json, read_jsonl, sha256_of, write_json
 from qspin.prepare import prepare
 from qspin.record import template_date
 from qspin.run_dir import RunDir
-from qspin.watch.progress import Silent
 
 WEIGHTS = "adapter_model.safetensors"
-EVIL = "<script>alert(1)</script> | `x`\n---\nlicense: mit"
 
 
 @pytest.fixture(scope="module")
 def run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """Two iterations on rows full of markup, with a template of its own."""
-    folder = tmp_path_factory.mktemp("push")
-    rows = [{"prompt": f"What is {n}? {EVIL}", "completion": f"{7 * n} {EVIL}"} for n in range(12)]
-    rows += [{"prompt": "", "completion": "nothing was asked"}]
-    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.jinja").write_text(CHATML)
-    config = load_config(
-        None,
-        {
-            "model.id": str(tiny_folder("llama")),
-            "model.dtype": "float32",
-            "chat.template": str(folder / "own.jinja"),
-            "data.source": str(folder / "mine.jsonl"),
-            "data.heldout_rows": 2,
-            "data.max_malformed_share": 0.1,
-            "generation.max_new_tokens": 6,
-            "train.batch_size": 8,
-            "train.lr": 0.003,
-            "train.epochs": 1,
-            "lora.rank": 4,
-            "iterations": 2,
-        },
-    )
-    made = RunDir(folder / "run")
-    spin.run(prepare(config, template_date(made)), made.path, Silent())
-    return made
-
-
-# One process pushes many times: to import torch for each takes longer than all the rest. The client reads its
-# variables as it is imported, but for the token.
-WORKER = """
-import json, os, sys, traceback
-from qspin.exports import push
-from qspin.cli import main
-
-answers = os.fdopen(os.dup(1), "w")
-for line in sys.stdin:
-    order = json.loads(line)
-    os.environ["HF_TOKEN"] = order["token"]
-    for descriptor in (1, 2):
-        file = os.open(f"{order['said']}{descriptor}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, descriptor)
-        os.close(file)
-    sys.argv = ["qspin", "push", *order["arguments"]]
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = -1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    print(json.dumps(code), file=answers, flush=True)
-"""
-
-
-class Pusher:
-    """`qspin push` in a process of its own, as the command line has it; the token and signatures are never seen."""
-
-    def __init__(self, folder: Path, variables: dict[str, str]) -> None:
-        self.said = folder / f"said-{len(list(folder.iterdir()))}-"
-        self.home = folder / "hf-home"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**environment, "OMP_NUM_THREADS": "1", "HF_HOME": str(self.home), **variables},
-        )
-
-    def __call__(self, run: RunDir, repo: str, *options: str, token: str = TOKEN) -> Answer:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        order = {"arguments": [str(run.path), repo, *options], "token": token, "said": str(self.said)}
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        code = json.loads(self.process.stdout.readline())
-        out, err = (Path(f"{self.said}{descriptor}").read_text() for descriptor in (1, 2))
-        assert TOKEN not in out + err
-        assert SIGNATURE not in out + err
-        return Answer(code, out, err)
-
-    def close(self) -> None:
-        self.process.communicate()
+    return played_on_markup(tiny_folder("llama"), tmp_path_factory.mktemp("push"))
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +54,6 @@ def hub(server: HubServer) -> HubServer:
     """Empty."""
     server.reset()
     return server
-
-
-def staged(run: RunDir) -> list[Path]:
-    return [path for path in run.path.with_name("run-push").rglob("*") if path.is_file()]
 
 
 # --- a push ---
@@ -353,64 +259,6 @@ def test_what_a_server_says_is_one_line_without_signatures() -> None:
     )
 
 
-@pytest.mark.parametrize("repo", ["../x", "/etc/x", "a/b\0", "x" * 300, f"a/{'x' * 300}", "<script>/x", "mine"])
-def test_a_name_that_is_no_hub_id(repo: str, run: RunDir) -> None:
-    with pytest.raises(QspinError) as caught:
-        make_upload(run, repo, content="adapter", iteration="last", say=lambda _: None)
-    said = str(caught.value)
-    assert said.startswith("OWNER/NAME: ")
-    assert said.endswith(" is not a hub id: give owner/name, each at most 96 letters, digits, '-', '_' or '.'")
-    assert said.isprintable()
-    assert len(said) < 150
-
-
-def test_an_iteration_that_is_not_there(run: RunDir) -> None:
-    with pytest.raises(QspinError) as caught:
-        make_upload(run, "me/mine", content="adapter", iteration="2", say=lambda _: None)
-    assert str(caught.value) == f"--iteration: '2' is not finished in {run.path}; last, best or 0 to 1 are"
-
-
-def copied(run: RunDir, path: Path) -> RunDir:
-    return RunDir(Path(shutil.copytree(run.path, path)))
-
-
-def test_a_run_without_a_finished_iteration(run: RunDir, tmp_path: Path) -> None:
-    young = copied(run, tmp_path / "run")
-    young.iteration(0).evaluation.unlink()
-    with pytest.raises(QspinError) as caught:
-        make_upload(young, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-    assert str(caught.value).startswith(f"{young.path} has no finished iteration yet")
-
-
-def test_damaged_weights_are_not_published(run: RunDir, tmp_path: Path) -> None:
-    damaged = copied(run, tmp_path / "run")
-    told = flip_byte(damaged.iteration(1).adapter)
-    with pytest.raises(QspinError) as caught:
-        make_upload(damaged, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-    assert str(caught.value) == told
-
-
-def test_another_template_is_not_published(run: RunDir) -> None:
-    template = run.template
-    text = template.read_text()
-    for change in (lambda: template.write_text(text + " "), template.unlink):
-        change()
-        with pytest.raises(QspinError) as caught:
-            make_upload(run, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-        assert str(caught.value).startswith(f"chat.template: {template} ")
-    template.write_text(text)
-
-
-def test_other_rows_are_not_published(run: RunDir) -> None:
-    data = run.path.parent / "mine.jsonl"
-    text = data.read_text()
-    data.write_text(text.replace("What is 3", "What was 3"))
-    with pytest.raises(QspinError) as caught:
-        make_upload(run, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
-    data.write_text(text)
-    assert str(caught.value) == f"{data}: the rows are not those that {run.path} began with; bring the old file back"
-
-
 # --- what would be uploaded ---
 
 
@@ -427,42 +275,8 @@ def test_a_dry_run_writes_all_and_sends_nothing(content: Content, run: RunDir, h
         *upload.files
     }
     assert hub.requests == [], "a base in a folder has no card to ask for"
-    assert not any(TOKEN.encode() in path.read_bytes() for path in staged(run))
-
-
-def test_the_same_run_makes_the_same_bytes(run: RunDir) -> None:
-    """So that what is on the Hub already is known for what it is."""
-    for content in ("adapter", "dataset"):
-        hashes = []
-        for _ in range(2):
-            upload = make_upload(run, "me/mine", content=content, iteration="last", say=lambda _: None)
-            hashes.append([sha256_of(upload.folder / name) for name in upload.files])
-        assert hashes[0] == hashes[1]
-
-
-def test_a_completion_equal_to_the_real_one_is_no_pair(run: RunDir, tmp_path: Path) -> None:
-    """Training left it out too."""
-    other = copied(run, tmp_path / "run")
-    shard = other.iteration(1).generated(0)
-    same, *rest = read_jsonl(shard)
-    write_jsonl(shard, [{**same, "generated_ids": same["real_ids"]}, *rest])
-    upload = make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
-    table = pyarrow.parquet.read_table(upload.folder / "data" / "iteration-1.parquet")
-    assert table["id"].to_pylist() == [row["record_id"] for row in rest]
-    card = (upload.folder / "README.md").read_text()
-    assert "| 0 | 10 | 0 |\n| 1 | 9 | 1 |" in card
-
-
-def test_pairs_of_which_all_are_alike_are_not_published(run: RunDir, tmp_path: Path) -> None:
-    other = copied(run, tmp_path / "run")
-    for iteration in (0, 1):
-        for shard in other.iteration(iteration).generated(0).parent.glob("shard-*.jsonl"):
-            write_jsonl(shard, [{**row, "generated_ids": row["real_ids"]} for row in read_jsonl(shard)])
-        if iteration == 0:  # a later one has pairs, as with sft_weight
-            upload = make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
-            assert "| 0 | 0 | 10 |\n| 1 | 10 | 0 |" in (upload.folder / "README.md").read_text()
-    with pytest.raises(QspinError, match="every completion is the real one, so there is no pair to publish"):
-        make_upload(other, "me/pairs", content="dataset", iteration="last", say=lambda _: None)
+    staged = [path for path in run.path.with_name("run-push").rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in path.read_bytes() for path in staged)
 
 
 def test_a_stray_file_is_not_uploaded(run: RunDir, hub: HubServer, push: Pusher) -> None:
@@ -472,17 +286,6 @@ def test_a_stray_file_is_not_uploaded(run: RunDir, hub: HubServer, push: Pusher)
     (upload.folder / ".env").unlink()
     assert done.code == 0, done.err
     assert ".env" not in hub.repos["model", "me/mine"].files
-
-
-def test_a_path_in_an_adapters_configuration_is_not_published(run: RunDir, tmp_path: Path) -> None:
-    """Whatever wrote it: the record has the base's name."""
-    other = copied(run, tmp_path / "run")
-    adapter = other.iteration(1).adapter
-    config = read_plain_json(adapter / "adapter_config.json")
-    write_plain_json(adapter / "adapter_config.json", config | {"base_model_name_or_path": "/home/me/base"})
-    write_json(adapter / "manifest.json", {})
-    upload = make_upload(other, "me/mine", content="adapter", iteration="last", say=lambda _: None)
-    assert read_plain_json(upload.folder / "adapter_config.json")["base_model_name_or_path"] == "tiny-llama"
 
 
 def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServer, push: Pusher) -> None:
@@ -529,7 +332,7 @@ def test_the_licence_is_that_of_the_bases_card(run: RunDir, hub: HubServer, push
         ({**ON_HUB, "name": "some/unknown"}, {}),
         (IN_FOLDER, {}),
     ]
-    other = copied(run, tmp_path / "run")
+    other = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
     record = read_json(other.record)
     for base, licence in wanted:
         write_json(other.record, {**record, "base": base})
@@ -540,8 +343,3 @@ def test_the_licence_is_that_of_the_bases_card(run: RunDir, hub: HubServer, push
         assert {key: value for key, value in found.items() if key.startswith("license")} == licence
         told = "note: the base's licence could not be had; the card says to look it up" in done.out
         assert told == (licence == {})
-
-
-def test_the_embedded_models_licence_is_known_without_the_hub() -> None:
-    assert _licence({"base": IN_PACKAGE}) == Licence("apache-2.0", None, None, "as the package that carries it says")
-    assert _licence({"base": ON_HUB}) is None
