@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub_server import SIGNATURE, TOKEN
 from conftest import Answer
+from hub_server import SIGNATURE, TOKEN
 
 from qspin.run_dir import RunDir
 
