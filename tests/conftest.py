@@ -29,6 +29,7 @@ from qspin.adapters import load_adapter
 from qspin.base import find_base
 from qspin.cli import main
 from qspin.config import Architecture, LoraConfig, ModelConfig, load_config
+from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.model import SlotModel
 from qspin.prepare import prepare
@@ -162,6 +163,26 @@ def tiny_model(tiny_folder: Callable[[str], Path]) -> Callable[..., SlotModel]:
         return model
 
     return load
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Make a file in the test's own folder."""
+
+    def written(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
+
+
+def config_refusal(source: str | Path | None, overrides: dict[str, Any] | None = None) -> str:
+    """What is said of settings that do not fit."""
+    with pytest.raises(QspinError) as caught:
+        load_config(source, overrides)
+    return str(caught.value)
 
 
 def moved_adapter(model: SlotModel, seed: int = 3, scale: float = 0.1) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ TURNS = 9
 
 
 @pytest.fixture(scope="module")
-def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def played_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mtbench")
     played_small(tiny_folder("llama"), folder)
     written(folder / "questions.jsonl", QUESTIONS)
@@ -56,13 +56,13 @@ def played(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def answered(played: Path) -> Path:
+def answered(played_run: Path) -> Path:
     """The same with every answer of base and iteration 1, and no judgement."""
     with JudgeServer(lambda _: SEVEN) as server:
-        assert trial(played / "run", server, played / "questions.jsonl", "--iteration", "base,1").code == 0
-    for folder in folder_of(played / "run").glob("scripted-*"):
+        assert trial(played_run / "run", server, played_run / "questions.jsonl", "--iteration", "base,1").code == 0
+    for folder in folder_of(played_run / "run").glob("scripted-*"):
         shutil.rmtree(folder)
-    return played / "run"
+    return played_run / "run"
 
 
 @pytest.fixture
@@ -169,23 +169,23 @@ def test_the_second_turn_is_asked_after_the_first_answer(
             told += [Message("assistant", answer), Message("user", question.turns[-1])]
 
 
-def test_a_damaged_adapter_does_not_answer(played: Path, tmp_path: Path) -> None:
-    run = RunDir(Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench"))))
+def test_a_damaged_adapter_does_not_answer(played_run: Path, tmp_path: Path) -> None:
+    run = RunDir(Path(shutil.copytree(played_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench"))))
     told = flip_byte(run.iteration(0).adapter)
-    answer = call("mtbench", run.path, "--questions", played / "questions.jsonl", "--iteration", "base,0")
+    answer = call("mtbench", run.path, "--questions", played_run / "questions.jsonl", "--iteration", "base,0")
     assert (answer.code, answer.err.splitlines()[-1]) == (1, f"error: {told}")
     assert not (folder_of(run.path) / "model_answer" / "iteration-0.jsonl").exists()
 
 
-def test_without_a_judge_players_only_answer(played: Path, tmp_path: Path, server: JudgeServer) -> None:
+def test_without_a_judge_players_only_answer(played_run: Path, tmp_path: Path, server: JudgeServer) -> None:
     """As one does where memory holds one model at a time."""
-    run = Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
-    asked = ("mtbench", run, "--questions", played / "questions.jsonl", "--iteration", "base")
+    run = Path(shutil.copytree(played_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
+    asked = ("mtbench", run, "--questions", played_run / "questions.jsonl", "--iteration", "base")
     answer = call(*asked)
     assert answer.code == 0, answer.err
     assert f"answers: {folder_of(run) / 'model_answer'}; give --judge-url and --judge-model" in answer.out
     assert sum(map(len, answers_of(run, "base").values())) == TURNS
-    assert trial(run, server, played / "questions.jsonl", "--iteration", "base").code == 0
+    assert trial(run, server, played_run / "questions.jsonl", "--iteration", "base").code == 0
     assert len(server.prompts()) == TURNS
     assert "go together" in one_line(call(*asked, "--judge-url", server.url))
     assert "go together" in one_line(call(*asked, "--judge-model", MODEL))
@@ -308,8 +308,8 @@ def test_memory_that_runs_out_while_a_player_answers_is_one_line(
     )
 
 
-def test_what_does_not_fit_the_context_is_said(played: Path, tmp_path: Path, server: JudgeServer) -> None:
-    run = Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
+def test_what_does_not_fit_the_context_is_said(played_run: Path, tmp_path: Path, server: JudgeServer) -> None:
+    run = Path(shutil.copytree(played_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
     rows = [
         {"question_id": 1, "category": "stem", "turns": ["many words " * 200, "What is 1?"]},
         {"question_id": 2, "category": "stem", "turns": ["What is 2?", "many words " * 200]},
@@ -333,12 +333,12 @@ def test_what_does_not_fit_the_context_is_said(played: Path, tmp_path: Path, ser
 # --- grades ---
 
 
-def test_each_turn_is_graded_and_counted(again: Path, played: Path, server: JudgeServer) -> None:
+def test_each_turn_is_graded_and_counted(again: Path, played_run: Path, server: JudgeServer) -> None:
     def judge(prompt: str) -> str:
         return "Rating: [[2]]" if "<ANSWER 2>" in prompt else "I say [[3]], no: Rating: [[8.5]]"
 
     server.judge, server.seconds = judge, 0.1  # else one may be answered before the next is asked
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,1")
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "base,1")
     assert answer.code == 0, answer.err
     assert len(server.prompts()) == 2 * TURNS
     assert all(body["temperature"] == 0 and body["max_tokens"] == 2048 for body in server.asked)
@@ -357,8 +357,8 @@ def test_each_turn_is_graded_and_counted(again: Path, played: Path, server: Judg
     assert re.search(r"all +base +8\.5 \[8\.5, 8\.5\] +2\.0 \[2\.0, 2\.0\] +5\.6 \[", answer.out)
 
 
-def test_what_a_judge_is_shown(again: Path, played: Path, server: JudgeServer) -> None:
-    assert trial(again, server, played / "questions.jsonl", "--iteration", "1").code == 0
+def test_what_a_judge_is_shown(again: Path, played_run: Path, server: JudgeServer) -> None:
+    assert trial(again, server, played_run / "questions.jsonl", "--iteration", "1").code == 0
     said, shown = answers_of(again, "iteration-1"), kept(again)
     for question in QUESTIONS:
         for turn in range(1, len(question["turns"]) + 1):
@@ -373,10 +373,12 @@ def test_what_a_judge_is_shown(again: Path, played: Path, server: JudgeServer) -
             assert item["verdict"] == 7 and item["judgment"] == SEVEN
 
 
-def test_references_of_a_file_take_the_place(again: Path, played: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_references_of_a_file_take_the_place(
+    again: Path, played_run: Path, server: JudgeServer, tmp_path: Path
+) -> None:
     row = {"question_id": 5, "choices": [{"index": 0, "turns": ["It is 7, surely.", "Since I say so."]}]}
     file = written(tmp_path / "gpt-4.jsonl", [row, {**row, "question_id": 999}])
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert trial(*arguments, "--references", file).code == 0
     assert sum("It is 7, surely." in prompt for prompt in server.prompts()) == 2
     assert sum("It is 35." in prompt for prompt in server.prompts()) == 2, "where it has none, the question file's"
@@ -384,13 +386,13 @@ def test_references_of_a_file_take_the_place(again: Path, played: Path, server: 
 
 
 def test_what_was_judged_with_other_references_is_in_no_table_with_these(
-    again: Path, played: Path, server: JudgeServer, tmp_path: Path
+    again: Path, played_run: Path, server: JudgeServer, tmp_path: Path
 ) -> None:
     bare = [{key: value for key, value in question.items() if key != "reference"} for question in QUESTIONS]
     without = written(tmp_path / "questions.jsonl", bare)
     others = [{"question_id": 2, "choices": [{"index": 0, "turns": ["It is 15.", "It is 18."]}]}]
     server.judge = lambda prompt: "[[C]] [[2]]" if "REFERENCE" in prompt else "[[C]] [[9]]"
-    assert trial(again, server, played / "questions.jsonl", "--iteration", "base").code == 0
+    assert trial(again, server, played_run / "questions.jsonl", "--iteration", "base").code == 0
     first = result_of(again)
     assert trial(again, server, without, "--iteration", "1").code == 0
     assert trial(again, server, without, "--iteration", "base,1", "--pairwise").code == 0
@@ -420,18 +422,18 @@ def test_only_references_that_are_shown_make_another_judge(tmp_path: Path) -> No
     assert len({none, *map(folder, told)}) == 5
 
 
-def test_the_same_command_asks_nothing_again(again: Path, played: Path, server: JudgeServer) -> None:
-    first = trial(again, server, played / "questions.jsonl", "--iteration", "base")
-    second = trial(again, server, played / "questions.jsonl", "--iteration", "base")
+def test_the_same_command_asks_nothing_again(again: Path, played_run: Path, server: JudgeServer) -> None:
+    first = trial(again, server, played_run / "questions.jsonl", "--iteration", "base")
+    second = trial(again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert len(server.prompts()) == TURNS
     assert first.out.partition("MT-Bench:")[2] == second.out.partition("MT-Bench:")[2]
-    assert trial(again, server, played / "questions.jsonl", "--iteration", "1").code == 0
+    assert trial(again, server, played_run / "questions.jsonl", "--iteration", "1").code == 0
     assert len(server.prompts()) == 2 * TURNS
     assert list(result_of(again)["grades"]) == ["base", "1"], "what was found before stays"
 
 
-def test_players_are_the_base_and_the_kept_one_unless_named(again: Path, played: Path, server: JudgeServer) -> None:
-    assert trial(again, server, played / "questions.jsonl").code == 0
+def test_players_are_the_base_and_the_kept_one_unless_named(again: Path, played_run: Path, server: JudgeServer) -> None:
+    assert trial(again, server, played_run / "questions.jsonl").code == 0
     names = list(result_of(again)["grades"])
     assert names[0] == "base" and names[1] in {"0", "1"} and len(names) == 2
 
@@ -455,7 +457,9 @@ def test_winners() -> None:
     assert winner("A") is winner("[A]") is winner("[[D]]") is None
 
 
-def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, played: Path, server: JudgeServer) -> None:
+def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(
+    again: Path, played_run: Path, server: JudgeServer
+) -> None:
     times: Counter[str] = Counter()
 
     def judge(prompt: str) -> str | None:
@@ -465,7 +469,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, playe
         return "Hm." if "What is 3?" in prompt and (times[prompt] == 1 or "<ANSWER 2>" in prompt) else SEVEN
 
     server.judge = judge
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base")
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert answer.code == 0
     assert sorted(Counter(server.prompts()).values()) == [1] * 6 + [2] * 3
     shown = kept(again)
@@ -482,7 +486,7 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, playe
     )
     assert said is not None and said[1] in {"1-turn-2: 'Hm.'", "own-4-turn-1: ''"}
     server.asked.clear()
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base")
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert answer.code == 0 and "judgements hold" not in answer.out
     assert server.asked == [], "unparsed is kept"
 
@@ -490,24 +494,24 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, playe
 # --- comparisons ---
 
 
-def test_a_judge_that_goes_by_places_finds_ties_alone(again: Path, played: Path, server: JudgeServer) -> None:
+def test_a_judge_that_goes_by_places_finds_ties_alone(again: Path, played_run: Path, server: JudgeServer) -> None:
     server.judge = lambda _: "[[A]]"
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,1", "--pairwise")
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "base,1", "--pairwise")
     assert answer.code == 0, answer.err
     assert len(server.prompts()) == 2 * TURNS
     told = result_of(again)["figures"]["pairs"]["base vs 1"]["all"]
     assert told == {"wins": 0, "ties": TURNS, "losses": 0, "unparsed": 0, "value": 0.5, "low": 0.5, "high": 0.5}
     assert re.search(rf"all +0 +{TURNS} +0 +50% \[50, 50\] +{TURNS} +0", answer.out)
     assert result_of(again)["grades"] == {}
-    trial(again, server, played / "questions.jsonl", "--iteration", "1,base", "--pairwise")
+    trial(again, server, played_run / "questions.jsonl", "--iteration", "1,base", "--pairwise")
     assert len(server.prompts()) == 2 * TURNS and len(result_of(again)["pairs"]) == 1, (
         "the order of naming says nothing"
     )
 
 
-def test_the_two_orders_show_the_answers_swapped(again: Path, played: Path, server: JudgeServer) -> None:
+def test_the_two_orders_show_the_answers_swapped(again: Path, played_run: Path, server: JudgeServer) -> None:
     server.judge = lambda _: "[[C]]"
-    trial(again, server, played / "questions.jsonl", "--iteration", "base,1", "--pairwise")
+    trial(again, server, played_run / "questions.jsonl", "--iteration", "base,1", "--pairwise")
     base, one, shown = answers_of(again, "base"), answers_of(again, "iteration-1"), kept(again)
     assert len(shown) == 2 * TURNS
     for question in QUESTIONS:
@@ -520,7 +524,7 @@ def test_the_two_orders_show_the_answers_swapped(again: Path, played: Path, serv
             assert (a, b) == (first[name][0], second[name][0])
 
 
-def test_a_win_is_one_in_both_orders(again: Path, played: Path, server: JudgeServer) -> None:
+def test_a_win_is_one_in_both_orders(again: Path, played_run: Path, server: JudgeServer) -> None:
     """A judge that prefers by what is said, but for one question, where it can't be understood in one order."""
     base = answers_of(again, "base")
 
@@ -532,7 +536,7 @@ def test_a_win_is_one_in_both_orders(again: Path, played: Path, server: JudgeSer
         return "[[A]]" if is_base else "[[B]]"
 
     server.judge = judge
-    trial(again, server, played / "questions.jsonl", "--iteration", "base,1", "--pairwise")
+    trial(again, server, played_run / "questions.jsonl", "--iteration", "base,1", "--pairwise")
     first = [row for row in result_of(again)["pairs"]["base vs 1"] if row[2] == 1]
     assert [row[3:] for row in first] == [["first", True]] * 3 + [[None, False], ["first", True]]
 
@@ -550,10 +554,10 @@ def test_games(there: str | None, back: str | None, found: tuple[str | None, boo
     assert mtbench.game(there, back) == found
 
 
-def test_a_comparison_is_of_two(again: Path, played: Path, server: JudgeServer) -> None:
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "base,0,1", "--pairwise")
+def test_a_comparison_is_of_two(again: Path, played_run: Path, server: JudgeServer) -> None:
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "base,0,1", "--pairwise")
     assert answer == Answer(1, "", "error: --pairwise compares two players, and --iteration names 3: base, 0, 1\n")
-    answer = trial(again, server, played / "questions.jsonl", "--iteration", "1,last", "--pairwise")
+    answer = trial(again, server, played_run / "questions.jsonl", "--iteration", "1,last", "--pairwise")
     assert "--iteration names 1: 1" in answer.err
 
 
@@ -644,9 +648,11 @@ def one_line(answer: Answer) -> str:
     return answer.err
 
 
-def test_refusals_are_one_line_and_come_before_any_answer(played: Path, tmp_path: Path, server: JudgeServer) -> None:
-    run = Path(shutil.copytree(played / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
-    questions = played / "questions.jsonl"
+def test_refusals_are_one_line_and_come_before_any_answer(
+    played_run: Path, tmp_path: Path, server: JudgeServer
+) -> None:
+    run = Path(shutil.copytree(played_run / "run", tmp_path / "run", ignore=shutil.ignore_patterns("mt-bench")))
+    questions = played_run / "questions.jsonl"
     wrong = "sk-anotherSecretOfNoAccount"
     answer = trial(run, server, questions, key=wrong)
     assert "does not accept the key (HTTP 401: Incorrect API key provided: Bearer ***)" in one_line(answer)
@@ -677,15 +683,15 @@ def test_refusals_are_one_line_and_come_before_any_answer(played: Path, tmp_path
         ("http://host:port/v1", "give one as http"),
     ],
 )
-def test_addresses_that_are_none(url: str, told: str, again: Path, played: Path, server: JudgeServer) -> None:
-    answer = trial(again, server, played / "questions.jsonl", "--judge-url", url)
+def test_addresses_that_are_none(url: str, told: str, again: Path, played_run: Path, server: JudgeServer) -> None:
+    answer = trial(again, server, played_run / "questions.jsonl", "--judge-url", url)
     assert told in one_line(answer)
     assert "secret" not in answer.err
 
 
 @pytest.mark.parametrize("proxy", ["sock://me:secret@127.0.0.1:9", "http://me:secret@127.0.0.1:nine"])
-def test_a_proxy_that_cannot_be_used(proxy: str, again: Path, played: Path, server: JudgeServer) -> None:
-    options_ = options(server, played / "questions.jsonl")
+def test_a_proxy_that_cannot_be_used(proxy: str, again: Path, played_run: Path, server: JudgeServer) -> None:
+    options_ = options(server, played_run / "questions.jsonl")
     answer = call("mtbench", again, *options_, QSPIN_JUDGE_KEY=KEY, ALL_PROXY=proxy, NO_PROXY="")
     assert "the proxy that the environment names can't be used" in one_line(answer)
     assert "secret" not in answer.err
@@ -705,10 +711,10 @@ def test_a_refusal_without_a_word(server: JudgeServer, monkeypatch: pytest.Monke
 
 
 def test_certificates_that_cannot_be_read(
-    again: Path, played: Path, server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    again: Path, played_run: Path, server: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options_ = options(server, played / "questions.jsonl")
-    for file in (tmp_path / "none.pem", played / "questions.jsonl"):
+    options_ = options(server, played_run / "questions.jsonl")
+    for file in (tmp_path / "none.pem", played_run / "questions.jsonl"):
         answer = call("mtbench", again, *options_, QSPIN_JUDGE_KEY=KEY, SSL_CERT_FILE=str(file))
         assert "the certificates that the environment names can't be read (" in one_line(answer)
         assert "mend SSL_CERT_FILE, or unset it" in answer.err
@@ -719,8 +725,8 @@ def test_certificates_that_cannot_be_read(
 
 
 @pytest.mark.parametrize("seconds", ["inf", "nan", "1e12", "86401", "0"])
-def test_a_timeout_that_is_none(seconds: str, again: Path, played: Path, server: JudgeServer) -> None:
-    answer = trial(again, server, played / "questions.jsonl", "--judge-timeout", seconds)
+def test_a_timeout_that_is_none(seconds: str, again: Path, played_run: Path, server: JudgeServer) -> None:
+    answer = trial(again, server, played_run / "questions.jsonl", "--judge-timeout", seconds)
     assert (answer.code, answer.out, server.asked) == (2, "", [])
     assert "Invalid value for '--judge-timeout'" in answer.err
 
@@ -751,7 +757,7 @@ def test_which_key_is_sent(server: JudgeServer, monkeypatch: pytest.MonkeyPatch)
             judge()
 
 
-def test_a_judge_that_dies_loses_nothing(again: Path, played: Path, server: JudgeServer) -> None:
+def test_a_judge_that_dies_loses_nothing(again: Path, played_run: Path, server: JudgeServer) -> None:
     def judge(_: str) -> str:
         if len(server.prompts()) > 4:
             for _ in range(40):
@@ -759,7 +765,7 @@ def test_a_judge_that_dies_loses_nothing(again: Path, played: Path, server: Judg
         return SEVEN
 
     server.judge = judge
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base")
     answer = trial(*arguments)
     assert "HTTP 503: out of order, and did so 6 times in a row; what was judged is kept" in one_line(answer)
     assert "HTTP 503: out of order; asked again after a pause" in answer.out
@@ -772,9 +778,9 @@ def test_a_judge_that_dies_loses_nothing(again: Path, played: Path, server: Judg
 
 
 def test_a_prompt_that_is_refused_alone_is_counted_and_asked_again(
-    again: Path, played: Path, server: JudgeServer
+    again: Path, played_run: Path, server: JudgeServer
 ) -> None:
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base", "--at-once", "1")
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base", "--at-once", "1")
 
     def judge(_: str) -> str:
         if len(server.prompts()) == 2:
@@ -794,10 +800,10 @@ def test_a_prompt_that_is_refused_alone_is_counted_and_asked_again(
 
 
 def test_refused_prompts_are_sent_again_by_a_command_that_has_nothing_else_to_send(
-    again: Path, played: Path, server: JudgeServer
+    again: Path, played_run: Path, server: JudgeServer
 ) -> None:
     refusal = Failure(400, b'{"error": {"message": "the context is 4096 tokens"}}')
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base")
     server.judge = lambda prompt: refusal if "What is 3?" in prompt else SEVEN
     for sent in (TURNS, TURNS + 2):
         answer = trial(*arguments)
@@ -813,12 +819,12 @@ def test_refused_prompts_are_sent_again_by_a_command_that_has_nothing_else_to_se
     assert result_of(again)["figures"]["grades"]["base"]["all"]["both"]["unparsed"] == 0
 
 
-def test_ctrl_c_keeps_what_was_judged_and_goes_on(again: Path, played: Path, server: JudgeServer) -> None:
+def test_ctrl_c_keeps_what_was_judged_and_goes_on(again: Path, played_run: Path, server: JudgeServer) -> None:
     server.seconds = 0.3
     arguments = (
         "mtbench",
         again,
-        *options(server, played / "questions.jsonl"),
+        *options(server, played_run / "questions.jsonl"),
         "--iteration",
         "base",
         "--at-once",
@@ -843,11 +849,11 @@ def test_ctrl_c_keeps_what_was_judged_and_goes_on(again: Path, played: Path, ser
     assert KEY not in out + err
 
 
-def test_the_key_is_in_no_file_and_no_output(again: Path, played: Path, server: JudgeServer) -> None:
+def test_the_key_is_in_no_file_and_no_output(again: Path, played_run: Path, server: JudgeServer) -> None:
     """Of a judge that gives it away: what it says is kept, without the key."""
     server.judge = lambda _: f"Your key is {KEY}. Rating: [[7]]"
     server.fail(500, json.dumps({"error": {"message": f"bad {KEY}"}}).encode())
-    answer = trial(again, server, played / "questions.jsonl")
+    answer = trial(again, server, played_run / "questions.jsonl")
     report = call("report", again, QSPIN_JUDGE_KEY=KEY)
     assert answer.code == report.code == 0
     assert "bad ***" in answer.out
@@ -859,9 +865,9 @@ def test_the_key_is_in_no_file_and_no_output(again: Path, played: Path, server: 
     assert next(iter(kept(again).values()))["judgment"] == "Your key is ***. Rating: [[7]]"
 
 
-def test_one_trial_at_a_time(again: Path, played: Path, server: JudgeServer) -> None:
+def test_one_trial_at_a_time(again: Path, played_run: Path, server: JudgeServer) -> None:
     with filelock.FileLock(again / "mt-bench" / ".lock"):
-        answer = trial(again, server, played / "questions.jsonl")
+        answer = trial(again, server, played_run / "questions.jsonl")
     assert one_line(answer) == f"error: {again / 'mt-bench'}: another process is at work here; wait for it\n"
 
 
@@ -909,9 +915,9 @@ def test_files_that_hold_no_questions(tmp_path: Path) -> None:
 
 
 def test_other_questions_have_a_folder_of_their_own(
-    again: Path, played: Path, server: JudgeServer, tmp_path: Path
+    again: Path, played_run: Path, server: JudgeServer, tmp_path: Path
 ) -> None:
-    assert trial(again, server, played / "questions.jsonl", "--iteration", "base").code == 0
+    assert trial(again, server, played_run / "questions.jsonl", "--iteration", "base").code == 0
     others = written(tmp_path / "others.jsonl", [{"question_id": 1, "category": "writing", "turns": ["What is 11?"]}])
     assert trial(again, server, others, "--iteration", "base").code == 0
     assert len(list((again / "mt-bench").glob("questions-*/model_answer/base.jsonl"))) == 2
@@ -922,8 +928,8 @@ def test_other_questions_have_a_folder_of_their_own(
     ]
 
 
-def test_damaged_pieces_are_named(again: Path, played: Path, server: JudgeServer) -> None:
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+def test_damaged_pieces_are_named(again: Path, played_run: Path, server: JudgeServer) -> None:
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert trial(*arguments).code == 0
     piece = next(folder_of(again).glob("scripted-*/grades/base/1-turn-1.json"))
     piece.write_text(piece.read_text().replace("[[7]]", "[[9]]"))
@@ -979,7 +985,9 @@ def test_fastchats_questions_are_fetched_once_with_their_references(
         mtbench_answers.read_bench(None, None)
 
 
-def test_fastchats_prompts_are_used_as_they_are(again: Path, played: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_fastchats_prompts_are_used_as_they_are(
+    again: Path, played_run: Path, server: JudgeServer, tmp_path: Path
+) -> None:
     rows = [
         {
             "name": name, "type": "single", "system_prompt": f"system of {name}", "output_format":
@@ -988,7 +996,7 @@ def test_fastchats_prompts_are_used_as_they_are(again: Path, played: Path, serve
         for name, prompt in OWN.items()
     ]  # fmt: skip
     file = written(tmp_path / "judge_prompts.jsonl", [*rows, {"name": "another"}])
-    arguments = (again, server, played / "questions.jsonl", "--iteration", "base")
+    arguments = (again, server, played_run / "questions.jsonl", "--iteration", "base")
     assert trial(*arguments).code == 0
     server.asked.clear()
     answer = trial(*arguments, "--judge-prompts", file)
@@ -1052,12 +1060,12 @@ def test_changes_are_paired_and_both_turns_of_a_question_go_together() -> None:
     assert [row[0] for row in categories[2]] == ["stem", "", "all", ""]
 
 
-def test_the_report_has_the_tables(again: Path, played: Path, server: JudgeServer) -> None:
+def test_the_report_has_the_tables(again: Path, played_run: Path, server: JudgeServer) -> None:
     page = again / "report.html"
     assert call("report", again).code == 0
     assert "MT-Bench" not in page.read_text()
-    assert trial(again, server, played / "questions.jsonl").code == 0
-    assert trial(again, server, played / "questions.jsonl", "--pairwise").code == 0
+    assert trial(again, server, played_run / "questions.jsonl").code == 0
+    assert trial(again, server, played_run / "questions.jsonl", "--pairwise").code == 0
     assert call("report", again).code == 0
     text = page.read_text()
     assert f"MT-Bench: 5 questions, judged by {MODEL}" in text
@@ -1068,8 +1076,8 @@ def test_a_run_that_is_none(tmp_path: Path, server: JudgeServer) -> None:
     assert "not the folder of a run" in one_line(trial(tmp_path, server, tmp_path / "q.jsonl"))
 
 
-def test_a_narrow_terminal_loses_nothing(again: Path, played: Path, server: JudgeServer) -> None:
-    assert trial(again, server, played / "questions.jsonl", "--iteration", "base").code == 0
-    answer = call("mtbench", again, *options(server, played / "questions.jsonl"), "--iteration", "base", columns=80)
+def test_a_narrow_terminal_loses_nothing(again: Path, played_run: Path, server: JudgeServer) -> None:
+    assert trial(again, server, played_run / "questions.jsonl", "--iteration", "base").code == 0
+    answer = call("mtbench", again, *options(server, played_run / "questions.jsonl"), "--iteration", "base", columns=80)
     assert "7.00 [7.00, 7.00]" in answer.out
     assert max(map(len, answer.out.partition("result:")[0].splitlines())) <= 80
