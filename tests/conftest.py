@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 import transformers
+from judge_server import SEVEN, JudgeServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.adapters import load_adapter
@@ -37,6 +38,7 @@ from qspin.record import template_date
 from qspin.records import Message, Record
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.trials import judge as judge_module
 from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
 
@@ -218,7 +220,7 @@ def played_small(model: Path, folder: Path) -> RunDir:
 
 @pytest.fixture(scope="session")
 def played_run(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    """A small run for whoever changes nothing in it."""
+    """Two iterations of the llama, to be read, or copied by who changes something in it."""
     return played_small(tiny_folder("llama"), tmp_path_factory.mktemp("small"))
 
 
@@ -263,6 +265,44 @@ def ordered(tensor: torch.Tensor) -> torch.Tensor:
     kind, mask = kinds[tensor.dtype.itemsize]
     bits = tensor.contiguous().view(kind).long()
     return torch.where(bits < 0, -(bits & mask), bits)
+
+
+@pytest.fixture
+def unasked(played_run: RunDir, tmp_path: Path) -> Path:
+    """A copy of it, with the small MT-Bench's questions beside it."""
+    return _beside_questions(played_run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def answered(played_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with every answer of base and iteration 1, and no judgement; to be read."""
+    from mtbench_parts import answer_all
+
+    copy = _beside_questions(played_run, tmp_path_factory.mktemp("answered"))
+    answer_all(copy)
+    return copy
+
+
+@pytest.fixture
+def again(answered: Path, tmp_path: Path) -> Path:
+    """A copy of that."""
+    return _beside_questions(RunDir(answered), tmp_path)
+
+
+def _beside_questions(run_dir: RunDir, folder: Path) -> Path:
+    from mtbench_parts import QUESTIONS, questions_of, written  # which need what this file has
+
+    copy = Path(shutil.copytree(run_dir.path, folder / "run"))
+    written(questions_of(copy), QUESTIONS)
+    return copy
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    """A judge who gives a seven, and who is asked again at once, but for the pauses that it asks for."""
+    monkeypatch.setattr(judge_module, "FIRST_WAIT", 0.0)
+    with JudgeServer(lambda _: SEVEN) as found:
+        yield found
 
 
 def flip_byte(adapter: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 KEY = "sk-loopbackSecretOfNoAccount"
 MODEL = "scripted/judge:1"
+SEVEN = "It will do. Rating: [[7]]"
 
 
 @dataclass
