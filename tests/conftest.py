@@ -267,9 +267,19 @@ def ordered(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(bits < 0, -(bits & mask), bits)
 
 
+@pytest.fixture(scope="session")
+def exact(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """One iteration of it in fp32, likewise."""
+    folder = tmp_path_factory.mktemp("exact")
+    settings = small_run(tiny_folder("llama"), folder / "rows.jsonl", rows=18)
+    config = load_config(None, settings | {"model.dtype": "float32", "iterations": 1})
+    run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
+    return RunDir(folder / "run")
+
+
 @pytest.fixture
 def unasked(played_run: RunDir, tmp_path: Path) -> Path:
-    """A copy of it, with the small MT-Bench's questions beside it."""
+    """A copy of what was played, with the small MT-Bench's questions beside it."""
     return _beside_questions(played_run, tmp_path)
 
 
