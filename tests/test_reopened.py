@@ -23,12 +23,11 @@ from qspin.watch.progress import Silent
 
 
 @pytest.fixture
-def own_base(tiny_folder: Callable[[str], Path], tmp_path: Path) -> RunDir:
+def own_base(played_run: RunDir, tiny_folder: Callable[[str], Path], tmp_path: Path) -> RunDir:
     """A run whose base is the folder beside it, and who began with the adapter beside that."""
-    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
-    settings = small_run(tmp_path / "model", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
-    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "first", Silent())
-    shutil.copytree(RunDir(tmp_path / "first").iteration(0).adapter, tmp_path / "adapter")
+    shutil.copytree(tiny_folder("llama"), tmp_path / "tiny-llama")
+    shutil.copytree(played_run.iteration(0).adapter, tmp_path / "adapter")
+    settings = small_run(tmp_path / "tiny-llama", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
     settings["model.init_adapter"] = str(tmp_path / "adapter")
     run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), tmp_path / "run", Silent())
     return RunDir(tmp_path / "run")
@@ -53,11 +52,13 @@ def test_another_base_or_template_is_refused(played_run: RunDir, tmp_path: Path)
 def test_a_base_whose_weights_have_changed_is_refused(own_base: RunDir, tmp_path: Path) -> None:
     heard: list[str] = []
     Loaded.open(own_base, "0", heard.append)
-    weights = tmp_path / "model" / "model.safetensors"
+    weights = tmp_path / "tiny-llama" / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"][0] *= 2
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(QspinError, match=r"^model.id: the 4-bit weights of model are not those .* bring the old ones"):
+    with pytest.raises(
+        QspinError, match=r"^model.id: the 4-bit weights of tiny-llama are not those .* bring the old ones"
+    ):
         Loaded.open(own_base, "0", heard.append)
     assert heard == []
 
@@ -71,7 +72,7 @@ def test_a_base_that_something_else_quantised_is_told_of(own_base: RunDir) -> No
         write_json(own_base.record, found)
         Loaded.open(own_base, "0", heard.append)
     assert len(heard) == 2
-    assert all(f"model are not those that {own_base.path} began with (another device" in text for text in heard)
+    assert all(f"tiny-llama are not those that {own_base.path} began with (another device" in text for text in heard)
     write_json(own_base.record, record | {"quantised_by": "another card"})
     Loaded.open(own_base, "0", heard.append)  # it came to the same bytes
     assert len(heard) == 2
@@ -126,7 +127,7 @@ def test_the_adapter_that_a_run_began_with_must_be_the_same(own_base: RunDir, tm
 def test_the_adapter_that_a_run_began_with_may_lie_elsewhere(
     own_base: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = small_run(tmp_path / "model", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    settings = small_run(tmp_path / "tiny-llama", tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
 
     def again(**adapter: str) -> None:
         config = load_config(None, settings | {f"model.{key}": value for key, value in adapter.items()})
