@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE
+from conftest import ARCHITECTURES, SHAPE, Notes
 from safetensors.torch import load_file
 
 from qspin import budget, spin, training
@@ -41,19 +41,6 @@ CPU = torch.device("cpu")
 KEPT, RECOMPUTED, AUTO = (TrainConfig(gradient_checkpointing=value) for value in (False, True, "auto"))
 MOST = 2048  # whatever a CPU's is, and half of it comes next: the rows below are cut for these
 PAIRS = [Pair(str(n), 0, (1,) * 10, (2,) * (20 + n), (3,) * 30, ended=True) for n in range(200)]  # 60 to 259 tokens
-
-
-class Notes:
-    """Hears what a run says in words."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def phase(self, name: str, **_: object) -> None: ...
-    def advance(self, units: float, **figures: float) -> None: ...
-    def sampled(self, prompt: str, completion: str) -> None: ...
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def plan_for(tokens: int) -> Plan:
@@ -583,19 +570,6 @@ def test_generation_goes_on_narrower_when_memory_runs_out(
     enough, little = (tmp_path / name / "iteration-0" for name in ("enough", "little"))
     assert read_json(little / "generation.json")["width"] == 2
     assert read_jsonl(little / "generated/shard-00000.jsonl") == read_jsonl(enough / "generated/shard-00000.jsonl")
-
-
-def test_memory_that_never_suffices_is_one_line(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        torch.empty(1 << 60, dtype=torch.uint8)
-
-    monkeypatch.setattr(answering, "generate", refuse)
-    with pytest.raises(
-        QspinError, match=r"^generate: out of memory 3 times in a row, with 2 completions side by side in the end"
-    ):
-        spin.run(prepared, tmp_path / "none", Notes())
 
 
 def test_free_bytes_is_what_the_system_says() -> None:
