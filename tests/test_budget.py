@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
-import platform
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE, Notes
-from safetensors.torch import load_file
+from conftest import ARCHITECTURES, SHAPE
 
-from qspin import budget, spin, training
+from qspin import budget
 from qspin.budget import rows_at_once, smaller, token_budget
-from qspin.config import TrainConfig, load_config
+from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.files import read_json, read_jsonl
-from qspin.fitting import at_once, memory
+from qspin.fitting import at_once
 from qspin.fitting.at_once import A_PASS, Budget
 from qspin.fitting.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
-from qspin.fitting.memory import OutOfMemory, peak, refusals_told
-from qspin.layers.attention import Packed
-from qspin.layers.lora import FusedLayers
+from qspin.fitting.memory import OutOfMemory
 from qspin.model import SlotModel
-from qspin.packing import Plan, Row, lengths_of, pack_row, plan_batches
-from qspin.phases import answering
-from qspin.prepare import Prepared, prepare
+from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.records import Pair
 
 CPU = torch.device("cpu")
@@ -51,7 +39,7 @@ def longest(plan: Plan) -> int:
     return max(sum(lengths_of(PAIRS[index]).total for index in part) for part in itertools.chain(*plan))
 
 
-# --- the search, with a made-up need of memory
+# --- the search, with a made-up need of memory ---
 
 
 @pytest.fixture
@@ -294,6 +282,44 @@ def test_where_even_the_small_try_is_refused_it_is_halved_until_it_fits(
     assert tried == [240, 120, 60, 60]
 
 
+# --- a try ---
+
+
+def test_a_try_that_is_refused_leaves_no_gradients(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try would find them there, and be taken for one that needs less."""
+    model = tiny_model()
+    own = budget.pair_logps
+
+    def refused(*args: Any) -> Any:
+        real, _ = own(*args)
+        real.sum().backward()  # what a backward pass has come to when it is refused
+        raise MemoryError
+
+    monkeypatch.setattr(budget, "pair_logps", refused)
+    with pytest.raises(OutOfMemory):
+        budget._need(model, PAIRS[:2], 0)
+    assert all(parameter.grad is None for parameter in model.parameters.values())
+
+
+def test_what_scoring_has_kept_does_not_hide_what_training_takes(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, work = tiny_model(), budget.pair_logps
+    with torch.no_grad():
+        work(model, pack_row(PAIRS[:2], CPU))
+    kept = [weakref.ref(layers._low_rank[1]) for layers in model._layers]
+
+    def watched(*args: Any) -> Any:
+        assert [a() for a in kept] == [None] * len(kept)
+        return work(*args)
+
+    monkeypatch.setattr(budget, "pair_logps", watched)
+    assert budget._need(model, PAIRS[:2], 0) > 0
+
+
+# --- smaller ---
+
+
 def test_budgets_change_micro_batches_and_never_effective_batches() -> None:
     def effective(plan: Plan) -> list[list[int]]:
         return [sorted(itertools.chain(*batch)) for batch in plan]
@@ -326,159 +352,7 @@ def test_what_all_prompts_begin_with_is_no_part_of_a_smaller_budget() -> None:
     assert longest(cut) <= longest(plan) // 2
 
 
-def test_a_try_that_is_refused_leaves_no_gradients(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next try would find them there, and be taken for one that needs less."""
-    model = tiny_model()
-    own = budget.pair_logps
-
-    def refused(*args: Any) -> Any:
-        real, _ = own(*args)
-        real.sum().backward()  # what a backward pass has come to when it is refused
-        raise MemoryError
-
-    monkeypatch.setattr(budget, "pair_logps", refused)
-    with pytest.raises(OutOfMemory):
-        budget._need(model, PAIRS[:2], 0)
-    assert all(parameter.grad is None for parameter in model.parameters.values())
-
-
-# --- real memory
-
-
-def test_what_scoring_has_kept_does_not_hide_what_training_takes(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, work = tiny_model(), budget.pair_logps
-    with torch.no_grad():
-        work(model, pack_row(PAIRS[:2], CPU))
-    kept = [weakref.ref(layers._low_rank[1]) for layers in model._layers]
-
-    def watched(*args: Any) -> Any:
-        assert [a() for a in kept] == [None] * len(kept)
-        return work(*args)
-
-    monkeypatch.setattr(budget, "pair_logps", watched)
-    assert budget._need(model, PAIRS[:2], 0) > 0
-
-
-def test_work_refused_in_any_product_leaves_nothing_to_the_next(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even if somebody holds the error, and lets it go in the midst of the next work."""
-    model, product = tiny_model(), FusedLayers.product
-    model.use_gradient_checkpointing(3)
-    held: list[Exception] = []
-    inputs: list[weakref.ref[torch.Tensor]] = []
-    calls = itertools.count()
-    refused = -1
-
-    def watched(self: FusedLayers, x: torch.Tensor, *rest: Any) -> Any:
-        inputs.append(weakref.ref(x))
-        call = next(calls)
-        if call == refused:
-            held.append(torch.OutOfMemoryError("no"))
-            raise held[0]
-        if call == refused + 2:
-            held.clear()
-        return product(self, x, *rest)
-
-    def work() -> torch.Tensor:
-        for parameter in model.parameters.values():
-            parameter.grad = None
-        with refusals_told():
-            real, generated = budget.pair_logps(model, pack_row(PAIRS[:4], CPU))
-            (real - generated).sum().backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters.values()])
-
-    monkeypatch.setattr(FusedLayers, "product", watched)
-    undisturbed = work()
-    products = next(calls)
-    assert products == 12 + 9, "all but each layer's last are computed again"
-    for number in range(products):
-        refused, calls = number, itertools.count()
-        inputs.clear()
-        with pytest.raises(OutOfMemory):
-            work()
-        assert not any(x() is not None for x in inputs)
-        assert torch.equal(work(), undisturbed)
-        assert not held
-
-
-@pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
-@pytest.mark.parametrize("recomputed", [0, 3])
-@pytest.mark.parametrize("measured", [True, False])
-def test_work_refused_between_layers_of_one_input_leaves_nothing_to_the_next(
-    measured: bool, recomputed: int, norm: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Qwen3's queries are normed before its keys are asked for, which are there by then."""
-    model, rows = tiny_model("qwen3"), list[weakref.ref[Packed]]()
-    model.use_gradient_checkpointing(recomputed)
-
-    def packed(*args: Any) -> Row:
-        if measured:  # while the memory that is taken is watched
-            assert not any(row() is not None for row in rows)
-        row = pack_row(*args)
-        rows.append(weakref.ref(row.layout))  # attention's graph has it
-        return row
-
-    def work() -> None:
-        if measured:
-            budget._need(model, PAIRS[:2], 0)
-        else:
-            with refusals_told():
-                budget.pair_logps(model, packed(PAIRS[:2], CPU))[0].sum().backward()
-
-    def refused(_x: torch.Tensor) -> torch.Tensor:
-        assert [row() is not None for row in rows] == [False] * (len(rows) - 1) + [True]
-        raise torch.OutOfMemoryError("no")
-
-    monkeypatch.setattr(budget, "pack_row", packed)
-    layers = model._decoder.layers
-    monkeypatch.setattr(getattr(layers[-1].self_attn, norm), "forward", refused)
-    for _ in range(2):
-        with pytest.raises(OutOfMemory):
-            work()
-    monkeypatch.setattr(layers[0].input_layernorm, "forward", refused)
-    with pytest.raises(OutOfMemory):
-        work()
-    assert not any(row() is not None for row in rows)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory is the allocator's business")
-def test_what_was_freed_before_does_not_hide_what_work_takes() -> None:
-    """In a process of its own, as the allocator's settings are for good."""
-    script = (
-        "import torch\n"
-        "from qspin.fitting.memory import give_back_freed_memory, keep_freed_memory, peak\n"
-        "keep_freed_memory()\n"
-        "def work():\n"
-        "    parts = [torch.ones(1 << 20) for _ in range(60)]\n"  # 4 MiB each
-        "    return len(parts)\n"
-        "work()\n"
-        "with peak(torch.device('cpu')) as hidden: work()\n"
-        "give_back_freed_memory()\n"
-        "with peak(torch.device('cpu')) as shown: work()\n"
-        "print(hidden.above >> 20, shown.above >> 20)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    hidden, shown = map(int, done.stdout.split())
-    assert hidden < 120, "else there is nothing to mend"
-    assert shown > 200
-
-
-def test_peak_sees_what_a_block_takes_and_gives_back() -> None:
-    size = 1 << 30  # what is this large never comes from blocks that malloc kept
-    with peak(CPU) as measured:
-        block = torch.ones(size, dtype=torch.uint8)
-        del block
-    assert 0.95 * size < measured.above < 1.05 * size
-
-
-def test_a_refused_tensor_is_out_of_memory_and_nothing_else_is() -> None:
-    with pytest.raises(OutOfMemory), refusals_told():
-        torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), refusals_told():
-        torch.ones(2, 3) @ torch.ones(2, 3)
+# --- rows of generation ---
 
 
 def test_rows_at_once_by_what_a_row_takes(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,97 +363,3 @@ def test_rows_at_once_by_what_a_row_takes(tiny_model: Any, monkeypatch: pytest.M
     assert rows_at_once(model, 100) == 5
     monkeypatch.setattr(budget, "free_bytes", lambda _device: 0)
     assert rows_at_once(model, 100) == 1
-
-
-@pytest.fixture
-def prepared(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Prepared:
-    data = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"What is {n}?", "completion": " ".join(f"{n * k}" for k in range(60))} for n in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = {
-        "model.id": str(tiny_folder("llama")),
-        "model.dtype": "float32",
-        "data.source": str(data),
-        "data.heldout_rows": 4,
-        "generation.max_new_tokens": 200,
-        "generation.width": 8,
-        "train.batch_size": 8,
-        "train.tokens_per_micro_batch": 100_000,
-        "train.lr": 0.001,
-        "train.snapshot_minutes": 60,
-        "iterations": 1,
-    }
-    return prepare(load_config(None, settings), datetime.date(2026, 1, 1))
-
-
-@pytest.mark.parametrize("steps_before", [0, 1])
-def test_out_of_memory_halves_the_micro_batches_and_goes_on_to_the_same_adapter(
-    steps_before: int, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spin.run(prepared, tmp_path / "enough", Notes())
-    real, seen = training.pair_logps, []
-
-    def pair_logps(model: SlotModel, row: Row) -> Any:
-        """Refused by the allocator when there are more than half of the tokens, once so many steps are made."""
-        seen.append(len(row.input_ids))
-        if len(seen) > steps_before and seen[-1] > 0.6 * seen[0]:
-            torch.empty(1 << 60, dtype=torch.uint8)
-        return real(model, row)
-
-    monkeypatch.setattr(training, "pair_logps", pair_logps)
-    progress = Notes()
-    spin.run(prepared, tmp_path / "little", progress)
-    assert len(progress.notes) == 2
-    assert progress.notes[0] == "memory does not hold what some layers keep; on with all of them recomputed"
-    assert progress.notes[1].startswith("memory does not hold so many tokens; on with ")
-
-    little, enough = (tmp_path / name / "iteration-0" for name in ("little", "enough"))
-    plans = [read_json(folder / "training.json")["batches"] for folder in (little, enough)]
-    assert [sorted(itertools.chain(*batch)) for batch in plans[0]] == [
-        sorted(itertools.chain(*batch)) for batch in plans[1]
-    ]
-    assert all(len(batch) == 1 for batch in plans[1])
-    assert all(len(batch) >= 2 for batch in plans[0])
-    for ours, theirs in zip(read_jsonl(little / "metrics.jsonl"), read_jsonl(enough / "metrics.jsonl"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
-    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (little, enough))
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-2, atol=1e-4)
-
-
-def test_generation_goes_on_narrower_when_memory_runs_out(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spin.run(prepared, tmp_path / "enough", Notes())
-    real = answering.generate
-    widths = []
-
-    def generate(*args: Any, width: int, **rest: Any) -> Any:
-        widths.append(width)
-        if width > 2:
-            raise torch.OutOfMemoryError
-        return real(*args, width=width, **rest)
-
-    monkeypatch.setattr(answering, "generate", generate)
-    progress = Notes()
-    spin.run(prepared, tmp_path / "little", progress)
-    assert widths == [8, 4, 2]
-    assert progress.notes == [
-        f"memory does not hold so many completions; on with {width} side by side" for width in (4, 2)
-    ]
-    enough, little = (tmp_path / name / "iteration-0" for name in ("enough", "little"))
-    assert read_json(little / "generation.json")["width"] == 2
-    assert read_jsonl(little / "generated/shard-00000.jsonl") == read_jsonl(enough / "generated/shard-00000.jsonl")
-
-
-def test_free_bytes_is_what_the_system_says() -> None:
-    assert 0 < memory.free_bytes(CPU) < 1 << 50
-
-
-def test_what_is_used_is_this_process_and_the_total_is_the_machine() -> None:
-    before, total = memory.used_and_total(CPU)
-    held = torch.ones(1 << 28, dtype=torch.uint8)
-    after, _ = memory.used_and_total(CPU)
-    assert 0 < before < after < total
-    assert after - before == pytest.approx(held.numel(), rel=0.2)
-    assert memory.free_bytes(CPU) < total
