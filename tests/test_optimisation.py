@@ -1,4 +1,5 @@
-"""Steps that are cut off, by a request to stop, by memory or by numbers that are no numbers, are made whole or not."""
+"""The optimiser's rate, order and snapshots; steps that are cut off, by a request to stop, by memory or by numbers that
+are no numbers, are made whole or not."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.fitting.memory import OutOfMemory
 from qspin.model import Adapter, SlotModel
-from qspin.optimisation import FIRST_SCALE, Metrics, Objective, optimise, step_order, steps_kept
+from qspin.optimisation import (
+    FIRST_SCALE,
+    Metrics,
+    Objective,
+    learning_rate,
+    make_optimizer,
+    optimise,
+    step_order,
+    steps_kept,
+)
 from qspin.packing import Plan, pack_row
 from qspin.records import Pair
 from qspin.scoring import pair_logps
@@ -72,7 +82,7 @@ def undisturbed(tiny_model: LoadModel, tmp_path: Path) -> tuple[list[Metrics], A
 
 
 def same_bits(one: Adapter, other: Adapter) -> bool:
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def cut_off(model: SlotModel, at: int, how: Callable[[], None]) -> Objective:
@@ -100,6 +110,44 @@ def terminate() -> None:
 
 def exhaust() -> None:
     torch.empty(1 << 60, dtype=torch.uint8)
+
+
+# --- rate, order and optimiser ---
+
+
+def test_learning_rate_by_hand() -> None:
+    # 10 steps, the first 3 of them rise by thirds; the other 7 fall by sevenths, from the peak on
+    rates = [learning_rate(step, 10, peak=21.0, warmup=0.3) for step in range(10)]
+    assert rates == pytest.approx([7, 14, 21, 21, 18, 15, 12, 9, 6, 3], rel=1e-12)
+    # a share of a step is a step: ⌈0.1 · 4⌉ = 1
+    assert [learning_rate(step, 4, peak=3.0, warmup=0.1) for step in range(4)] == pytest.approx([3, 3, 2, 1])
+    assert [learning_rate(step, 4, peak=4.0, warmup=0.0) for step in range(4)] == pytest.approx([4, 3, 2, 1])
+    # warmup to the end, and a single step
+    assert [learning_rate(step, 4, peak=4.0, warmup=0.99) for step in range(4)] == pytest.approx([1, 2, 3, 4])
+    assert learning_rate(0, 1, peak=4.0, warmup=0.1) == 4.0
+
+
+def test_every_epoch_takes_every_batch_once_in_an_order_of_its_own() -> None:
+    order = step_order(5, 3, seed=7)
+    epochs = [order[:5], order[5:10], order[10:]]
+    assert epochs[0] == [0, 1, 2, 3, 4]  # as planned: step 0 must be among the first scored
+    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 3
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert step_order(5, 3, seed=7) == order
+    assert step_order(5, 3, seed=8) != order
+    assert step_order(5, 1, seed=7) == [0, 1, 2, 3, 4]
+
+
+def test_the_paged_optimiser_needs_a_gpu() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(QspinError) as caught:
+        make_optimizer(TrainConfig(optimizer="paged_adamw_8bit"), [parameter], torch.device("cpu"))
+    assert str(caught.value) == (
+        "train.optimizer: paged_adamw_8bit pages between a GPU and its host; use adamw on a CPU"
+    )
+
+
+# --- steps that are cut off ---
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
@@ -182,6 +230,9 @@ def test_a_request_between_two_steps_keeps_both(
     again = tiny_model()
     assert run(again, descend(again), tmp_path / "cut") == undisturbed[0]
     assert same_bits(again.adapter(), undisturbed[1])
+
+
+# --- numbers that are no numbers ---
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -286,8 +337,28 @@ def test_small_gradients_survive_in_float16(tiny_model: LoadModel) -> None:
     assert off(gradient("float16", 1.0)) > 0.2, "this is no test of scaling"
 
 
+# --- snapshots ---
+
+
 def test_the_last_two_snapshots_are_kept(tiny_model: LoadModel, tmp_path: Path) -> None:
     model = tiny_model()
     run(model, descend(model), tmp_path, snapshot_minutes=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000007"]
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_no_snapshots_are_taken_before_their_time(tiny_model: LoadModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    run(model, descend(model), tmp_path / "snapshots", snapshot_minutes=5)
+    assert not (tmp_path / "snapshots").exists()
+
+
+def test_a_damaged_snapshot_is_named(tiny_model: LoadModel, tmp_path: Path) -> None:
+    model, again = tiny_model(), tiny_model()
+    run(model, descend(model), tmp_path, snapshot_minutes=0)
+    file = tmp_path / "step-000007" / "state.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(QspinError, match=r"state\.safetensors: missing or altered"):
+        run(again, descend(again), tmp_path)

@@ -1,4 +1,4 @@
-"""One iteration's optimisation: step 0 is exact, batches are what they say, and a resumed run is the same run."""
+"""One iteration's training: step 0 is exact, batches are what they say, and a resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, moved_adapter
 from safetensors.torch import load_file
+from test_optimisation import ignore, same_bits
 from torch import Tensor
 
 from qspin import optimisation
@@ -22,7 +23,7 @@ from qspin.adapters import Adapter
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.model import SlotModel
-from qspin.optimisation import Metrics, learning_rate, make_optimizer, step_order
+from qspin.optimisation import Metrics, step_order
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.records import Pair, Score
 from qspin.scoring import pair_logps, score_pairs
@@ -34,18 +35,19 @@ CPU = torch.device("cpu")
 SYSTEM = (1, 40, 41)
 
 
-def make_pairs(count: int = 7) -> list[Pair]:
+def make_pairs() -> list[Pair]:
     """Pairs of 8 to 22 tokens, system message included; token 500 + i is in the i-th one only."""
     generator = random.Random(0)
 
     def ids(low: int, high: int) -> tuple[int, ...]:
         return tuple(generator.randrange(3, 500) for _ in range(generator.randint(low, high)))
 
-    return [Pair(f"row-{i}", 0, (*SYSTEM, *ids(2, 5), 500 + i), ids(2, 6), ids(2, 6), ended=True) for i in range(count)]
+    return [Pair(f"row-{i}", 0, (*SYSTEM, *ids(2, 5), 500 + i), ids(2, 6), ids(2, 6), ended=True) for i in range(7)]
 
 
 PAIRS = make_pairs()
 PLAN = plan_batches([lengths_of(pair, 3) for pair in PAIRS], batch_size=3, token_budget=32, seed=0)
+UNCUT: Plan = [[[0, 1]], [[2, 3, 4]], [[5, 6]]]  # a micro-batch a step
 
 
 def scores_of(model: SlotModel, plan: Plan) -> dict[str, Score]:
@@ -63,10 +65,6 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**(defaults | changes))
 
 
-def ignore(_metrics: Metrics, _pairs: int) -> None:
-    pass
-
-
 def run(model: SlotModel, task: Task, config: TrainConfig, snapshots: Path) -> list[Metrics]:
     return train(model, task, config, snapshots=snapshots, on_step=ignore)
 
@@ -75,23 +73,7 @@ def distance(a: Adapter, b: Adapter) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def same_bits(a: Adapter, b: Adapter) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-# --- schedule and order ---
-
-
-def test_learning_rate_by_hand() -> None:
-    # 10 steps, the first 3 of them rise by thirds; the other 7 fall by sevenths, from the peak on
-    rates = [learning_rate(step, 10, peak=21.0, warmup=0.3) for step in range(10)]
-    assert rates == pytest.approx([7, 14, 21, 21, 18, 15, 12, 9, 6, 3], rel=1e-12)
-    # a share of a step is a step: ⌈0.1 · 4⌉ = 1
-    assert [learning_rate(step, 4, peak=3.0, warmup=0.1) for step in range(4)] == pytest.approx([3, 3, 2, 1])
-    assert [learning_rate(step, 4, peak=4.0, warmup=0.0) for step in range(4)] == pytest.approx([4, 3, 2, 1])
-    # warmup to the end, and a single step
-    assert [learning_rate(step, 4, peak=4.0, warmup=0.99) for step in range(4)] == pytest.approx([1, 2, 3, 4])
-    assert learning_rate(0, 1, peak=4.0, warmup=0.1) == 4.0
+# --- rate and order ---
 
 
 def test_the_rate_is_that_of_the_step_and_of_the_iteration(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -101,17 +83,6 @@ def test_the_rate_is_that_of_the_step_and_of_the_iteration(tiny_model: LoadModel
         metrics = run(model, task_for(model, iteration=iteration), config, tmp_path / str(iteration))
         assert [row["lr"] for row in metrics] == pytest.approx([peak * x for x in (1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5)])
         assert [(row["step"], row["epoch"]) for row in metrics] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]
-
-
-def test_every_epoch_takes_every_batch_once_in_an_order_of_its_own() -> None:
-    order = step_order(5, 3, seed=7)
-    epochs = [order[:5], order[5:10], order[10:]]
-    assert epochs[0] == [0, 1, 2, 3, 4]  # as planned: step 0 must be among the first scored
-    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 3
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert step_order(5, 3, seed=7) == order
-    assert step_order(5, 3, seed=8) != order
-    assert step_order(5, 1, seed=7) == [0, 1, 2, 3, 4]
 
 
 def test_steps_take_the_batches_of_that_order(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -348,36 +319,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
         assert same_bits(fresh.adapter(), trained)
 
 
-def test_no_snapshots_are_taken_before_their_time(tiny_model: LoadModel, tmp_path: Path) -> None:
-    model = tiny_model(moved=True)
-    run(model, task_for(model), settings(snapshot_minutes=5), tmp_path / "snapshots")
-    assert not (tmp_path / "snapshots").exists()
-
-
-def test_a_damaged_snapshot_is_named(tiny_model: LoadModel, tmp_path: Path) -> None:
-    model = tiny_model(moved=True)
-    task, config = task_for(model), settings(snapshot_minutes=0)
-    opponent = model.adapter()
-    run(model, task, config, tmp_path)
-    file = tmp_path / "step-000005" / "state.safetensors"
-    damaged = bytearray(file.read_bytes())
-    damaged[-1] ^= 1
-    file.write_bytes(damaged)
-    model.set_adapter(opponent)
-    with pytest.raises(QspinError, match=r"state\.safetensors: missing or altered"):
-        run(model, task, config, tmp_path)
-
-
 # --- what goes wrong ---
-
-
-def test_the_paged_optimiser_needs_a_gpu() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(QspinError) as caught:
-        make_optimizer(settings(optimizer="paged_adamw_8bit"), [parameter], CPU)
-    assert str(caught.value) == (
-        "train.optimizer: paged_adamw_8bit pages between a GPU and its host; use adamw on a CPU"
-    )
 
 
 def test_a_correlation_loss_that_runs_away_is_stopped(tiny_model: LoadModel, tmp_path: Path) -> None:
@@ -408,7 +350,6 @@ def test_a_correlation_loss_that_runs_away_is_stopped(tiny_model: LoadModel, tmp
 def test_a_loss_that_is_not_finite_names_its_pair(tiny_model: LoadModel, tmp_path: Path) -> None:
     # a weight that only one pair meets, with others in its micro-batch; qwen2's head does not share it
     model = tiny_model("qwen2", moved=True)
-    plan: Plan = [[[0, 1]], [[2, 3, 4]], [[5, 6]]]
 
     def spoil(metrics: Metrics, _pairs: int) -> None:
         if metrics["step"] == 0:
@@ -417,7 +358,7 @@ def test_a_loss_that_is_not_finite_names_its_pair(tiny_model: LoadModel, tmp_pat
 
     assert VOCABULARY > 503
     with pytest.raises(QspinError) as caught:
-        train(model, task_for(model, plan), settings(), snapshots=tmp_path / "snapshots", on_step=spoil)
+        train(model, task_for(model, UNCUT), settings(), snapshots=tmp_path / "snapshots", on_step=spoil)
     assert str(caught.value) == "the loss is not finite for row-3; lower train.lr or train.beta, or drop these rows"
 
 
@@ -437,11 +378,10 @@ def test_a_spoilt_adapter_names_all_pairs_or_five_and_how_many_more(tiny_model: 
 
 def test_a_base_that_is_not_finite_names_its_pair_at_step_0_too(tiny_model: LoadModel, tmp_path: Path) -> None:
     model = tiny_model("qwen2", moved=True)
-    plan: Plan = [[[0, 1]], [[2, 3, 4]], [[5, 6]]]
     with torch.no_grad():
         model.peft_model.get_input_embeddings().weight[501] = float("nan")
     with pytest.raises(QspinError, match="row-1"):
-        run(model, task_for(model, plan), settings(), tmp_path / "snapshots")
+        run(model, task_for(model, UNCUT), settings(), tmp_path / "snapshots")
 
 
 def test_a_step_that_overflows_in_float16_is_made_again_as_if_it_had_not(
