@@ -104,6 +104,7 @@ def test_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
+        ("Hello", "generate takes a list of prompts"),
         ([3], "generate takes a list of prompts"),
         ([{"role": "user", "content": "Hi"}], "generate takes a list of prompts"),
         ({"Hi": 1}, "generate takes a list of prompts"),
@@ -116,12 +117,6 @@ def test_no_run(tmp_path: Path) -> None:
 )
 def test_what_is_no_prompt_is_told(loaded: Loaded, prompts: Any, said: str) -> None:
     with pytest.raises(QspinError, match=said):
-        loaded.generate(prompts)
-
-
-@pytest.mark.parametrize("prompts", ["Hello", [{"role": "user", "content": "Hello"}]])
-def test_a_single_prompt_is_no_list_of_prompts(loaded: Loaded, prompts: Any) -> None:
-    with pytest.raises(QspinError, match="takes a list of prompts"):
         loaded.generate(prompts)
 
 
