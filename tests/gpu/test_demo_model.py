@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from demo_model import check_knowledge, check_playing
+from on_cuda import BACKENDS, CUDA, ON_CUDA
 from torch import Tensor
 
 from qspin.config import BackendName, load_config
@@ -19,12 +19,7 @@ from qspin.prepare import Prepared, prepare
 from qspin.records import Pair
 from qspin.scoring import pair_logps
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing here was tried"),
-]
-CUDA = torch.device("cuda")
-UNSLOTH = pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="no Unsloth here")
+pytestmark = ON_CUDA
 ROUNDING = 3.8e-3  # of log-probs in bfloat16 on a CPU against fp32 there, ‖difference‖ / ‖fp32‖
 
 
@@ -33,7 +28,7 @@ def prepared() -> Prepared:
     return prepare(load_config("quickstart", {"data.limit": 24}), datetime.date(2026, 1, 1))
 
 
-@pytest.fixture(scope="module", params=["transformers", pytest.param("unsloth", marks=UNSLOTH)])
+@pytest.fixture(scope="module", params=BACKENDS)
 def model(prepared: Prepared, request: pytest.FixtureRequest) -> SlotModel:
     return load(prepared, CUDA, request.param)
 
