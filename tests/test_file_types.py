@@ -181,8 +181,6 @@ FATAL_FILES = [
     ("e.csv", b'prompt,completion\na,"b"c\n',
      "line 2: broken CSV, which hides where later rows begin (',' expected after '\"'); mend its quotes"),
     ("e.csv", b"prompt,completion\ra,b\r", "line 1: a line ends in CR alone, as on old Macs; save it anew"),
-    ("e.csv", b"prompt|completion\na|b\n", "its only column is 'prompt|completion', so its fields seem to be divided "
-     "by semicolons, tabs or bars; save it with commas"),
     ("e.csv", b"prompt,completion,prompt\na,b,c\n", "two columns are called 'prompt'; rename one"),
     ("e.parquet", b"", "cannot be read after row 0 (Parquet file size is 0 bytes); write it anew"),
     ("e.txt", b"Hi", ".txt is not one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
@@ -199,15 +197,16 @@ def test_a_file_that_cannot_be_used(tmp_path: Path, name: str, content: bytes, m
     assert str(caught.value) == f"{path}: {message}"
 
 
-@pytest.mark.parametrize("rows", ["Hi;Hello.\nBye;Goodbye.\n", "Hi, you;Hello.\nBye, then;Goodbye.\n"])
-def test_semicolons_in_place_of_commas(rows: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_text(f"prompt;completion\n{rows}")
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+@pytest.mark.parametrize("row", ["Hi{}Hello.", "Hi, you{}Hello."])
+def test_another_mark_in_place_of_commas(row: str, mark: str, tmp_path: Path) -> None:
+    path, header = tmp_path / "rows.csv", f"prompt{mark}completion"
+    path.write_text(f"{header}\n{row.format(mark)}\n")
     with pytest.raises(QspinError) as caught:
         load(path)
     assert str(caught.value) == (
-        f"{path}: its only column is 'prompt;completion', so its fields seem to be divided by semicolons, tabs or "
-        "bars; save it with commas"
+        f"{path}: its only column is {header!r}, so its fields seem to be divided by semicolons, tabs or bars; "
+        "save it with commas"
     )
 
 

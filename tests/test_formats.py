@@ -35,16 +35,14 @@ def test_every_format_of_the_config_is_tried_above() -> None:
 
 
 def test_the_first_answer_by_choice(tmp_path: Path) -> None:
-    talk = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}]
-    path = write_jsonl(tmp_path, {"messages": talk}, {"messages": [USER]})
+    path = write_jsonl(tmp_path, {"messages": [SYSTEM, USER, ASSISTANT, MORE, YES]}, {"messages": [USER]})
     dataset = load(path, turns="first")
     assert dataset.records == (Record("row-1", KIND, "Hello."),)
     assert codes(dataset) == [(2, "no-completion")]
 
 
 def test_the_completions_column_has_the_completion_whatever_answer_is_chosen(tmp_path: Path) -> None:
-    asked = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    path = write_jsonl(tmp_path, {"prompt": [*asked, {"role": "user", "content": "More?"}], "completion": "No."})
+    path = write_jsonl(tmp_path, {"prompt": [USER, ASSISTANT, MORE], "completion": "No."})
     [record] = load(path, turns="first").records
     assert (len(record.prompt), record.completion) == (3, "No.")
 
