@@ -114,8 +114,9 @@ class Merged:
         self._dtype = dtype
         self._onto = onto
         self._low_rank, self._whole = _read_adapter(adapter, self._tensors, tied=tied)
-        for name in sorted(onto.names if onto else ()):
-            _check_dequantisable(self._tensors.get(name), name, onto)
+        if onto is not None:
+            for name in sorted(onto.names):
+                _check_dequantisable(self._tensors.get(name), name, onto.device)
 
     @property
     def names(self) -> list[str]:
@@ -154,8 +155,8 @@ class Merged:
         out = FLOATS[self.dtype(name)]
         low_rank = self._low_rank.get(name)
         a = None if low_rank is None else low_rank.a.read(0, low_rank.a.rows).float()
-        dequantised = self._onto is not None and name in self._onto.names
-        rows = _nf4_and_back(stored, self._onto, multiple) if self._onto and dequantised else _rows(stored, multiple)
+        onto = self._onto if self._onto and name in self._onto.names else None
+        rows = _rows(stored, multiple) if onto is None else _nf4_and_back(stored, onto, multiple)
         for first, block in rows:
             if low_rank is not None and a is not None:
                 b = low_rank.b.read(first, first + len(block)).float()
@@ -278,10 +279,10 @@ def _rows(stored: Stored, multiple: int) -> Iterator[tuple[int, Tensor]]:
 # --- the 4-bit weights that an adapter was trained on ---
 
 
-def _check_dequantisable(stored: Stored | None, name: str, onto: Dequantised | None) -> None:
-    if stored is None or stored.dtype not in MERGEABLE or onto is None:
+def _check_dequantisable(stored: Stored | None, name: str, device: torch.device) -> None:
+    if stored is None or stored.dtype not in MERGEABLE:
         raise QspinError(f"the trained model has {name} in 4 bits, but the base's files hold no such tensor")
-    if stored.width % NF4_BLOCK and onto.device.type == "cpu":
+    if stored.width % NF4_BLOCK and device.type == "cpu":
         raise QspinError(
             f"{name} has {stored.width} inputs, no multiple of {NF4_BLOCK}; bitsandbytes dequantises such layers "
             "wrongly on a CPU: export on a GPU"
