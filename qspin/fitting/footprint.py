@@ -30,7 +30,11 @@ ASIDE = 0.1  # of the memory that the loaded model leaves: an embedding table th
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
-PACKED_ROWS = 128  # that bitsandbytes multiplies by the 4 bits of a large layer, on cards of 8 to 24 GB
+# Rows up to which bitsandbytes 0.50.2 multiplies by the 4 bits of gate and up of a 7B, on each of machine.py's cards:
+# its backends/cuda/ops.py says so. Of other layers it makes W from fewer rows on, of queries' and outputs' from 33 on
+# an RTX 4060 Ti, 65 on an RTX 3090. On cards that are not there it does from 9 rows (RTX 4090, 5080, 5090) or 6
+# (A100), and of gate and up from 129 (RTX 4090, 5080) or 65.
+PACKED_ROWS = 128
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
