@@ -42,10 +42,10 @@ from gpu_cases import (
     Peer,
     Share,
     computed_tokens,
-    make_model,
     make_rows,
     measure_lengths,
     read_pairs,
+    with_models,
 )
 from harness import say, write
 from table import peer_rates, settings
@@ -96,11 +96,9 @@ def main() -> None:
     say(str(rates))
     torch.cuda.empty_cache()
     chosen = {name: case for name, case in {**CASES, **PEERS}.items() if not options.only or name in options.only}
-    for model in {case.model: None for case in chosen.values()}:
-        if not (options.scratch / model).is_dir():
-            say(f"making {model}: {make_model(model, options.scratch / model):.0f} s")
-    with ThreadPoolExecutor(len(chosen) if options.together else 1) as pool:
-        waiting = {pool.submit(_measure, name, case, options): (name, case) for name, case in chosen.items()}
+    there = with_models(chosen, options.scratch)
+    with ThreadPoolExecutor(max(1, len(there)) if options.together else 1) as pool:
+        waiting = {pool.submit(_measure, name, case, options): (name, case) for name, case in there.items()}
         for done in as_completed(waiting):
             name, case = waiting[done]
             results[name] = dataclasses.asdict(case) | {"measured": done.result()}
@@ -108,6 +106,8 @@ def main() -> None:
             if options.write:
                 tokens = computed_tokens(json.loads(options.lengths.read_text()))
                 write("gpu", {**headline(results), "computed tokens, real": tokens, "rates": rates, "cases": results})
+    if len(there) < len(chosen):
+        sys.exit(f"not measured: {', '.join(name for name in chosen if name not in there)}")
 
 
 def _measure(name: str, case: Case | Peer, options: argparse.Namespace) -> dict[str, Any]:

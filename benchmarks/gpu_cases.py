@@ -7,15 +7,18 @@ import datetime
 import json
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from harness import say
 from table import FIXED_STEPS
 
 from qspin.config import Architecture, Auto, load_config
+from qspin.errors import QspinError
 from qspin.records import Pair
 
 MODELS = {  # as results call them → the preset whose shape they have
@@ -25,6 +28,7 @@ MODELS = {  # as results call them → the preset whose shape they have
     "qwen3-8b": "qwen3-8b",
     "gemma-2-9b": "gemma-2-9b-it",
 }
+SPARE = 10**9  # bytes of a disk that are left beside a model
 BATCH = 16  # pairs a step
 NEW, PROMPT = 256, 256  # tokens generated, and of their prompts
 
@@ -135,10 +139,18 @@ def model_config(shape: Architecture) -> Any:
 
 
 def make_model(name: str, folder: Path) -> float:
-    """Random 16-bit weights, written as any model is; seconds taken."""
+    """Random 16-bit weights, written as any model is; seconds taken.
+
+    Raises:
+        QspinError: the disk has no room for it and what is measured; nothing is begun.
+    """
     started = time.perf_counter()
     shape = load_config(MODELS[name]).model.architecture
     assert shape is not None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    need, free = 2 * shape.parameters + SPARE, shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise QspinError(f"{folder}: {need / 1e9:.0f} GB are needed there, and {free / 1e9:.0f} are free")
     config = model_config(shape)
     config.dtype, config.max_position_embeddings = "bfloat16", 32768
     if shape.family == "mistral":
@@ -146,10 +158,26 @@ def make_model(name: str, folder: Path) -> float:
     with torch.device("cuda"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="5GB")
+    half = folder.with_name(f".{folder.name}")
+    shutil.rmtree(half, ignore_errors=True)  # of a process that was cut off
+    model.save_pretrained(half, max_shard_size="5GB")
+    half.rename(folder)
     del model
     torch.cuda.empty_cache()
     return time.perf_counter() - started
+
+
+def with_models(chosen: dict[str, Case | Peer], scratch: Path) -> dict[str, Case | Peer]:
+    """The cases whose model is there, or could be made: a disk that is full would be so for all that is measured."""
+    missing = set()
+    for model in {case.model: None for case in chosen.values()}:
+        if not (scratch / model).is_dir():
+            try:
+                say(f"making {model}: {make_model(model, scratch / model):.0f} s")
+            except QspinError as error:
+                say(str(error))
+                missing.add(model)
+    return {name: case for name, case in chosen.items() if case.model not in missing}
 
 
 def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> str:

@@ -10,7 +10,8 @@
 #     games    the quickstart with each backend
 #     all      every case of bench_gpu.py and every peer, in turn, into benchmarks/results
 #
-# OUT/PART.log is what each said. PYTHON names another interpreter than .venv's, SCRATCH a folder for models.
+# OUT/PART.log is what each said. PYTHON names another interpreter than .venv's, SCRATCH a folder for models, in memory
+# (a tmpfs) where the disk is smaller than they are.
 set -uo pipefail
 
 OUT=$(realpath "${1:?usage: benchmarks/on_gpu.sh OUT [PART ...]}") # from where one is

@@ -6,8 +6,10 @@ import ast
 import importlib
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import costs
 import gpu_cases
@@ -16,6 +18,7 @@ import table
 from conftest import ROOT
 
 from qspin.config import load_config
+from qspin.errors import QspinError
 from qspin.figures.panel import Figure
 from qspin.fitting.shape import read_shape
 
@@ -34,6 +37,31 @@ def test_a_model_made_for_a_gpu_has_the_shape_of_a_real_one(case: gpu_cases.Case
     shape = load_config(gpu_cases.MODELS[case.model]).model.architecture
     assert shape is not None
     assert read_shape(gpu_cases.model_config(shape).to_dict(), case.model) == shape
+
+
+def test_a_model_that_a_disk_has_no_room_for_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(free=19 * 10**9))
+    folder = tmp_path / "models" / "gemma-2-9b"
+    with pytest.raises(QspinError, match=re.escape(f"{folder}: 19 GB are needed there, and 19 are free")):
+        gpu_cases.make_model(folder.name, folder)
+    assert not list(folder.parent.iterdir())
+
+
+def test_cases_without_a_model_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(name: str, folder: Path) -> float:
+        if name == "gemma-2-9b":
+            raise QspinError("no room")
+        folder.mkdir()
+        return 7.0
+
+    monkeypatch.setattr(gpu_cases, "make_model", make)
+    (tmp_path / "qwen3-8b").mkdir()
+    names = ["qspin", "qspin, rank 8", "qspin, Gemma 2 9B", "qspin, Qwen3 8B"]
+    there = gpu_cases.with_models({name: gpu_cases.CASES[name] for name in names}, tmp_path)
+    assert list(there) == ["qspin", "qspin, rank 8", "qspin, Qwen3 8B"]
+    assert capsys.readouterr().out == "making mistral-7b: 7 s\nno room\n"
 
 
 def test_the_readme_shows_the_gpu_too() -> None:
