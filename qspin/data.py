@@ -136,12 +136,15 @@ def most_common(rejects: Sequence[Reject]) -> str:
 
 
 def split_heldout(
-    source: str, records: Sequence[Record], rows: int, seed: int
+    source: str, records: Sequence[Record], rows: int, seed: int, *, limited: bool = False
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
     """(train, held-out): so many records held out as nearly as whole prompts allow, and never more than a fifth.
 
     All records of a prompt fall on the same side. Prompts are held out in the order of a hash of (seed, prompt), so
     the rows' order does not matter, and rows that are added or removed move few others.
+
+    Args:
+        limited: there are more records, but for data.limit.
 
     Raises:
         QspinError: fewer than two records could be held out.
@@ -157,8 +160,8 @@ def split_heldout(
     if len(heldout) < 2:
         raise QspinError(
             f"{source}: {len(records)} good rows with {len(sizes)} different prompts are too few to hold out two or "
-            f"more by prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give "
-            f"data.heldout_source"
+            f"more by prompt and at most a fifth: 10 with prompts of their own would do; "
+            f"{'raise data.limit' if limited else 'add rows'}, or give data.heldout_source"
         )
     return tuple(record for record in records if record.prompt not in chosen), heldout
 

@@ -14,7 +14,7 @@ from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_
 from qspin.chat import Renderer
 from qspin.chat_template import Tokenizer
 from qspin.config import RunConfig
-from qspin.data import Dataset, check_rejects, load_records, most_common, remove_overlap, split_heldout
+from qspin.data import Dataset, LeftOut, check_rejects, load_records, most_common, remove_overlap, split_heldout
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, sha256_of, write_jsonl
 from qspin.records import Example, Record, Reject
@@ -150,11 +150,12 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
     data = load_rows(config, source, settings.limit)
-    of = f"the first {data.rows}, as data.limit says" if len(data.records) == settings.limit else f"{data.rows}"
+    limited = len(data.records) == settings.limit
+    of = f"the first {data.rows}, as data.limit says" if limited else f"{data.rows}"
     notes = [f"{source}: {len(data.records)} good rows of {of}, format {data.format}", *data.notes]
     notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
-        train_records, heldout_records = split_heldout(source, data.records, settings.heldout_rows, config.seed)
+        train_records, heldout_records = _split(config, source, data, limited=limited)
         if len(heldout_records) < settings.heldout_rows:
             notes.append(
                 f"{source}: {len(heldout_records)} rows are held out, not the {settings.heldout_rows} of "
@@ -187,6 +188,17 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         fingerprint=fingerprint,
         notes=tuple(notes),
     )
+
+
+def _split(
+    config: RunConfig, source: str, data: Dataset, *, limited: bool
+) -> tuple[Sequence[Record], Sequence[Record]]:
+    try:
+        return split_heldout(source, data.records, config.data.heldout_rows, config.seed, limited=limited)
+    except QspinError as error:
+        if not data.rejects:
+            raise
+        raise LeftOut(f"{error}; left out: {most_common(data.rejects)}", source, data.rejects) from None
 
 
 def _on_long_completions(config: RunConfig, train: Sequence[Example]) -> Iterator[str]:
@@ -306,7 +318,8 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
             reasons = [reject for place, reject in rows.rejects if place == source]
             last = f"the last row left out, {reasons[-1].place}: {reasons[-1].reason}; " if reasons else ""
             limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
-            raise QspinError(f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}add rows")
+            message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}add rows"
+            raise LeftOut(message, str(source), reasons) if reasons else QspinError(message)
 
 
 def _check_context(config: RunConfig, examples: Sequence[Example], context: int) -> None:

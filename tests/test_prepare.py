@@ -219,6 +219,12 @@ LAST = "and 2 are needed; the last row left out, line"
 REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
     (good(9), [], {}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or more by prompt "
      "and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source"),
+    (good(20), [], {"data.limit": 9}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or "
+     "more by prompt and at most a fifth: 10 with prompts of their own would do; raise data.limit, or give "
+     "data.heldout_source"),
+    (good(1) * 3, [], {}, "rows.jsonl: 1 good rows with 1 different prompts are too few to hold out two or more by "
+     "prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source; left "
+     "out: 2 duplicate (line 2 says the same as line 1)"),
     (good(9), good(9), {}, f"other.jsonl: 0 held-out rows are left, {LAST} 4: has the prompt of training line 4; "
      "add rows"),
     ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "
@@ -241,6 +247,7 @@ def test_a_run_that_cannot_be_is_one_line_that_names_the_file(
         ready(source, **changes)
     assert str(caught.value) == f"{tmp_path}/{said}"
     assert str(caught.value).isprintable()
+    assert isinstance(caught.value, LeftOut) == any(word in said for word in ("left out", "malformed")), "to be listed"
 
 
 @pytest.mark.parametrize(
