@@ -264,6 +264,8 @@ def test_a_target_that_is_there_is_left_alone(run: RunDir, tmp_path: Path) -> No
     with pytest.raises(QspinError, match=r"^--out: .*out is there already; name a new folder$"):
         made(run, tmp_path / "out", "merged-16bit")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    with pytest.raises(QspinError, match=r"^--out: .*mine\.txt is a file; name a folder$"):
+        made(run, tmp_path / "out" / "mine.txt" / "below", "adapter")
 
 
 def test_a_full_disk_is_foreseen(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,9 @@ def _check_place(out: Path) -> None:
     if os.path.lexists(out):  # a link that leads nowhere as well
         raise QspinError(f"--out: {out} is there already; name a new folder")
     parent = existing(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    if not parent.is_dir():
+        raise QspinError(f"--out: {parent} is a file; name a folder")
+    if not os.access(parent, os.W_OK):
         raise QspinError(f"--out: {out} can't be made: no permission to write in {parent}")
 
 
