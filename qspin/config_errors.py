@@ -28,10 +28,13 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     known = dict(_keys(model))
     worst: dict[str, Mapping[str, Any]] = {}
     automatic: set[str] = set()
+    listed: set[str] = set()
     for item in error.errors():
         key = _key_of(item, {*known, *model.model_fields})
         if item["type"] == "literal_error" and item["ctx"]["expected"] == "'auto'":
             automatic.add(key)
+        if item["type"] == "list_type":
+            listed.add(key)
         # a union tells what is wrong with each of its branches: the one that came furthest was meant
         if key not in worst or _came(item) > _came(worst[key]):
             worst[key] = item
@@ -43,7 +46,11 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             place = f"{key}{member} = {told['input']!r}: " if key else ""
             other = "; or auto" if key in automatic and told["type"] != "literal_error" else ""
             other += "; put it into quotes" if told["type"] == "string_type" and told["input"] is not None else ""
-            other += " or a list, as [q_proj, v_proj]" if key == "lora.targets" and not member else ""
+            if key in listed and not member:
+                other += {
+                    "literal_error": " or a list, as [q_proj, v_proj]",
+                    "float_parsing": "; or a list, as [0.1, 5]",
+                }.get(told["type"], "")
             yield place + told["msg"].removeprefix("Value error, ") + other
 
 

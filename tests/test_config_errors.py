@@ -54,6 +54,11 @@ def test_every_problem_is_in_one_error() -> None:
             {"lora.targets": "q_proj"},
             "lora.targets = 'q_proj': Input should be 'all-linear' or a list, as [q_proj, v_proj]",
         ),
+        (
+            {"train.lr": "1e-4,2e-4"},
+            "train.lr = '1e-4,2e-4': Input should be a valid number, unable to parse string as a number; or a list, as "
+            "[0.1, 5]",
+        ),
         ({"iterations": True}, "iterations = True: Input is true or false, which this setting can't be"),
         ({"data.limit": False}, "data.limit = False: Input is true or false, which this setting can't be"),
     ],
