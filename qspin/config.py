@@ -99,7 +99,7 @@ class LoraConfig(_Part):
 
     rank: int = Field(16, ge=1, le=1024, description="rank r of the update B·A")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] | Literal["all-linear"] = Field(
+    targets: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] = Field(
         "all-linear", description="module names to adapt, or every linear layer but the head"
     )
 

@@ -54,6 +54,7 @@ def test_every_problem_is_in_one_error() -> None:
             {"lora.targets": "q_proj"},
             "lora.targets = 'q_proj': Input should be 'all-linear' or a list, as [q_proj, v_proj]",
         ),
+        ({"lora.targets": []}, "lora.targets = []: List should have at least 1 item after validation, not 0"),
         (
             {"train.lr": "1e-4,2e-4"},
             "train.lr = '1e-4,2e-4': Input should be a valid number, unable to parse string as a number; or a list, as "
