@@ -119,9 +119,7 @@ def _check_place(out: Path) -> None:
 def _check_room(folder: Path, need: int) -> None:
     free = shutil.disk_usage(existing(folder)).free
     if need > free:
-        raise QspinError(
-            f"--out: {need / 1e9:.1f} GB are needed in {folder.parent}, {free / 1e9:.1f} GB are free; name another disk"
-        )
+        raise QspinError(f"--out: {need:,} bytes are needed in {folder.parent}, {free:,} are free; name another disk")
 
 
 def _write_adapter(trained: Trained, folder: Path) -> None:
