@@ -4,7 +4,7 @@
 
 The `gguf` package writes the format; here tensors are renamed, put in llama.cpp's order and turned into the file's
 types, some rows at a time. Whatever llama.cpp would compute or tokenise otherwise than transformers does, is refused
-by name.
+by name, but for a sliding window, which the format has no place for and texts shorter than it never meet.
 """
 
 from __future__ import annotations
