@@ -163,6 +163,8 @@ def test_a_report_needs_a_file_and_a_sweep_a_folder(results: qspin.Results, tmp_
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(qspin.QspinError, match="file is a file; name a folder"):
+        api.report(results.path, file / "report.html")
+    with pytest.raises(qspin.QspinError, match="file is a file; name a folder"):
         api.sweep("quickstart", {"train.beta": [1, 2]}, file)
 
 
