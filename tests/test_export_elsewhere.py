@@ -14,8 +14,8 @@ from typing import Any
 import llama_cpp_peer
 import pytest
 import torch
+from conftest import call
 from exported import made
-from test_cli import call
 from test_gguf_file import texts
 
 from qspin.base import find_base
