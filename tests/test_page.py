@@ -167,7 +167,7 @@ def test_the_command(run: RunDir, tmp_path: Path) -> None:
     assert run.record.read_bytes() == record
     (tmp_path / "file").touch()
     told = refusal("report", run.path, "--out", tmp_path / "file" / "x.html")
-    assert told == f"--out: {tmp_path / 'file' / 'x.html'} can't be written: File exists"
+    assert told == f"--out: {tmp_path / 'file'} is a file; name a folder"
     assert refusal("report", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 

@@ -84,7 +84,9 @@ def test_a_length_is_held_against_what_the_cap_leaves_of_the_real_ones() -> None
 
 def test_an_auc_without_a_classifier_is_not_taken_for_a_match() -> None:
     three = made(3, completions=texts(3, 1, words=ANIMALS))
-    assert "One prompt: in a half of the held-out rows" in said(three, after(three))
+    assert "One prompt: among the held-out rows, of those to choose by there is no other" in said(three, after(three))
+    two = made(2, completions=texts(2, 1, words=ANIMALS))
+    assert "of those to choose by and of the reported ones there is no other" in said(two, after(two))
     four = made(4, completions=texts(4, 1, words=ANIMALS))
     assert "One prompt" not in said(four, after(four))
     for player, chosen in ((three, False), (four, True)):

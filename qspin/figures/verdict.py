@@ -81,11 +81,12 @@ def _few_rows(player: Evaluation) -> Iterator[str]:
             f"Few rows: {rows} of {len(player.prompts)} held out are reported{of}, so most differences here may be "
             "chance, and the run does not stop by them; set data.heldout_rows to 128 or more."
         )
-    halves: tuple[Half, Half] = ("choose", "report")
-    if any(len(player.prompts_of(half)) == 1 for half in halves):
+    halves: tuple[tuple[Half, str], ...] = (("choose", "those to choose by"), ("report", "the reported ones"))
+    alone = [told for half, told in halves if len(player.prompts_of(half)) == 1]
+    if alone:
         yield (
-            "One prompt: in a half of the held-out rows there is no other, so no classifier was trained there, and its "
-            "AUCs of 0.5 mean nothing."
+            f"One prompt: among the held-out rows, of {' and of '.join(alone)} there is no other, so no classifier was "
+            "trained on them, and their AUCs of 0.5 mean nothing."
         )
 
 
