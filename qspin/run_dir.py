@@ -263,7 +263,7 @@ class RunDir:
         if not parent.is_dir():
             raise QspinError(f"--out: {parent} is a file; name a folder")
         if not os.access(parent, os.W_OK | os.X_OK):
-            raise QspinError(f"--out: {self.path} can't be made: no permission to write in {parent}")
+            raise QspinError(f"--out: no permission to write in {parent}; name another folder")
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")

@@ -193,7 +193,7 @@ CLOSED = "no permission to read or write it, or to look into a folder above it"
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("run quickstart --out {}/x", "--out: {}/x can't be made: no permission to write in {}"),
+        ("run quickstart --out {}/x", "--out: no permission to write in {}; name another folder"),
         ("status {}/sub", f"{{}}/sub: {CLOSED}"),
         ("chat {}/sub", f"{{}}/sub: {CLOSED}"),
         ("export {}/sub --to adapter --out {}.export", f"{{}}/sub: {CLOSED}"),

@@ -113,7 +113,7 @@ def _check_place(out: Path) -> None:
     if not parent.is_dir():
         raise QspinError(f"--out: {parent} is a file; name a folder")
     if not os.access(parent, os.W_OK):
-        raise QspinError(f"--out: {out} can't be made: no permission to write in {parent}")
+        raise QspinError(f"--out: no permission to write in {parent}; name another folder")
 
 
 def _check_room(folder: Path, need: int) -> None:
