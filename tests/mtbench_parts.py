@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import Answer, call
+from command_line import Answer, call
 from judge_server import KEY, MODEL, JudgeServer
 
 from qspin.files import read_json

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import Answer
+from command_line import Answer
 from hub_server import SIGNATURE, TOKEN
 
 from qspin.run_dir import RunDir

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_nobody, call
+from command_line import call
+from conftest import as_nobody
 from safetensors.torch import load_file, save_file
 
 from qspin.adapters import check_config, load_adapter

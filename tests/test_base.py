@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import as_nobody, call
+from command_line import call
+from conftest import as_nobody
 
 from qspin import base
 from qspin.base import cache_dir, find_base, load_tokenizer

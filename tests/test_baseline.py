@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import contents, refusal, small_run
+from command_line import contents, refusal
+from conftest import small_run
 
 from qspin import api, spin
 from qspin.config import load_config

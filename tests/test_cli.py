@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ANSI, HOUSE_STYLE, ROOT, call, process, refusal
+from command_line import call, process, refusal
+from conftest import ANSI, HOUSE_STYLE, ROOT
 from rich.cells import cell_len
 
 import qspin

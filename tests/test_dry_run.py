@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
-from conftest import CHATML, HOUSE_STYLE, ROOT, call
+from command_line import call
+from conftest import CHATML, HOUSE_STYLE, ROOT
 
 from qspin.config import dump_config, load_config
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Answer, call, flip_byte, process, refusal, small_run
+from command_line import Answer, call, process, refusal
+from conftest import flip_byte, small_run
 from own_tasks import CHOICES, SURPRISE, WORDS, write_tasks
 
 from qspin.config import load_config

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import HOUSE_STYLE, ROOT, call, small_run
+from command_line import call
+from conftest import HOUSE_STYLE, ROOT, small_run
 from pages import BLOCK, DOCS, PAGES, name_of
 
 from qspin.cli import app

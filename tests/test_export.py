@@ -16,7 +16,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import call, flip_byte, process
+from command_line import call, process
+from conftest import flip_byte
 from exported import made
 
 from qspin.adapters import load_adapter

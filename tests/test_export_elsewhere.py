@@ -14,7 +14,7 @@ from typing import Any
 import llama_cpp_peer
 import pytest
 import torch
-from conftest import call
+from command_line import call
 from exported import made
 from test_gguf_file import texts
 

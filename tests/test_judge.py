@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import call, process
+from command_line import call, process
 from judge_server import KEY, MODEL, SEVEN, Failure, JudgeServer
 from mtbench_parts import TURNS, kept, one_line, options, questions_of, result_of, trial
 

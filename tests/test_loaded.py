@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import call, flip_byte, small_run
+from command_line import call
+from conftest import flip_byte, small_run
 
 import qspin
 from qspin.config import load_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import filelock
 import pytest
-from conftest import Answer, call
+from command_line import Answer, call
 from judge_server import MODEL, SEVEN, JudgeServer
 from mtbench_parts import (
     QUESTIONS,

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import call, flip_byte
+from command_line import call
+from conftest import flip_byte
 from judge_server import MODEL, JudgeServer
 from mtbench_parts import (
     QUESTIONS,

@@ -14,7 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import call, refusal, small_run
+from command_line import call, refusal
+from conftest import small_run
 
 from qspin import spin
 from qspin.config import load_config

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from bench_plan import A_BILLION
-from conftest import HOUSE_STYLE, ROOT, call
+from command_line import call
+from conftest import HOUSE_STYLE, ROOT
 
 from qspin import api
 from qspin.config import load_config

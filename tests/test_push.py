@@ -14,7 +14,8 @@ import pyarrow.parquet
 import pytest
 import transformers
 import yaml
-from conftest import CHATML, Answer, played_on_markup
+from command_line import Answer
+from conftest import CHATML, played_on_markup
 from hub_server import SIGNATURE, TOKEN, HubServer
 from made import IN_FOLDER, IN_PACKAGE, ON_HUB
 from pusher import Pusher

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import CHATML, Notes, Played, contents, small_run, summary_tables
+from command_line import Played, contents, summary_tables
+from conftest import CHATML, Notes, small_run
 
 import qspin
 from qspin.base import find_base

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import HOUSE_STYLE, ROOT, as_nobody, call, process, refusal
+from command_line import call, process, refusal
+from conftest import HOUSE_STYLE, ROOT, as_nobody
 
 from qspin import api
 from qspin.errors import NoPermission

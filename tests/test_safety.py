@@ -17,7 +17,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import ROOT, call
+from command_line import call
+from conftest import ROOT
 from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
 from rich.console import Console

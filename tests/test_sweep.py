@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import call, small_run
+from command_line import call
+from conftest import small_run
 
 from qspin import api, spin
 from qspin.config import RunConfig, load_config, parse_vary

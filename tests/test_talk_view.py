@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import COLOUR_VARIABLES, call
+from command_line import COLOUR_VARIABLES, call
 from rich.console import Console
 
 from qspin.files import read_json, write_json

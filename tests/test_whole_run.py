@@ -17,7 +17,8 @@ import peft
 import torch
 import transformers
 import yaml
-from conftest import ANSI, Played, call, contents, summary_tables
+from command_line import Played, call, contents, summary_tables
+from conftest import ANSI
 from rich.cells import cell_len
 
 import qspin
