@@ -83,9 +83,9 @@ def this_machine(model: ModelConfig) -> Machine:
     import torch
 
     from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
+    from qspin.four_bits import compute_dtype
     from qspin.layers.backends import check_kernels
     from qspin.layers.flash import has_flash
-    from qspin.model import compute_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_kernels(device)

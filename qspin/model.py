@@ -22,21 +22,20 @@ from typing import Any
 
 import peft
 import torch
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qspin.adapters import Adapter
-from qspin.base import Base, unreachable
+from qspin.base import Base
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError, one_line
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.fitting.footprint import Footprint
 from qspin.fitting.memory import free_bytes, refusals_told
 from qspin.fitting.shape import read_shape
+from qspin.four_bits import compute_dtype, load_in_4_bits
 from qspin.layers.attention import Layout, Packed
 from qspin.layers.attention import Lengths as GroupLengths
 from qspin.layers.backends import check_kernels, unsloth_kernels
@@ -91,7 +90,7 @@ class SlotModel:
             torch.cuda.empty_cache()
         dtype = compute_dtype(model, device)
         kernels = unsloth_kernels() if backend == "unsloth" else Kernels()
-        causal_lm = _in_4_bits(base, model, device, dtype)
+        causal_lm = load_in_4_bits(base, model, device, dtype)
         reference = _own_logits(causal_lm, device)
         torch.manual_seed(seed)
         slot = peft.LoraConfig(
@@ -329,42 +328,6 @@ class SlotModel:
             )
 
 
-def _in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' own model, its linear layers in NF4.
-
-    Raises:
-        QspinError: it can't be loaded.
-    """
-    try:
-        causal_lm: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            base.weights(),
-            revision=base.revision,
-            trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
-            use_safetensors=True,  # never a pickle
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation="eager",  # for the reference, then ours
-            quantization_config=nf4(model, dtype),
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise unreachable(base, error) from None
-    for parameter in causal_lm.parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:  # W is made in its type, which of a base that came quantised is that of its maker
-            state.dtype = dtype
-    return causal_lm
-
-
-def nf4(model: ModelConfig, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    """How linear layers are quantised, and the type that they compute in."""
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=model.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
 def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
     """(8, V) fp32: logits of the model as it came, on 8 tokens."""
     in_one_mode(causal_lm)
@@ -376,17 +339,6 @@ def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
 
 def _some_ids(vocabulary: int) -> Tensor:
     return torch.arange(8) * 37 % vocabulary
-
-
-def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The configured type; `auto` is bfloat16 where it is native, else fp32 on a CPU and fp16 on a GPU."""
-    if model.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, model.dtype)
-        return dtype
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
 
 
 def _check_targets(peft_model: Any, base: Base) -> None:

@@ -32,7 +32,7 @@ LAYERS = [  # each may import what stands above it
         "benchmarks",
         "workers",
     },
-    {"fused", "status", "gguf_file", "players"},
+    {"fused", "status", "gguf_file", "players", "four_bits"},
     {"refit"},
     {"model", "packing", "kv_cache"},
     {"decoding", "scoring", "reading", "machine"},
@@ -54,7 +54,7 @@ LAYERS = [  # each may import what stands above it
     {"__main__"},
 ]
 HEAVY = {
-    "transformers": {"base", "model", "refit", "compare", "export"},
+    "transformers": {"base", "four_bits", "model", "refit", "compare", "export"},
     "peft": {"model", "refit"},
     "bitsandbytes": {"kernels", "nf4_levels", "lora", "optimisation", "doctor_device", "merge"},
     "triton": {"nf4_product"},

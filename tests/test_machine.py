@@ -11,8 +11,8 @@ from qspin import machine
 from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
 from qspin.fitting.memory import free_bytes
+from qspin.four_bits import compute_dtype
 from qspin.machine import CARDS, GIB, USABLE, card, copy_rate, nominal_rate, product_rate, this_machine
-from qspin.model import compute_dtype
 
 CPU = torch.device("cpu")
 

@@ -25,7 +25,7 @@ def computing() -> Finding:
     import torch
 
     from qspin.config import ModelConfig
-    from qspin.model import compute_dtype
+    from qspin.four_bits import compute_dtype
 
     device, build = _device(), _build()
     dtype = str(compute_dtype(ModelConfig(), device)).removeprefix("torch.")
@@ -45,7 +45,7 @@ def nf4() -> Finding:
     from bitsandbytes import cextension, functional
 
     from qspin.config import ModelConfig
-    from qspin.model import compute_dtype
+    from qspin.four_bits import compute_dtype
 
     device = _device()
     again = pip("install --force-reinstall --no-deps bitsandbytes")

@@ -47,7 +47,7 @@ from qspin.files import (
     write_text,
 )
 from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
-from qspin.model import nf4
+from qspin.four_bits import nf4
 from qspin.prepare import Speech
 from qspin.records import Message
 

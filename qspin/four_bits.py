@@ -1,0 +1,59 @@
+"""A base model in 4 bits: the type that it computes in, how it is quantised, and transformers' own, loaded so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from qspin.base import Base, unreachable
+from qspin.config import ModelConfig
+
+
+def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The configured type; `auto` is bfloat16 where it is native, else fp32 on a CPU and fp16 on a GPU."""
+    if model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, model.dtype)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def nf4(model: ModelConfig, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How linear layers are quantised, and the type that they compute in."""
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """transformers' own model, its linear layers in NF4.
+
+    Raises:
+        QspinError: it can't be loaded.
+    """
+    try:
+        causal_lm: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            base.weights(),
+            revision=base.revision,
+            trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
+            use_safetensors=True,  # never a pickle
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation="eager",  # for the reference, then ours
+            quantization_config=nf4(model, dtype),
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise unreachable(base, error) from None
+    for parameter in causal_lm.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # W is made in its type, which of a base that came quantised is that of its maker
+            state.dtype = dtype
+    return causal_lm
