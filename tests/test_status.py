@@ -274,7 +274,9 @@ def test_a_file_that_makes_no_sense_is_named(content: str, run_dir: RunDir) -> N
     assert str(caught.value).startswith(f"{run_dir.status}: ")
 
 
-@pytest.mark.parametrize("content", ["iterations: [\n", "iterations: three\n", "seed: 2024-13-45\n", "[" * 5000])
+@pytest.mark.parametrize(
+    "content", ["iterations: [\n", "iterations: three\n", "iterations: .inf\n", "seed: 2024-13-45\n", "[" * 5000]
+)
 def test_a_configuration_that_makes_no_sense_is_named(content: str, run_dir: RunDir) -> None:
     begun(run_dir)
     finish(run_dir, 0)

@@ -126,5 +126,5 @@ def _iterations(config: Path) -> int:
     """How many iterations the run was last asked for."""
     try:
         return int(yaml.safe_load(config.read_text(encoding="utf-8"))["iterations"])
-    except (OSError, *NOT_YAML, KeyError, TypeError) as error:
+    except (OSError, *NOT_YAML, KeyError, TypeError, OverflowError) as error:
         raise QspinError(f"{config}: damaged or unreadable ({one_line(error)})") from None
