@@ -30,11 +30,6 @@ from qspin.watch.progress import Silent
 
 
 @pytest.fixture(scope="module")
-def run_dir(exact: RunDir, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return RunDir(shutil.copytree(exact.path, tmp_path_factory.mktemp("eval") / "run"))
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
@@ -43,8 +38,20 @@ ALL = ",".join([CHOICES, WORDS, SURPRISE])
 
 
 @pytest.fixture(scope="module")
-def evaluated(run_dir: RunDir, tasks: Path) -> Answer:
-    return call("eval", run_dir.path, "--tasks", ALL, "--include", tasks)
+def put(exact: RunDir, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDir, Answer]:
+    run_dir = RunDir(shutil.copytree(exact.path, tmp_path_factory.mktemp("eval") / "run"))
+    return run_dir, call("eval", run_dir.path, "--tasks", ALL, "--include", tasks)
+
+
+@pytest.fixture
+def evaluated(put: tuple[RunDir, Answer]) -> Answer:
+    return put[1]
+
+
+@pytest.fixture
+def run_dir(put: tuple[RunDir, Answer], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A copy of the run with all that was kept, to be changed."""
+    return RunDir(shutil.copytree(put[0].path, tmp_path_factory.mktemp("copy") / "run"))
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -106,7 +113,6 @@ def test_a_warm_start_at_work_is_not_called_the_base(
     assert begun == [f"{player} · {SURPRISE}" for player in whose]
 
 
-@pytest.mark.usefixtures("evaluated")
 def test_summary_and_report_have_the_figures(run_dir: RunDir) -> None:
     text = run_dir.summary.read_text()
     assert "## Benchmarks" in text
@@ -155,7 +161,6 @@ def test_what_is_kept_is_not_computed_again(
     assert {file for file in before if after[file] != before[file]} == {path}
 
 
-@pytest.mark.usefixtures("evaluated")
 def test_other_set_ups_are_other_figures(run_dir: RunDir, tasks: Path) -> None:
     options = ["--tasks", CHOICES, "--include", tasks, "--iteration", "base"]
     call("eval", run_dir.path, *options, "--shots", "1", "--limit", "5", "--chat-template")
@@ -165,7 +170,6 @@ def test_other_set_ups_are_other_figures(run_dir: RunDir, tasks: Path) -> None:
     assert plain is not None
 
 
-@pytest.mark.usefixtures("evaluated")
 def test_a_task_that_was_changed_is_computed_again(run_dir: RunDir, tasks: Path) -> None:
     file = tasks / f"{CHOICES}.yaml"
     was = file.read_text()
@@ -175,13 +179,11 @@ def test_a_task_that_was_changed_is_computed_again(run_dir: RunDir, tasks: Path)
         assert "documents" in answer.out
     finally:
         file.write_text(was)
-    call("eval", run_dir.path, "--tasks", CHOICES, "--include", tasks, "--iteration", "base")
 
 
 # --- what can't be done ---
 
 
-@pytest.mark.usefixtures("evaluated")
 def test_errors_take_a_line(run_dir: RunDir, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = run_dir.path
     assert "--tasks or --suite: name tasks" in refusal("eval", here)
@@ -293,10 +295,9 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == ""
 
 
-# --- interrupted: what the tests above look at is deleted ---
+# --- interrupted ---
 
 
-@pytest.mark.usefixtures("evaluated")
 def test_interrupted_it_keeps_what_is_done(run_dir: RunDir, tasks: Path) -> None:
     for folder in (run_dir.base, run_dir.iteration(0)):
         for outcome in all_kept(folder):
