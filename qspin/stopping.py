@@ -22,7 +22,7 @@ STOPPED, ON = "stopped", "the same command goes on from the last finished piece"
 GOES_ON = f"{STOPPED}; {ON}"
 CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 
-_SHOW_CURSOR, _STDERR = "\x1b[?25h", 2
+_SHOW_CURSOR, _STDERR = "\x1b[?25h", 2  # a live view may have hidden it
 
 
 class _State:
@@ -37,6 +37,8 @@ def heed_stops(said: str = STOPPED) -> None:
     _State.said, _State.asked, _State.raised = said, None, False
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _on_signal)
+    if os.name == "posix" and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
+        signal.signal(signal.SIGTSTP, _on_pause)
 
 
 @contextlib.contextmanager
@@ -99,9 +101,18 @@ def _stop(number: int) -> None:
         raise SystemExit(128 + number)
 
 
+def _on_pause(number: int, _frame: FrameType | None) -> None:
+    """Ctrl-Z: pause as any program does, once the shell has its cursor back."""
+    if os.isatty(_STDERR):
+        os.write(_STDERR, _SHOW_CURSOR.encode())
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+    signal.signal(number, _on_pause)  # here it goes on
+
+
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     if _State.asked is not None:
-        cursor = _SHOW_CURSOR if os.isatty(_STDERR) else ""  # a live view may have hidden it
+        cursor = _SHOW_CURSOR if os.isatty(_STDERR) else ""
         os.write(_STDERR, f"{cursor}{_State.said}\n".encode())
         os._exit(128 + number)
     _State.asked = number

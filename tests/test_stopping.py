@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -151,6 +152,29 @@ except SystemExit as stop:
         leave_stopped(same.code)
 """
     assert told(body, signal.SIGINT, signal.SIGINT, signal.SIGTERM) == (143, ["on", "on"], "bye\n")
+
+
+def test_a_pause_gives_the_cursor_back_and_ends_nothing() -> None:
+    script = SCRIPT.format(body='sys.stderr.write("\\x1b[?25l")\nsay("now")\nassert sys.stdin.read() == "on"')
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=its,
+        text=True,
+        process_group=0,  # as a shell starts a job
+    )
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGTSTP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    assert os.read(ours, 1000) == b"\x1b[?25l\x1b[?25h"
+    process.send_signal(signal.SIGCONT)
+    process.communicate("on", timeout=30)
+    assert process.returncode == 0
+    for end in ours, its:
+        os.close(end)
 
 
 # --- a run ---
