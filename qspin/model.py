@@ -230,9 +230,11 @@ class SlotModel:
         slot = self.parameters
         wrong = sorted(set(slot) ^ set(adapter)) or [n for n in slot if slot[n].shape != adapter[n].shape]
         if wrong:
+            targets = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in adapter})
             raise QspinError(
                 f"the adapter does not fit the slot: {len(wrong)} weights differ in name or shape, the first "
-                f"{wrong[0]}; lora.rank and lora.targets must be those it was trained with"
+                f"{wrong[0]}; lora.rank and lora.targets must be those it was trained with, here on "
+                f"{', '.join(targets)[:200]}"
             )
         with torch.no_grad():
             for name, parameter in slot.items():

@@ -252,6 +252,9 @@ def test_another_rank_does_not_fit(tiny_model: Callable[..., SlotModel]) -> None
         model.set_adapter(wide)
     with pytest.raises(QspinError, match="does not fit the slot: 1 weights differ"):
         model.set_adapter(dict(list(model.adapter().items())[1:]))
+    few = {name: tensor for name, tensor in model.adapter().items() if "q_proj" in name or "v_proj" in name}
+    with pytest.raises(QspinError, match=r"must be those it was trained with, here on q_proj, v_proj$"):
+        model.set_adapter(few)
 
 
 def test_peft_loads_what_is_saved_and_it_is_the_same_player(
