@@ -142,6 +142,19 @@ def test_slow_convergence() -> None:
     assert "Raise train.lr, lora.rank or train.epochs." in text
 
 
+def test_of_too_few_rows_to_know_no_step_is_said_to_tell_them_apart() -> None:
+    base = made(16)
+    slow = after(
+        base,
+        completions=base.completions,
+        real_nll=base.real_nll,
+        policy_logps=[value - (0.02 if row % 3 else -0.02) for row, value in enumerate(base.generated_logps)],
+    )
+    text = said(base, slow)
+    assert "Iteration 0 is neither better nor worse than the base beyond noise." in text
+    assert "Slow convergence" not in text
+
+
 MATCHED = made(1200), after(made(1200), 3)
 
 

@@ -140,7 +140,7 @@ def _causes(
             f"chance, while a classifier still tells its completions from the real ones (AUC {sample.told()}). "
             "Raise train.lr, lora.rank or train.epochs."
         )
-    elif not better and not worse and kl.value < SMALL_STEP:
+    elif reward.low > 0.5 and not better and not worse and kl.value < SMALL_STEP:
         yield (
             f"Slow convergence: it can tell real completions from its opponent's (AUC {reward.told()}), but went only "
             f"{kl.value:.2g} nats a token (KL) from it. Raise train.lr, lora.rank or train.epochs."
