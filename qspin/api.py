@@ -225,7 +225,7 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     """
     from qspin.exports.recipe import recorded_config
     from qspin.figures.page import page
-    from qspin.files import existing, write_text
+    from qspin.files import check_place, write_text
     from qspin.record import heldout_prompts
 
     run_dir = RunDir(Path(path))
@@ -235,8 +235,7 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
         raise QspinError(f"--out: {target} is a folder; name a file")
     if target.suffix not in {".html", ".htm"}:  # no slip of the keys writes over a run's record, or somebody's rows
         raise QspinError(f"--out: {target} must end in .html")
-    if not (above := existing(target.parent)).is_dir():
-        raise QspinError(f"--out: {above} is a file; name a folder")
+    check_place(target.parent)
     config = recorded_config(run_dir)
     _quiet_libraries()
     text = page(run_dir, config, heldout_prompts(run_dir, config, say))

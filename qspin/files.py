@@ -47,6 +47,15 @@ def existing(path: Path) -> Path:
     return next(part for part in (path, *path.absolute().parents) if os.path.exists(part))  # noqa: PTH110
 
 
+def check_place(folder: Path) -> None:
+    """Raises a QspinError: no folder can be made, or written to, there."""
+    above = existing(folder)
+    if not above.is_dir():
+        raise QspinError(f"--out: {above} is a file; name a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise QspinError(f"--out: no permission to write in {above}; name another folder")
+
+
 def at_home(name: str) -> Path:
     """A path as a person writes it, `~` for a home folder; as it is where there is no such home."""
     return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises)

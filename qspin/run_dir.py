@@ -44,7 +44,7 @@ import psutil
 from qspin.errors import QspinError
 from qspin.files import (
     at_work,
-    existing,
+    check_place,
     full_disk_told,
     make_folder,
     read_json,
@@ -259,11 +259,7 @@ class RunDir:
         dangling = next((part for part in (self.path, *self.path.parents) if _leads_nowhere(part)), None)
         if dangling is not None:
             raise QspinError(f"--out: {dangling} is a link that leads nowhere; name a folder")
-        parent = existing(self.path)
-        if not parent.is_dir():
-            raise QspinError(f"--out: {parent} is a file; name a folder")
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise QspinError(f"--out: no permission to write in {parent}; name another folder")
+        check_place(self.path)
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")

@@ -130,27 +130,25 @@ def test_a_step_that_taught_nothing() -> None:
     assert stop(line(BASE, same), CONFIG) is None
 
 
-def test_slow_convergence() -> None:
-    slow = after(
-        BASE,
-        completions=BASE.completions,
-        real_nll=BASE.real_nll,
-        policy_logps=[value - (0.02 if row % 8 else -0.02) for row, value in enumerate(BASE.generated_logps)],
+def small_step(base: Evaluation, wrong: int) -> Evaluation:
+    """A player who finds what the base generated a little less likely, each `wrong`-th more, and writes as the base."""
+    return after(
+        base,
+        completions=base.completions,
+        real_nll=base.real_nll,
+        policy_logps=[value - (0.02 if row % wrong else -0.02) for row, value in enumerate(base.generated_logps)],
     )
-    text = said(BASE, slow)
+
+
+def test_slow_convergence() -> None:
+    text = said(BASE, small_step(BASE, wrong=8))
     assert "Slow convergence: it can tell real completions from its opponent's (AUC 0." in text
     assert "Raise train.lr, lora.rank or train.epochs." in text
 
 
 def test_of_too_few_rows_to_know_no_step_is_said_to_tell_them_apart() -> None:
     base = made(16)
-    slow = after(
-        base,
-        completions=base.completions,
-        real_nll=base.real_nll,
-        policy_logps=[value - (0.02 if row % 3 else -0.02) for row, value in enumerate(base.generated_logps)],
-    )
-    text = said(base, slow)
+    text = said(base, small_step(base, wrong=3))
     assert "Iteration 0 is neither better nor worse than the base beyond noise." in text
     assert "Slow convergence" not in text
 

@@ -39,6 +39,7 @@ from qspin.exports.targets import Onto, Target
 from qspin.files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    check_place,
     commit_folder,
     existing,
     read_plain_json,
@@ -109,11 +110,7 @@ def _check_options(to: Target, onto: Onto, dtype: str | None) -> None:
 def _check_place(out: Path) -> None:
     if os.path.lexists(out):  # a link that leads nowhere as well
         raise QspinError(f"--out: {out} is there already; name a new folder")
-    parent = existing(out)
-    if not parent.is_dir():
-        raise QspinError(f"--out: {parent} is a file; name a folder")
-    if not os.access(parent, os.W_OK):
-        raise QspinError(f"--out: no permission to write in {parent}; name another folder")
+    check_place(out)
 
 
 def _check_room(folder: Path, need: int) -> None:
