@@ -71,11 +71,12 @@ class Peer:
 
 FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
 BOTH = "both"  # a peer's: some of FIXED, then REAL
-# 4.7, 6.7 and 10.7 GiB: cards of 6, 8 and 12 less 0.8 for CUDA's context, as measured, and 0.5 for a desktop
+# 4.7, 6.7, 10.7 and 14.7 GiB: cards of 6, 8, 12 and 16 less 0.8 for CUDA's context, as measured, and 0.5 for a desktop
 CASES = {
     "qspin": Case("mistral-7b", "unsloth", {
         "7 GiB, auto": Share(7.0, (FIXED, REAL), checkpointing="auto"),  # what TRL on Unsloth takes
         "10.7 GiB": Share(10.7, (LONG,), checkpointing=True),
+        "14.7 GiB, auto": Share(14.7, (FIXED, LONG), checkpointing="auto"),
         "22 GiB": Share(22.0, (FIXED, REAL), checkpointing=True, generate=True),
         "22 GiB, auto": Share(22.0, (FIXED, REAL), checkpointing="auto"),
         "22 GiB, all kept": Share(22.0, (FIXED, REAL), checkpointing=False),

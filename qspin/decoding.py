@@ -28,7 +28,7 @@ MOST_GRAPHS = 4
 @dataclass(frozen=True, slots=True)
 class _Step:
     graph: torch.cuda.CUDAGraph
-    logits: Tensor  # (B, V), written anew at each replay
+    output: Tensor  # of `_computed`, written anew at each replay
 
 
 class Decoder:
@@ -52,11 +52,14 @@ class Decoder:
         inputs[:, :live] = torch.stack([torch.tensor(tokens), places])
         self._embedded[:rows] = self._model.embed(inputs[0])
         self._at[:rows] = inputs[1].to(self._cache.device)
-        return (self._replayed(rows) if self._replays else self._computed(rows))[:live]
+        found = (self._replayed(rows) if self._replays else self._computed(rows))[:live]
+        return self._model.logits(found) if self._model.head.aside else found
 
     def _computed(self, rows: int) -> Tensor:
+        """Logits, or what they are made of where that copies from main memory, which is not recorded."""
         places = self._at[:rows]
-        return self._model.logits(self._model.hidden(self._embedded[:rows], places, Decode(self._cache, places)))
+        hidden = self._model.hidden(self._embedded[:rows], places, Decode(self._cache, places))
+        return hidden if self._model.head.aside else self._model.logits(hidden)
 
     def _replayed(self, rows: int) -> Tensor:
         if self._places != self._cache.places:  # the cache lies elsewhere now
@@ -71,7 +74,7 @@ class Decoder:
             step = self._recorded(rows)
         self._steps[rows] = step
         step.graph.replay()
-        return step.logits
+        return step.output
 
     def _make_room(self) -> None:
         """For one more graph: those not used for the longest time go."""
@@ -85,7 +88,7 @@ class Decoder:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=pool):
-                logits = self._computed(rows)
+                output = self._computed(rows)
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # where the graph can't be made of what was recorded, torch stays on its own
             # by torch, or by the driver, which makes the graph in memory of its own; or the GPU failed by itself
@@ -95,7 +98,7 @@ class Decoder:
                 f"model.id: a step of decoding with {self._model.base.name} can't be recorded on a GPU "
                 f"({one_line(error)}); please report the model"
             ) from None
-        return _Step(graph, logits)
+        return _Step(graph, output)
 
 
 def replayable(model: SlotModel) -> bool:

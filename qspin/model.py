@@ -24,7 +24,6 @@ import peft
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qspin.adapters import Adapter
@@ -40,11 +39,10 @@ from qspin.layers.attention import Layout, Packed
 from qspin.layers.attention import Lengths as GroupLengths
 from qspin.layers.backends import check_kernels, unsloth_kernels
 from qspin.layers.flash import has_flash
+from qspin.layers.head import Head
 from qspin.layers.kernels import Kernels
-from qspin.layers.lora import FusedLayers, Linear, laid_out
+from qspin.layers.lora import FusedLayers
 from qspin.layers.refit import SLOT, in_one_mode, refit
-
-ALL = slice(None)
 
 
 class SlotModel:
@@ -60,10 +58,9 @@ class SlotModel:
         self._causal_lm = peft_model.get_base_model()
         self._decoder = self._causal_lm.get_decoder()
         self._embeddings = self._causal_lm.get_input_embeddings()
-        self._head = self._causal_lm.get_output_embeddings()
+        softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
+        self.head = Head(self._causal_lm.get_output_embeddings(), softcap, device)
         self._layers = layers
-        self._unpacked_head: Linear | None = None
-        self._softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
 
     @staticmethod
     def load(
@@ -131,7 +128,7 @@ class SlotModel:
     @property
     def unpacked_bytes(self) -> int:
         """What the base takes in the compute type, for `decoding`; 0 where that is of no use, or too much."""
-        weights = sum(layers.weights for layers in self._layers) + self._head.weight.numel()
+        weights = sum(layers.weights for layers in self._layers) + self.head.weight.numel()
         size = weights * self.dtype.itemsize
         return size if self.device.type == "cpu" and size <= free_bytes(self.device) / 2 else 0
 
@@ -150,13 +147,13 @@ class SlotModel:
             elif self.unpacked_bytes if unpacked is None else unpacked:
                 for layers in self._layers:
                     layers.unpack(self.dtype)
-                self._unpacked_head = laid_out(self._head.weight, self._head.bias)
+                self.head.unpack()
             yield
         finally:
             for layers in self._layers:
                 layers.pack()
                 layers.few_rows = False
-            self._unpacked_head = None
+            self.head.pack()
 
     def forget(self) -> None:
         """Free what was kept of the player in the slot: within the next work it would be freed unseen."""
@@ -175,41 +172,17 @@ class SlotModel:
             itemsize=self.dtype.itemsize,
             recomputed=sum(layer.gradient_checkpointing for layer in self._recomputable),
             flash=self.device.type == "cuda" and has_flash(self.device),
+            head_aside=self.head.aside,
         )
 
     @property
     def vocabulary(self) -> int:
         """V: how many tokens the head knows."""
-        return len(self._head.weight)
+        return len(self.head.weight)
 
-    def logits(self, hidden: Tensor, tokens: slice = ALL) -> Tensor:
-        """(N, D) → (N, V) fp32, or those of some tokens. Makes no graph: `logits_backward` is its derivative."""
-        bias = self._head.bias
-        with torch.no_grad():
-            if self._unpacked_head is not None and tokens == ALL:
-                logits = self._unpacked_head(hidden)
-            else:
-                logits = functional.linear(hidden, self._head.weight[tokens], None if bias is None else bias[tokens])
-            logits = logits.float()
-            if self._softcap is not None:
-                logits = self._softcap * torch.tanh(logits / self._softcap)
-        return logits
-
-    def softcap_slope(self, logits: Tensor) -> Tensor | None:
-        """Of the same shape: d/d x of softcap·tanh(x / softcap), from what it made of x. None without a soft-cap."""
-        return None if self._softcap is None else 1 - (logits / self._softcap) ** 2
-
-    def logits_backward(self, grad: Tensor, slope: Tensor | None, tokens: slice = ALL) -> Tensor:
-        """d/d hidden, (N, D), of what `logits` made, from d/d logits, (N, V) fp32."""
-        if slope is not None:
-            grad = grad * slope
-        grad_hidden: Tensor = grad.to(self._head.weight.dtype) @ self._head.weight[tokens]
-        return grad_hidden
-
-    def logit_gradients(self, tokens: Tensor, slope: Tensor | None) -> Tensor:
-        """(N, D) fp32: d/d hidden of one token's logit a row, for N tokens."""
-        gradients: Tensor = self._head.weight[tokens].float()
-        return gradients if slope is None else gradients * slope[:, None]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, D) → (N, V) fp32, without a graph."""
+        return self.head.logits(hidden)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -278,10 +251,14 @@ class SlotModel:
                     layers.recomputed = index < recomputed
 
     def _set_aside(self) -> None:
-        """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token."""
-        own = self.device.type == "cuda" and self._embeddings.weight is not self._head.weight
-        if own and self.footprint.set_aside(free_bytes(self.device)):
-            self._embeddings.to("cpu")
+        """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token.
+
+        Where it is the head too, all of it is copied from there: pinned, or the driver would copy it twice.
+        """
+        if self.device.type == "cuda" and self.footprint.set_aside(free_bytes(self.device)):
+            table = self._embeddings.to("cpu").weight
+            if self.head.aside:
+                table.data = table.data.pin_memory()
             torch.cuda.empty_cache()
 
     @property

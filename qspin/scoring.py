@@ -61,26 +61,28 @@ class _TokenLogps(torch.autograd.Function):
         peak = torch.full((count,), float("-inf"), device=hidden.device)
         total, target_logits = torch.zeros_like(peak), torch.zeros_like(peak)
         others = torch.zeros(hidden.shape, device=hidden.device) if ctx.needs_input_grad[0] else None  # (C, D)
-        step = vocabulary_step(hidden.device.type, count)
+        head, step = model.head, vocabulary_step(hidden.device.type, count)
         for start in range(0, model.vocabulary, step):
             tokens = slice(start, min(start + step, model.vocabulary))
-            logits = model.logits(hidden, tokens)  # (C, v)
+            part = head.part(tokens)
+            logits = part.logits(hidden)  # (C, v)
             columns = (targets - start).clamp(0, tokens.stop - start - 1)[:, None]
             here = (targets >= start) & (targets < tokens.stop)
             target_logits = torch.where(here, logits.gather(1, columns)[:, 0], target_logits)
             higher = torch.maximum(peak, logits.amax(-1))
             decay = (peak - higher).exp_()
-            slope = model.softcap_slope(logits)
+            slope = head.slope(logits)
             weights = logits.sub_(higher[:, None]).exp_()  # softmax, but for the normaliser
             total = total * decay + weights.sum(-1)
             if others is not None:
                 weights.scatter_(1, columns, weights.gather(1, columns).masked_fill_(here[:, None], 0.0))
-                others.mul_(decay[:, None]).add_(model.logits_backward(weights, slope, tokens))
+                others.mul_(decay[:, None]).add_(part.backward(weights, slope))
             peak = higher
+            del part  # which may be a copy, before the next
         logps = target_logits - peak - total.log()
         if others is not None:
             # d logp / d logits = onehot − softmax; 1 − p of the target by expm1, or it would be lost near p = 1
-            own = model.logit_gradients(targets, model.softcap_slope(target_logits)) * -torch.expm1(logps)[:, None]
+            own = head.gradients(targets, head.slope(target_logits)) * -torch.expm1(logps)[:, None]
             ctx.save_for_backward((own - others / total[:, None]).to(hidden.dtype))
         return logps
 

@@ -57,7 +57,8 @@ def test_an_embedding_table_is_put_aside_where_there_is_little_room() -> None:
     assert small.set_aside(0) == table
     assert small.set_aside(table / ASIDE) == 0  # room enough
     assert small.set_aside(-1) == 0  # it does not load
-    assert tiny(device="cuda", itemsize=2).set_aside(0) == 0  # the head needs it
+    tied = tiny(device="cuda", itemsize=2)  # the head needs it, and copies all of it
+    assert (tied.set_aside(0), tied.set_aside(table - 1), tied.set_aside(table)) == (table, table, 0)
     assert tiny(tied_embeddings=False).set_aside(0) == 0  # it is there already
 
 
@@ -128,7 +129,18 @@ def test_logits_come_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tiny(family="gemma2")._head(batch.predicted, training=False) == (12 + 8) * 64 * 500
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_of_a_head_in_main_memory_a_block_is_there(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def head(aside: bool) -> int:
+        return replace(tiny(device="cuda", itemsize=2), head_aside=aside)._head(50, training=training)
+
+    assert head(True) - head(False) == 2 * 512 * 64
+    monkeypatch.setitem(footprint.MOST_WIDTH, "cuda", 128)
+    assert head(True) - head(False) == 2 * 128 * 64
+
+
 def test_blocks_of_the_vocabulary_are_as_wide_as_fast_kernels_like() -> None:
+    assert footprint.vocabulary_step("cuda", 1) == 2**15
     assert footprint.vocabulary_step("cuda", 1000) == 16768  # 2²⁴ / 1000, rounded down to a multiple of 64
     assert footprint.vocabulary_step("cuda", 2**24 // 63) == 63  # too narrow for that
     assert footprint.vocabulary_step("cuda", 2**25) == 1

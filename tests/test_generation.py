@@ -323,7 +323,7 @@ def test_the_graphs_used_last_are_kept(tiny_model: LoadModel, monkeypatch: pytes
     done: list[str] = []
 
     class Recorded:
-        logits = torch.zeros(1)
+        output = torch.zeros(1)
         graph: Any
 
         def __init__(self, rows: int) -> None:

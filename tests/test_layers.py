@@ -32,7 +32,7 @@ LAYERS = [  # each may import what stands above it
         "benchmarks",
         "workers",
     },
-    {"fused", "status", "gguf_file", "players", "four_bits"},
+    {"fused", "head", "status", "gguf_file", "players", "four_bits"},
     {"refit"},
     {"model", "packing", "kv_cache"},
     {"decoding", "scoring", "reading", "machine"},

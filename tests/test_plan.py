@@ -17,6 +17,7 @@ from qspin.config import load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.fitting import footprint
+from qspin.fitting.at_once import LINK
 from qspin.fitting.footprint import Footprint
 from qspin.machine import GIB, card
 from qspin.planning.plan import Plan, make_plan
@@ -86,17 +87,38 @@ def test_what_takes_more_memory_takes_more_in_the_plan() -> None:
 
 @pytest.mark.parametrize(
     ("name", "gigabytes", "aside"),
-    [("qwen3-8b", 8, 151_936 * 4096 * 2), ("qwen3-8b", 24, 0), ("qwen3-8b", 6, 0), ("gemma-2-9b-it", 8, 0)],
+    [
+        ("qwen3-8b", 8, 151_936 * 4096 * 2),
+        ("qwen3-8b", 24, 0),
+        ("qwen3-8b", 6, 0),
+        ("gemma-2-9b-it", 8, 256_000 * 3584 * 2),
+        ("gemma-2-9b-it", 12, 0),
+        ("gemma-2-9b-it", 6, 0),
+    ],
 )
 def test_a_small_card_is_spared_the_embedding_table(name: str, gigabytes: int, aside: int) -> None:
-    """But not one that could not load the model, and where it is the head too."""
+    """But not one that could not load the model. Of one that is the head too, only where there is no room for it."""
     plan = planned(name, gigabytes)
     loaded = {part: size for part, size in plan.phases[0].parts if part.startswith("16-bit")}
-    assert loaded == {
-        "16-bit head, norms" if aside else "16-bit embeddings, head, norms": (
-            Footprint(plan.shape, 16, None, "cuda", 2, recomputed=0).unquantised() - aside
-        )
-    }
+    there = "" if aside and plan.shape.tied_embeddings else "head, " if aside else "embeddings, head, "
+    whole = Footprint(plan.shape, 16, None, "cuda", 2, recomputed=0).unquantised()
+    assert loaded == {f"16-bit {there}norms": whole - aside}
+
+
+def test_a_head_in_main_memory_takes_time() -> None:
+    """At each step of decoding, and for each micro-batch."""
+    config = load_config("gemma-2-9b-it", {"generation.width": 4, "train.tokens_per_micro_batch": 2304})
+    small = card(8, config.model)
+    plan = make_plan(config, small, assumed_rows(100))
+    more = make_plan(config, replace(small, memory=small.memory + 2 * GIB), assumed_rows(100))
+    assert [name.startswith("16-bit embeddings") for name, _ in (plan.phases[0].parts[1], more.phases[0].parts[1])] == [
+        False,
+        True,
+    ]
+    first, other = ({time.phase: time.first for time in one.times} for one in (plan, more))
+    a_copy = 256_000 * 3584 * 2 / LINK
+    assert first["generate"] - other["generate"] == pytest.approx(100 // 4 * 256 * a_copy)
+    assert first["score"] > other["score"]
 
 
 def test_a_pair_is_never_cut() -> None:

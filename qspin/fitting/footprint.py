@@ -25,15 +25,16 @@ Device = Literal["cpu", "cuda"]
 MOST_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 16384}
 MOST_ROWS: dict[str, int] = {"cpu": 128, "cuda": 256}
 SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what is not counted, and for others
-ASIDE = 0.1  # of the memory that the loaded model leaves: an embedding table that is more stays in main memory
+# of what the loaded model leaves: an embedding table that is more goes to main memory; one that is the head too, which
+ASIDE, HEAD_ASIDE = 0.1, 1.0  # each pass copies from there, goes where there is less room
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
-# Rows up to which bitsandbytes 0.50.2 multiplies by the 4 bits of gate and up of a 7B, on each of machine.py's cards:
-# its backends/cuda/ops.py says so. Of other layers it makes W from fewer rows on, of queries' and outputs' from 33 on
-# an RTX 4060 Ti, 65 on an RTX 3090. On cards that are not there it does from 9 rows (RTX 4090, 5080, 5090) or 6
-# (A100), and of gate and up from 129 (RTX 4090, 5080) or 65.
+MOST_WIDTH: dict[str, int] = {"cpu": 2**22, "cuda": 2**15}  # of them; a GPU may hold the weights for that alone
+# Rows up to which bitsandbytes 0.50.2 multiplies by the 4 bits of gate and up of a 7B on each of machine.py's cards, by
+# its backends/cuda/ops.py. Of other layers it makes W from fewer on, of queries' and outputs' from 33 (RTX 4060 Ti) or
+# 65 (3090); on other cards from 9 rows (4090, 5080, 5090) or 6 (A100), of gate and up from 129 (4090, 5080) or 65.
 PACKED_ROWS = 128
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
@@ -54,7 +55,7 @@ OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit"
 
 def vocabulary_step(device: str, predicted: int) -> int:
     """How many of the vocabulary's tokens have their logits made at once, for C predicted tokens."""
-    most = max(1, LOGITS_AT_ONCE[device] // max(1, predicted))
+    most = max(1, min(MOST_WIDTH[device], LOGITS_AT_ONCE[device] // max(1, predicted)))
     return most - most % WIDTH[device] if most > WIDTH[device] else most
 
 
@@ -97,6 +98,7 @@ class Footprint:
     itemsize: int  # s: 2 or 4
     recomputed: int  # layers, the first ones, which keep their input alone for the backward pass
     flash: bool = True  # the GPU has the flash kernel: none from before Ampere, and none of AMD's
+    head_aside: bool = False  # in main memory, a part of it on the GPU at a time
 
     # --- what is there all the time
 
@@ -127,10 +129,15 @@ class Footprint:
     def set_aside(self, free: float) -> int:
         """Of those, what is put into main memory once all is loaded and leaves so many bytes free.
 
-        On a GPU an embedding table that is not the head too, where it is more than ASIDE of them.
+        On a GPU the embedding table, where it is more than ASIDE of them, or HEAD_ASIDE if it is the head too.
         """
-        table = self.shape.vocabulary * self.shape.hidden * self.itemsize
-        return table if self.device == "cuda" and not self.shape.tied_embeddings and 0 <= ASIDE * free < table else 0
+        most = (HEAD_ASIDE if self.shape.tied_embeddings else ASIDE) * free
+        return self.head_bytes if self.device == "cuda" and 0 <= most < self.head_bytes else 0
+
+    @property
+    def head_bytes(self) -> int:
+        """The head's weights, or as many of embeddings: V·D in the compute type."""
+        return self.shape.vocabulary * self.shape.hidden * self.itemsize
 
     @property
     def adapter_weights(self) -> int:
@@ -266,17 +273,18 @@ class Footprint:
 
         A block of n logits is made in the compute type and turned to fp32 while the last one is still there; with a
         soft-cap there are three of it, and its slope. In training the directions are summed in fp32 (C·D), and put
-        together from as many four times over.
+        together from as many four times over. Of a head in main memory the weights of a block are there too.
         """
         step = vocabulary_step(self.device, predicted)
         block = min(self.shape.vocabulary, step) * predicted
         last = 4 if step < self.shape.vocabulary else 0
         own = 12 + last if self._softcap else 6 if self.itemsize == 2 else 4
-        logits = (last + own) * block
+        weights = self.itemsize * self.shape.hidden * min(self.shape.vocabulary, step) if self.head_aside else 0
+        logits = (last + own) * block + weights
         if not training:
             return logits
         directions = predicted * self.shape.hidden
-        return max(4 * directions + logits, 4 * block + 18 * directions)
+        return max(4 * directions + logits, 4 * block + weights + 18 * directions)
 
     # --- generation
 
@@ -284,7 +292,7 @@ class Footprint:
         """The base in the compute type, which generation on a CPU holds if there is room (`SlotModel.decoding`)."""
         if self.device != "cpu":
             return 0
-        return (self.linear_weights + self.shape.vocabulary * self.shape.hidden) * self.itemsize
+        return self.linear_weights * self.itemsize + self.head_bytes
 
     def row(self, places: int) -> int:
         """One completion while it is decoded, of up to so many tokens, prompt included.
@@ -340,9 +348,8 @@ class Footprint:
             base = packed
         elif not unpacked:
             base = 2 * base + packed
-        head = self.shape.vocabulary * self.shape.hidden * self.itemsize
         cache = 2 * self.shape.layers * self._widths.keys * places * self.itemsize
-        return base + head + rows * (cache + 24 * self.shape.vocabulary)
+        return base + self.head_bytes + rows * (cache + 24 * self.shape.vocabulary)
 
     def _layers_work(self, batch: Batch) -> int:
         queries = self._widths.queries

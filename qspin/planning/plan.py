@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.files import at_home
-from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
+from qspin.fitting.at_once import LAUNCH, LINK, Budget, budgets, choose, spread, work_with_launches
 from qspin.fitting.footprint import EVALUATED_ROWS, SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
 from qspin.machine import Machine
@@ -167,9 +167,11 @@ class _Load:
         quantised, unquantised = self.footprint.quantised(config.model.double_quant), self.footprint.unquantised()
         left = machine.memory - quantised - unquantised - self.footprint.adapter() - machine.libraries
         aside = self.footprint.set_aside(left)
+        self.footprint = replace(self.footprint, head_aside=aside > 0 and self.footprint.shape.tied_embeddings)
+        there = "" if self.footprint.head_aside else "head, " if aside else "embeddings, head, "
         self.loaded = (
             ("4-bit weights and their constants", quantised),
-            (f"{8 * machine.itemsize}-bit {'' if aside else 'embeddings, '}head, norms", unquantised - aside),
+            (f"{8 * machine.itemsize}-bit {there}norms", unquantised - aside),
             ("adapter", self.footprint.adapter()),
             ("CUDA context" if machine.device == "cuda" else "Python and libraries", machine.libraries),
         )
@@ -324,7 +326,8 @@ class _Load:
         a_step = footprint.step_work(at_once) / machine.flops + moved / machine.bandwidth
         prompts = Batch.of([(prompt, 0, 0) for prompt, _, _ in self.groups], self.rows.prefix)
         first = footprint.forward_work(prompts) * rows / len(self.rows.lengths) / machine.flops
-        return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device]
+        copied = steps * footprint.head_bytes / LINK if footprint.head_aside else 0.0
+        return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device] + copied
 
     def disk(self) -> Iterator[tuple[str, int]]:
         footprint, config = self.footprint, self.config

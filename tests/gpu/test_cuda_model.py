@@ -170,3 +170,32 @@ def test_an_embedding_table_in_main_memory_changes_no_bit(
     again, found = figures("cpu")
     assert again == name
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_in_main_memory(
+    backend: BackendName, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores and gradients are the same bits. Of a recorded step the head is not: it may round elsewhere."""
+    monkeypatch.setitem(footprint.MOST_WIDTH, "cuda", 192)  # three parts
+
+    def figures(aside: bool) -> tuple[str, list[Tensor], list[Tensor]]:
+        model = load(tiny_folder("gemma2"), backend)
+        assert model.head.aside is aside
+        assert model.head.weight.is_pinned() is aside
+        with torch.inference_mode(), model.decoding():
+            decoder = Decoder(model, KVCache(slots=3, device=CUDA))
+            steps = [decoder.step(tokens).clone() for tokens in ([5, 6], [7, 8, 9], [10, 11, 12], [13, 14], [15, 16])]
+        real, generated = pair_logps(model, pack_row(PAIRS, CUDA))
+        (real - generated).sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters.values()]
+        assert all(gradient is not None and gradient.is_cuda for gradient in gradients)
+        return model.base_hash(), steps, [real.detach(), generated.detach(), *gradients]
+
+    name, steps, wanted = figures(aside=False)
+    monkeypatch.setattr(footprint, "HEAD_ASIDE", 0.0)
+    again, found_steps, found = figures(aside=True)
+    assert again == name
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    for one, other in zip(found_steps, steps, strict=True):
+        assert relative(one, other) < ROUNDING["gemma2"][0]
