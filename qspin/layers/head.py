@@ -55,10 +55,8 @@ class Head:
 
     def part(self, tokens: slice) -> Part:
         """Of some tokens, copied over where it lies aside."""
-        weight, bias = self._linear.weight[tokens], self._linear.bias
-        return Part(
-            weight.to(self._device, non_blocking=True), None if bias is None else bias[tokens], self._softcap
-        )  # fmt: skip
+        weight, bias = self.weight[tokens].to(self._device, non_blocking=True), self._linear.bias
+        return Part(weight, None if bias is None else bias[tokens], self._softcap)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) → (N, V) fp32, without a graph."""
