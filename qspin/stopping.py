@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import IO, NoReturn
@@ -30,6 +31,7 @@ class _State:
     asked: int | None = None  # the signal that asked to stop
     raised = False
     held = 0  # blocks that must not be torn, one in another
+    paused = 0.0  # seconds
 
 
 def heed_stops(said: str = STOPPED) -> None:
@@ -39,6 +41,11 @@ def heed_stops(said: str = STOPPED) -> None:
         signal.signal(number, _on_signal)
     if os.name == "posix" and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
         signal.signal(signal.SIGTSTP, _on_pause)
+
+
+def clock() -> float:
+    """Seconds from some moment on, without those in which Ctrl-Z had paused the process."""
+    return time.monotonic() - _State.paused
 
 
 @contextlib.contextmanager
@@ -106,8 +113,10 @@ def _on_pause(number: int, _frame: FrameType | None) -> None:
     if os.isatty(_STDERR):
         os.write(_STDERR, _SHOW_CURSOR.encode())
     signal.signal(number, signal.SIG_DFL)
+    since = time.monotonic()
     signal.raise_signal(number)
-    signal.signal(number, _on_pause)  # here it goes on
+    _State.paused += time.monotonic() - since  # here it goes on
+    signal.signal(number, _on_pause)
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:

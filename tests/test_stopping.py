@@ -155,7 +155,15 @@ except SystemExit as stop:
 
 
 def test_a_pause_gives_the_cursor_back_and_ends_nothing() -> None:
-    script = SCRIPT.format(body='sys.stderr.write("\\x1b[?25l")\nsay("now")\nassert sys.stdin.read() == "on"')
+    """Nor does it count as time that passed."""
+    body = """
+sys.stderr.write("\\x1b[?25l")
+passed = time.monotonic() - stopping.clock()
+say("now")
+assert sys.stdin.read() == "on"
+say(time.monotonic() - stopping.clock() - passed)
+"""
+    script = SCRIPT.format(body=body)
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -170,9 +178,11 @@ def test_a_pause_gives_the_cursor_back_and_ends_nothing() -> None:
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status)
     assert os.read(ours, 1000) == b"\x1b[?25l\x1b[?25h"
+    time.sleep(0.3)
     process.send_signal(signal.SIGCONT)
-    process.communicate("on", timeout=30)
+    said, _ = process.communicate("on", timeout=30)
     assert process.returncode == 0
+    assert 0.3 < float(said) < 30
     for end in ours, its:
         os.close(end)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from qspin.phases.game import Game
 from qspin.processes.dealing import complete_together
 from qspin.records import Pair
 from qspin.sampling import noise_key
-from qspin.stopping import check_stop
+from qspin.stopping import check_stop, clock
 
 SAMPLE_SECONDS = 10  # between two completions that are shown: nobody reads faster
 
@@ -88,18 +87,18 @@ def _pairs(
         "stop_ids": sorted(prepared.stop_ids),
     }
     share = sum(map(len, shards)) / len(rows)  # of this process's progress, what is done by all
-    started, tokens, shown = time.monotonic(), 0.0, -math.inf
+    started, tokens, shown = clock(), 0.0, -math.inf
 
     def on_step(new: int, done: float) -> None:
         nonlocal tokens
         check_stop()
         tokens += new * share
-        game.progress.advance(done * share, **{"tokens/s": tokens / (time.monotonic() - started)})
+        game.progress.advance(done * share, **{"tokens/s": tokens / (clock() - started)})
 
     def on_done(index: int, completion: Completion) -> None:
         nonlocal shown
-        if time.monotonic() - shown >= SAMPLE_SECONDS:
-            shown = time.monotonic()
+        if clock() - shown >= SAMPLE_SECONDS:
+            shown = clock()
             text = prepared.renderer.completion_text(completion.ids)
             game.progress.sampled(prepared.train_prompts[rows[index]], text)
 

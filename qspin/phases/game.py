@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from qspin.prepare import Prepared
 from qspin.processes.workers import Crew, everyone
 from qspin.record import open_run, other_versions, remembered, verify_base
 from qspin.run_dir import IterationDir, RunDir
+from qspin.stopping import clock
 from qspin.watch.progress import Progress
 
 LOOK_SECONDS = 0.05  # between two looks at how much memory a phase holds
@@ -124,12 +124,12 @@ class Game:
     def counted(self, folder: IterationDir, phase: str) -> Iterator[Callable[[], None]]:
         """Add to a folder what the block takes: seconds, and the most memory that the process holds meanwhile. A block
         that fails adds what it had handed in by calling what it is given."""
-        started = time.monotonic()
+        started = clock()
         with peak(self.model.device, LOOK_SECONDS) as held:
 
             def add() -> None:
                 nonlocal started
-                now = time.monotonic()
+                now = clock()
                 folder.add_seconds(phase, now - started)
                 folder.add_peak(phase, held.look())
                 started = now

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import random
-import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from lm_eval.tasks import TaskManager
 from qspin.errors import QspinError, one_line
 from qspin.figures.benchmarks import Outcome, Score, SetUp
 from qspin.files import sha256_of
+from qspin.stopping import clock
 from qspin.trials.harness import Player
 from qspin.trials.loaded import Loaded
 
@@ -136,7 +136,7 @@ class Task:
         Raises:
             QspinError: the task asks for what can't be done, or memory does not hold it.
         """
-        started = time.monotonic()
+        started = clock()
         parts = self.found["tasks"]
         documents = self.documents(set_up.limit)
 
@@ -165,7 +165,7 @@ class Task:
                 f"{self.name}: a document does not fit the task's templates or code: {one_line(repr(error))}"
             ) from None
         scores = _scores(self.name, results)
-        return Outcome(set_up, scores, lm_eval.__version__, time.monotonic() - started)
+        return Outcome(set_up, scores, lm_eval.__version__, clock() - started)
 
 
 def _not_set_up(name: str, error: Exception) -> QspinError:

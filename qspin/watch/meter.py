@@ -11,13 +11,13 @@ None. Free of torch.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qspin.run_dir import IterationDir, RunDir
+from qspin.stopping import clock as running_clock
 from qspin.watch.progress import evaluation_units
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class Meter:
         paces: Mapping[str, float],
         iterations: int,
         memory: Callable[[], tuple[int, int]],
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = running_clock,
         *,
         baseline: bool = False,
     ) -> None:
