@@ -52,8 +52,9 @@ class Decoder:
         inputs[:, :live] = torch.stack([torch.tensor(tokens), places])
         self._embedded[:rows] = self._model.embed(inputs[0])
         self._at[:rows] = inputs[1].to(self._cache.device)
-        found = (self._replayed(rows) if self._replays else self._computed(rows))[:live]
-        return self._model.logits(found) if self._model.head.aside else found
+        found = self._replayed(rows) if self._replays else self._computed(rows)
+        # of all rows, as where they are recorded: products of fewer may round otherwise
+        return (self._model.logits(found) if self._model.head.aside else found)[:live]
 
     def _computed(self, rows: int) -> Tensor:
         """Logits, or what they are made of where that copies from main memory, which is not recorded."""

@@ -253,12 +253,14 @@ class SlotModel:
     def _set_aside(self) -> None:
         """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token.
 
-        Where it is the head too, all of it is copied from there: pinned, or the driver would copy it twice.
+        Where it is the head too, all of it is copied from there, twice as fast from pinned memory. WSL has little of
+        that (github.com/microsoft/WSL/issues/14078).
         """
-        if self.device.type == "cuda" and self.footprint.set_aside(free_bytes(self.device)):
+        if self.device.type == "cuda" and self.footprint.set_aside(max(0, free_bytes(self.device))):
             table = self._embeddings.to("cpu").weight
             if self.head.aside:
-                table.data = table.data.pin_memory()
+                with contextlib.suppress(torch.AcceleratorError):
+                    table.data = table.data.pin_memory()
             torch.cuda.empty_cache()
 
     @property

@@ -12,8 +12,6 @@ from qspin.config import TrainConfig, load_config
 from qspin.fitting.at_once import (
     A_PASS,
     LAUNCH,
-    LINK,
-    REACHED,
     Budget,
     budgets,
     choose,
@@ -168,13 +166,3 @@ def test_what_is_spread_is_in_as_many_bins() -> None:
 def test_first_fit_leaves_what_is_too_large_alone() -> None:
     assert first_fit([5, 1, 9, 4], lambda size: size, 6) == [[9], [5, 1], [4]]
     assert first_fit([(1, 2, 3), (0, 0, 1)], sum, 7) == [[(1, 2, 3), (0, 0, 1)]]
-
-
-def test_a_head_in_main_memory_comes_with_each_micro_batch() -> None:
-    """In the time that it takes, at the rate that the device reaches."""
-    batch, rate = Batch.of([PAIR]), 30e12
-    here, aside = (
-        work_with_launches(replace(footprint(), head_aside=aside), batch, LAUNCH * rate, training=True)
-        for aside in (False, True)
-    )
-    assert (aside - here) / (REACHED * rate) == pytest.approx(32_000 * 4096 * 2 / LINK)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qspin.config import load_config
 from qspin.fitting import footprint
-from qspin.fitting.footprint import ASIDE, Batch, Footprint
+from qspin.fitting.footprint import ASIDE, HEAD_ASIDE, Batch, Footprint
 from qspin.layers import kv_cache
 from qspin.layers.attention import Lengths, Packed
 from qspin.model import SlotModel
@@ -58,7 +58,8 @@ def test_an_embedding_table_is_put_aside_where_there_is_little_room() -> None:
     assert small.set_aside(table / ASIDE) == 0  # room enough
     assert small.set_aside(-1) == 0  # it does not load
     tied = tiny(device="cuda", itemsize=2)  # the head needs it, and copies all of it
-    assert (tied.set_aside(0), tied.set_aside(table - 1), tied.set_aside(table)) == (table, table, 0)
+    room = table / HEAD_ASIDE
+    assert (tied.set_aside(0), tied.set_aside(room - 1), tied.set_aside(room)) == (table, table, 0)
     assert tiny(tied_embeddings=False).set_aside(0) == 0  # it is there already
 
 

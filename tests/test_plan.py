@@ -17,10 +17,9 @@ from qspin.config import load_config
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.fitting import footprint
-from qspin.fitting.at_once import LINK
 from qspin.fitting.footprint import Footprint
 from qspin.machine import GIB, card
-from qspin.planning.plan import Plan, make_plan
+from qspin.planning.plan import LINK, Plan, fits, make_plan
 from qspin.planning.plan_change import nearest_change, with_settings
 from qspin.planning.plan_rows import Rows, assumed_rows, rows_of_data
 from qspin.planning.plan_view import _verdict
@@ -107,10 +106,11 @@ def test_a_small_card_is_spared_the_embedding_table(name: str, gigabytes: int, a
 
 def test_a_head_in_main_memory_takes_time() -> None:
     """At each step of decoding, and for each micro-batch."""
-    config = load_config("gemma-2-9b-it", {"generation.width": 4, "train.tokens_per_micro_batch": 2304})
+    settings = {"generation.width": 4, "train.tokens_per_micro_batch": 2304, "train.gradient_checkpointing": True}
+    config = load_config("gemma-2-9b-it", settings)
     small = card(8, config.model)
     plan = make_plan(config, small, assumed_rows(100))
-    more = make_plan(config, replace(small, memory=small.memory + 2 * GIB), assumed_rows(100))
+    more = make_plan(config, replace(small, memory=small.memory + 4 * GIB), assumed_rows(100))
     assert [name.startswith("16-bit embeddings") for name, _ in (plan.phases[0].parts[1], more.phases[0].parts[1])] == [
         False,
         True,
@@ -118,7 +118,19 @@ def test_a_head_in_main_memory_takes_time() -> None:
     first, other = ({time.phase: time.first for time in one.times} for one in (plan, more))
     a_copy = 256_000 * 3584 * 2 / LINK
     assert first["generate"] - other["generate"] == pytest.approx(100 // 4 * 256 * a_copy)
-    assert first["score"] > other["score"]
+    copies = 6 * 6 + 2  # pairs of 640 tokens, three at once: six times in six batches of 16, twice in one of 4
+    assert first["score"] - other["score"] == pytest.approx(copies * a_copy)
+    assert first["train"] - other["train"] == pytest.approx(config.train.epochs * copies * a_copy)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_no_card_is_too_large(rank: int) -> None:
+    """What goes to main memory on one may stay on a larger one, where it must not be in the way."""
+    config = load_config("gemma-2-9b-it", {"lora.rank": rank})
+    cards = [replace(card(8, config.model), memory=int(0.97 * quarters / 4 * GIB)) for quarters in range(32, 52)]
+    fit = [fits(config, one, assumed_rows(1000)) for one in cards]
+    assert fit == sorted(fit)
+    assert fit[0]
 
 
 def test_a_pair_is_never_cut() -> None:

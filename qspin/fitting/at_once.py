@@ -22,10 +22,9 @@ from qspin.fitting.footprint import MOST_TOKENS, Batch, Device, Footprint
 # write the weights once.
 A_PASS: dict[str, int] = {"cpu": 36, "cuda": 100}
 # Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 3.6 ms with its part of the
-# optimiser's, by pairs of real lengths on an H200, which does larger work at REACHED of that rate
+# optimiser's, by pairs of real lengths on an H200, which does larger work at 0.55 of that rate
 # (benchmarks/results/gpu-cuda.json). What takes the GPU less has to wait for it.
-LAUNCH, REACHED = 2e-3, 0.55
-LINK = 12e9  # bytes a second from main memory: eight lanes of PCIe 4.0, as an RTX 4060 has; assumed, not measured
+LAUNCH = 2e-3
 FINER = 0.75  # of a budget of tokens is the next one to choose from
 
 T = TypeVar("T", int, tuple[int, int, int])
@@ -91,14 +90,12 @@ def choose(
 
 def work_with_launches(footprint: Footprint, batch: Batch, launch: float, *, training: bool) -> float:
     """Of a micro-batch forward and backward, or in a pass without gradients, with what dequantising takes; or what the
-    device could have done while all that was launched, if that is more. Beside either, what it could have done while a
-    head that lies in main memory came from there. In floating-point operations."""
+    device could have done while all that was launched, if that is more. In floating-point operations."""
     layers = footprint.shape.layers
     passes = 2 * layers + footprint.recomputed if training else layers
     aside = passes / layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
     work = footprint.training_work(batch) if training else footprint.forward_work(batch)
-    copied = footprint.head_bytes if footprint.head_aside else 0
-    return max(work + aside, passes * launch) + REACHED * launch / LAUNCH * copied / LINK
+    return max(work + aside, passes * launch)
 
 
 def spread(members: Sequence[T], size: Callable[[T], int], room: int, multiple: int = 1) -> list[list[T]]:

@@ -25,8 +25,8 @@ Device = Literal["cpu", "cuda"]
 MOST_TOKENS: dict[str, int] = {"cpu": 4096, "cuda": 16384}
 MOST_ROWS: dict[str, int] = {"cpu": 128, "cuda": 256}
 SHARE = 0.8  # of the memory that the loaded model leaves; the rest is for what is not counted, and for others
-# of what the loaded model leaves: an embedding table that is more goes to main memory; one that is the head too, which
-ASIDE, HEAD_ASIDE = 0.1, 1.0  # each pass copies from there, goes where there is less room
+ASIDE = 0.1  # of what the loaded model leaves: an embedding table that is more goes to main memory
+HEAD_ASIDE = 0.5  # the same of one that is the head too, which each pass copies from there
 
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}

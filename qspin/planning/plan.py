@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.files import at_home
-from qspin.fitting.at_once import LAUNCH, LINK, Budget, budgets, choose, spread, work_with_launches
+from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
 from qspin.fitting.footprint import EVALUATED_ROWS, SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
 from qspin.machine import Machine
@@ -28,6 +28,7 @@ from qspin.planning.plan_rows import Rows
 # decoding (benchmarks/results/gpu-cuda.json).
 PASSES = {"cpu": 0.55, "cuda": 0.4}
 DECODING = {"cpu": 0.4, "cuda": 0.25}
+LINK = 12e9  # bytes a second from main memory: eight lanes of PCIe 4.0, as an RTX 4060 has; assumed, as those are
 PAIR_BYTES = 6.5  # a token in a file of pairs
 SAMPLE = 256  # rows by which micro-batches are chosen
 
@@ -314,7 +315,8 @@ class _Load:
         some = _some(groups)
         batches = self._micro_batches(some, self.budget.tokens)
         work = sum(work_with_launches(self.footprint, batch, self.launch, training=training) for batch in batches)
-        return work * len(groups) / len(some) / (PASSES[self.machine.device] * self.machine.flops)
+        seconds = work / (PASSES[self.machine.device] * self.machine.flops) + self._copying(len(batches))
+        return seconds * len(groups) / len(some)
 
     def _generation_seconds(self, rows: int, shard: int) -> float:
         """Decoding steps, each of which computes and moves bytes, and the prompts before them."""
@@ -326,8 +328,11 @@ class _Load:
         a_step = footprint.step_work(at_once) / machine.flops + moved / machine.bandwidth
         prompts = Batch.of([(prompt, 0, 0) for prompt, _, _ in self.groups], self.rows.prefix)
         first = footprint.forward_work(prompts) * rows / len(self.rows.lengths) / machine.flops
-        copied = steps * footprint.head_bytes / LINK if footprint.head_aside else 0.0
-        return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device] + copied
+        return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device] + self._copying(steps)
+
+    def _copying(self, passes: int) -> float:
+        """Seconds for a head that lies in main memory."""
+        return passes * self.footprint.head_bytes / LINK if self.footprint.head_aside else 0.0
 
     def disk(self) -> Iterator[tuple[str, int]]:
         footprint, config = self.footprint, self.config
