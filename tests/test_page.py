@@ -90,6 +90,15 @@ def test_it_has_what_the_run_came_to(run: RunDir, ready: Prepared) -> None:
     assert page(run, ready.config, ready.heldout_prompts) == text, "the same run, another page"
 
 
+def test_whose_length_the_cap_bounds_is_said(run: RunDir, ready: Prepared) -> None:
+    """Real completions may be longer."""
+    writing = tables(run, ready.config)[1]
+    lengths = {row[0]: int(row[3].split()[0]) for row in writing.rows}
+    assert lengths.pop("real") > ready.config.generation.max_new_tokens >= max(lengths.values())
+    said = "tokens: mean length, a player's at most generation.max_new_tokens; best near the real ones'"
+    assert said in writing.notes
+
+
 def test_memory_by_phase_is_kept_and_shown(run: RunDir, ready: Prepared, tmp_path: Path) -> None:
     most = 1.05 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the kernel counts both roughly
     training = next(table for table in tables(run, ready.config) if table.title == "Training")

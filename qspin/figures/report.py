@@ -76,7 +76,8 @@ WRITING: _Fields = (
      "0.5 is the best (it can't), 1 the worst")),
     ("f1", _two, Column("token F1", "words that its likeliest (greedy) completion shares with the real one; higher is "
      "better")),
-    ("tokens", _whole, Column("tokens", "mean length, generation.max_new_tokens at most; best near the real ones'")),
+    ("tokens", _whole, Column("tokens", "mean length, a player's at most generation.max_new_tokens; best near the "
+     "real ones'")),
     ("ended", _percent, Column("ended", "share that end by themselves; best near the real ones'")),
 )  # fmt: skip
 _IN_STYLE = Column("style", "share in the data's style (evaluation.style); higher is better")
