@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from qspin.config_errors import explain, groups_of
-from qspin.config_files import NOT_YAML, PATHS, read_layers, together
+from qspin.config_files import NOT_YAML, PATHS, read_layers, read_yaml, together
 from qspin.errors import QspinError, one_line
 from qspin.safe_text import check_path, secret_keys, texts
 
@@ -296,7 +296,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not separator or not key:
         raise QspinError(f"--set takes KEY=VALUE, as in --set train.beta=0.2; got {text!r}")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), read_yaml(value)
     except NOT_YAML:
         raise QspinError(f"--set {key}: {value!r} is not a YAML value; quote it") from None
 
@@ -313,7 +313,7 @@ def _parse_vary(text: str) -> tuple[str, list[Any]]:
     key, separator, values = text.partition("=")
     wanted = f"--vary takes KEY=VALUE,VALUE, as in --vary train.beta=0.01,0.1; got {text!r}"
     try:
-        found = yaml.safe_load(f"[{values}]") if separator and key else []
+        found = read_yaml(f"[{values}]") if separator and key else []
     except NOT_YAML:
         raise QspinError(wanted) from None
     if not found or len({str(value) for value in found}) < len(found):

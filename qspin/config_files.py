@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +35,18 @@ OF_ONE_SOURCE = {
     "evaluation": ("style",),
 }
 
+_ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)$")
+
 
 class _Loader(yaml.SafeLoader):
-    """Of a key that stands twice in one mapping PyYAML takes the last without a word."""
+    """Of a key that stands twice in one mapping PyYAML takes the last without a word; and in the YAML 1.1 that it reads
+    010 is 8, and 12:30 is 750. Here they are texts, which a setting that takes a number reads as people do, or refuses.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (as PyYAML has it)
+        first: [("tag:yaml.org,2002:str", _ODD_NUMBER), *found]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
@@ -47,6 +57,11 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """A value as it stands in a file or on the command line; raises one of `NOT_YAML`."""
+    return yaml.load(text, _Loader)
 
 
 class Layer(NamedTuple):
@@ -144,7 +159,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
     """A file's text, and its settings as a tree."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, _Loader)
+        tree = read_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise QspinError(f"{path}: cannot be read ({error})") from None
     except NOT_YAML as error:

@@ -11,7 +11,7 @@ import yaml
 from conftest import TINY, config_refusal
 from pydantic import BaseModel
 
-from qspin.config import RunConfig, at_iteration, changed_results, dump_config, load_config, parse_override
+from qspin.config import RunConfig, at_iteration, changed_results, dump_config, load_config, parse_override, parse_vary
 from qspin.config_files import preset_names
 from qspin.errors import QspinError
 
@@ -34,6 +34,35 @@ from qspin.errors import QspinError
 )
 def test_an_override_is_a_key_and_a_yaml_value(text: str, key: str, value: Any) -> None:
     assert parse_override(text) == (key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "taken"),
+    [
+        ("seed", "010", 10),
+        ("seed", "+0123456", 123456),
+        ("seed", "1_000", 1000),
+        ("seed", "0", 0),
+        ("train.beta", "[010, 0.5]", [10.0, 0.5]),
+        ("model.revision", "0123456", "0123456"),
+        ("data.config", "12:30", "12:30"),
+    ],
+)
+def test_a_number_is_what_people_read(key: str, text: str, taken: Any, write: Callable[[str, str], Path]) -> None:
+    """Of YAML 1.1, 010 would be 8."""
+    group, _, name = key.rpartition(".")
+    path = write("mine.yaml", f"{group}: {{{name}: {text}}}" if group else f"{name}: {text}")
+    for config in (load_config(None, dict([parse_override(f"{key}={text}")])), load_config(path)):
+        assert getattr(getattr(config, group) if group else config, name) == taken
+    assert parse_vary([f"{key}={text}"])[key] == [parse_override(f"{key}={text}")[1]]
+
+
+@pytest.mark.parametrize("text", ["12:30", "1:30:00", "190:20:30.15"])
+def test_a_time_is_no_number(text: str, write: Callable[[str, str], Path]) -> None:
+    """Of YAML 1.1, 12:30 would be 750."""
+    said = f"\n  train.epochs = '{text}': Input should be a valid integer, unable to parse string as an integer"
+    assert said in config_refusal(None, dict([parse_override(f"train.epochs={text}")]))
+    assert said in config_refusal(write("mine.yaml", f"train:\n  epochs: {text}\n"))
 
 
 @pytest.mark.parametrize("text", ["train.beta", "=0.2", ""])
