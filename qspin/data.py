@@ -47,6 +47,7 @@ class Dataset:
     format: str
     fingerprint: str  # SHA-256 of the records: the same under another name or file format
     rows: int  # that were judged: good ones and rejects
+    cut: bool = False  # whether a limit left some unread, or in a long source may have
     notes: tuple[str, ...] = ()  # what is odd about good rows, for the user
 
 
@@ -103,7 +104,8 @@ def load_records(
         )
     total = len(records) + len(rejects)
     notes = (*_on_unread(source, unread), *_on_ids(source, repeated_ids), *_on_invisible(source, records))
-    return Dataset(tuple(records), tuple(rejects), shape.name, fingerprint.hexdigest(), total, notes)
+    cut = len(records) == limit and (total < len(head) or len(head) == _LOOK_AHEAD)
+    return Dataset(tuple(records), tuple(rejects), shape.name, fingerprint.hexdigest(), total, cut, notes)
 
 
 def check_rejects(source: str, dataset: Dataset, *, strict: bool, max_malformed_share: float) -> None:

@@ -150,12 +150,11 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
     data = load_rows(config, source, settings.limit)
-    limited = len(data.records) == settings.limit
-    of = f"the first {data.rows}, as data.limit says" if limited else f"{data.rows}"
+    of = f"the first {data.rows}, as data.limit says" if data.cut else f"{data.rows}"
     notes = [f"{source}: {len(data.records)} good rows of {of}, format {data.format}", *data.notes]
     notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
-        train_records, heldout_records = _split(config, source, data, limited=limited)
+        train_records, heldout_records = _split(config, source, data)
         if len(heldout_records) < settings.heldout_rows:
             notes.append(
                 f"{source}: {len(heldout_records)} rows are held out, not the {settings.heldout_rows} of "
@@ -190,11 +189,9 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     )
 
 
-def _split(
-    config: RunConfig, source: str, data: Dataset, *, limited: bool
-) -> tuple[Sequence[Record], Sequence[Record]]:
+def _split(config: RunConfig, source: str, data: Dataset) -> tuple[Sequence[Record], Sequence[Record]]:
     try:
-        return split_heldout(source, data.records, config.data.heldout_rows, config.seed, limited=limited)
+        return split_heldout(source, data.records, config.data.heldout_rows, config.seed, limited=data.cut)
     except QspinError as error:
         if not data.rejects:
             raise

@@ -12,6 +12,7 @@ import pytest
 from conftest import SHARED_DATA
 from data_rows import ROWS, codes, load, record, write_jsonl
 
+from qspin import data
 from qspin.data import Dataset, LeftOut, check_rejects
 from qspin.errors import QspinError
 from qspin.records import Place, Reject
@@ -117,6 +118,13 @@ def test_limit_stops_reading(tmp_path: Path) -> None:
     assert dataset.records == (record("row-1", "0", "x"), record("row-3", "1", "x"))
     assert (codes(dataset), dataset.rows) == ([(2, "broken-json")], 3)
     assert (len(load(path, limit=99).records), load(path, limit=99).rows) == (5, 7)
+
+
+def test_a_limit_that_leaves_no_row_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path, *({"prompt": f"{n}", "completion": "x"} for n in range(5)))
+    assert [load(path, limit=limit).cut for limit in (4, 5, 6, None)] == [True, False, False, False]
+    monkeypatch.setattr(data, "_LOOK_AHEAD", 3)  # what comes after so many is not known, and not read to know it
+    assert [load(path, limit=limit).cut for limit in (4, 5, 6, None)] == [True, True, False, False]
 
 
 def test_what_is_not_read_cannot_fail(tmp_path: Path) -> None:

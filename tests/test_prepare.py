@@ -222,6 +222,9 @@ REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
     (good(20), [], {"data.limit": 9}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or "
      "more by prompt and at most a fifth: 10 with prompts of their own would do; raise data.limit, or give "
      "data.heldout_source"),
+    (good(9), [], {"data.limit": 9}, "rows.jsonl: 9 good rows with 9 different prompts are too few to hold out two or "
+     "more by prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give "
+     "data.heldout_source"),
     (good(1) * 3, [], {}, "rows.jsonl: 1 good rows with 1 different prompts are too few to hold out two or more by "
      "prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source; left "
      "out: 2 duplicate (line 2 says the same as line 1)"),
