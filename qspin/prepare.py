@@ -144,6 +144,7 @@ class _Rows(NamedTuple):
     format: str
     fingerprint: str
     notes: tuple[str, ...]
+    cut: bool  # whether data.limit left some unread
 
 
 def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
@@ -186,6 +187,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         format=data.format,
         fingerprint=fingerprint,
         notes=tuple(notes),
+        cut=data.cut,
     )
 
 
@@ -315,7 +317,8 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
             reasons = [reject for place, reject in rows.rejects if place == source]
             last = f"the last row left out, {reasons[-1].place}: {reasons[-1].reason}; " if reasons else ""
             limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
-            message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}add rows"
+            more = "raise data.limit" if rows.cut and source == config.data.source else "add rows"
+            message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}{more}"
             raise LeftOut(message, str(source), reasons) if reasons else QspinError(message)
 
 

@@ -232,6 +232,9 @@ REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
      "add rows"),
     ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "
      "data.max_prompt_tokens is 64; raise that, or add rows"),
+    (good(9), good(20)[9:], {"data.limit": 1}, "rows.jsonl: 1 training rows are left, and 2 are needed; raise "
+     "data.limit"),
+    (good(1), good(20)[9:], {"data.limit": 1}, "rows.jsonl: 1 training rows are left, and 2 are needed; add rows"),
     (["{\n", *good(9)], [], {}, "rows.jsonl: 1 of 10 rows are malformed, more than data.max_malformed_share = 0.05 "
      "allows: 1 broken-json (line 1 is broken JSON: Expecting property name enclosed in double quotes: column 2); "
      "mend them, or raise it"),
