@@ -1,5 +1,6 @@
 """Adapters in PEFT's format, from a run's own folder or from anyone: nothing in them is trusted.
 
+check_folder_named(folder)                  # it is an adapter's, and not that of a run with adapters in it
 check_config(folder, base_name, lora)       # the settings are those of the slot
 adapter = load_adapter(folder)
 adapter = load_own(run_dir.iteration(0).adapter)    # which must be as the run wrote it
@@ -19,6 +20,7 @@ from torch import Tensor
 from qspin.config import LoraConfig
 from qspin.errors import QspinError, one_line, permission_told
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_folder, read_plain_json
+from qspin.run_dir import IterationDir, RunDir
 
 Adapter = dict[str, Tensor]  # PEFT's names → fp32 CPU tensors
 
@@ -68,6 +70,23 @@ def load_own(folder: Path) -> Adapter:
     """
     check_folder(folder)
     return load_adapter(folder)
+
+
+def check_folder_named(folder: Path) -> None:
+    """Raises a QspinError: what is there is no folder, or one whose adapters lie deeper, as a run."""
+    if folder.is_file():
+        raise QspinError(f"model.init_adapter: {folder} is a file; name the folder of an adapter")
+    if not folder.is_dir():
+        raise QspinError(
+            f"model.init_adapter: {folder}: no such folder; check the path, or fetch it from the hub (hf download)"
+        )
+    run = RunDir(folder)
+    parts = [IterationDir(folder), run.warm_start, *map(run.iteration, range(run.iterations_done()))]
+    adapters = [part.adapter for part in parts if (part.adapter / ADAPTER_WEIGHTS).is_file()]
+    if adapters and not (folder / ADAPTER_WEIGHTS).is_file():
+        raise QspinError(
+            f"model.init_adapter: {folder} holds no {ADAPTER_WEIGHTS}; the newest adapter below it is {adapters[-1]}"
+        )
 
 
 def check_config(folder: Path, base: str, lora: LoraConfig) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qspin.adapters import check_config, load_adapter
+from qspin.adapters import check_config, check_folder_named, load_adapter
 from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_tokens
 from qspin.chat import Renderer
 from qspin.chat_template import Tokenizer
@@ -291,6 +291,7 @@ def _adapter_hash(config: RunConfig, base: Base) -> str | None:
     if config.model.init_adapter is None:
         return None
     folder = Path(config.model.init_adapter)
+    check_folder_named(folder)
     load_adapter(folder)  # what is wrong with it should be heard of before the base is loaded
     check_config(folder, base.name, config.lora)
     return sha256_of(folder / ADAPTER_WEIGHTS)

@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import call
+from command_line import Played, call
 from conftest import as_nobody
 from safetensors.torch import load_file, save_file
 
-from qspin.adapters import check_config, load_adapter
+from qspin.adapters import check_config, check_folder_named, load_adapter
 from qspin.config import LoraConfig
 from qspin.errors import NoPermission, QspinError
 from qspin.exports.merge import Merged
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 from qspin.model import SlotModel
+from qspin.run_dir import RunDir
 
 LORA = LoraConfig(rank=4, alpha=8)
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
@@ -126,6 +127,32 @@ def test_no_file_and_a_pickle_in_its_place(adapter: Path) -> None:
         load_adapter(adapter)
 
 
+def test_of_a_run_the_newest_adapter_is_named(adapter: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    check_folder_named(run.path)  # which has none to name
+    for part in (run.warm_start, *map(run.iteration, range(11))):  # by names, 10 would come before 2
+        shutil.copytree(adapter, part.adapter)
+        write_plain_json(part.evaluation, {})
+        for folder in (run.path, part.path):
+            with pytest.raises(QspinError) as caught:
+                check_folder_named(folder)
+            said = f"holds no adapter_model.safetensors; the newest adapter below it is {part.adapter}"
+            assert str(caught.value) == f"model.init_adapter: {folder} {said}"
+        check_folder_named(part.adapter)
+
+
+def test_a_path_that_is_no_folder_is_not_said_to_lack_weights(adapter: Path) -> None:
+    weights, nothing = adapter / ADAPTER_WEIGHTS, adapter / "some" / "adapter"
+    for path, said in {
+        weights: f"{weights} is a file; name the folder of an adapter",
+        nothing: f"{nothing}: no such folder; check the path, or fetch it from the hub (hf download)",
+    }.items():
+        with pytest.raises(QspinError) as caught:
+            check_folder_named(path)
+        assert str(caught.value) == f"model.init_adapter: {said}"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_weights_that_are_no_numbers(value: float, dtype: torch.dtype, adapter: Path) -> None:
@@ -217,6 +244,13 @@ def test_the_command_says_it_in_a_line_and_writes_nothing(
         assert answer.err.count("\n") == 1
         if name != "of another shape":  # which is seen when the slot is there
             assert not (tmp_path / f"run {name}").exists()
+
+
+def test_the_command_points_from_a_run_to_its_adapter(played: Played, tmp_path: Path) -> None:
+    answer = played.again("--init-adapter", played.out, out=tmp_path / "new")
+    newest = played.out / "iteration-1" / "adapter"
+    said = f"{played.out} holds no adapter_model.safetensors; the newest adapter below it is {newest}"
+    assert (answer.code, answer.err) == (1, f"error: model.init_adapter: {said}\n")
 
 
 def test_one_that_may_not_be_read_is_told_from_one_that_is_not_there(adapter: Path, closed: Path) -> None:

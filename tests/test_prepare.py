@@ -113,7 +113,7 @@ def test_template_and_adapter_may_lie_in_a_home_folder(
     (tmp_path / "mine.jinja").write_text(CHATML)
     write(tmp_path / "rows.jsonl", *good(20))
     assert ready(Path("~/rows.jsonl"), **{"chat.template": "~/mine.jinja"}).inputs["chat.template"]
-    with pytest.raises(QspinError, match=f"^{tmp_path}/adapter holds no "):
+    with pytest.raises(QspinError, match=f"^model.init_adapter: {tmp_path}/adapter: no such folder; "):
         ready(Path("~/rows.jsonl"), **{"model.init_adapter": "~/adapter"})
 
 
