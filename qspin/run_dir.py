@@ -244,10 +244,16 @@ class RunDir:
 
     def check_run(self) -> None:
         """Raises a QspinError: this is not the folder of a run."""
-        if not self.path.is_dir():
-            raise QspinError(f"{self.path}: no such folder")
+        self.check_there()
         if not self.record.is_file():
             raise QspinError(f"{self.path}: not the folder of a run, it has no {self.record.name}")
+
+    def check_there(self) -> None:
+        """Raises a QspinError: this is not a folder."""
+        if self.path.is_file():
+            raise QspinError(f"{self.path}: a file; name the folder of a run")
+        if not self.path.is_dir():
+            raise QspinError(f"{self.path}: no such folder")
 
     def check_usable(self) -> None:
         """Look before any work is done.

@@ -253,6 +253,8 @@ def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(QspinError, match=rf"^{tmp_path / 'none'}: no such folder$"):
         RunDir(tmp_path / "none").check_run()
     write_text(tmp_path / "run.json", "{}")
+    with pytest.raises(QspinError, match=rf"^{tmp_path / 'run.json'}: a file; name the folder of a run$"):
+        RunDir(tmp_path / "run.json").check_run()
     RunDir(tmp_path).check_run()
 
 

@@ -169,7 +169,7 @@ def test_a_folder_that_is_not_there_or_no_run(run_dir: RunDir) -> None:
     with pytest.raises(QspinError) as caught:
         look(run_dir)
     assert str(caught.value) == f"{run_dir.path}: not the folder of a run, it has no run.json"
-    with pytest.raises(QspinError, match=r"thesis\.tex: no such folder$"):
+    with pytest.raises(QspinError, match=r"thesis\.tex: a file; name the folder of a run$"):
         look(RunDir(run_dir.path / "thesis.tex"))
     assert [path.name for path in run_dir.path.iterdir()] == ["thesis.tex"], "looking leaves nothing behind"
 

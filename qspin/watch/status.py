@@ -77,8 +77,7 @@ def look(run_dir: RunDir) -> Standing:
     Raises:
         QspinError: the folder is not there, or is not one of a run; a file in it is damaged.
     """
-    if not run_dir.path.is_dir():
-        raise QspinError(f"{run_dir.path}: no such folder")
+    run_dir.check_there()
     process = run_dir.holder()
     if not run_dir.record.is_file():
         others = sorted(path.name for path in run_dir.path.iterdir() if path.name not in {".lock", ".holder"})
