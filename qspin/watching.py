@@ -113,7 +113,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
     if played:
         table = sweep.results(out, played)
         console.print(view.results_table(table))
-        console.print(view.notes_table(table.notes), style="dim")
+        console.print(view.notes_table(column.note for column in table.columns), style="dim")
         tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
     if failed:
         raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")

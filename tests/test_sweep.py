@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +203,7 @@ def test_what_was_half_copied_is_made_again(betas: tuple[list[Cell], Path], tmp_
 def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
     cells, out = betas
     table = results(out, cells)
-    assert [column.heading for column in table.columns[:3]] == ["train.beta", "player", "NLL"]
+    assert [column.heading for column in table.columns[:3]] == ["beta", "player", "NLL"]
     assert [row[:2] for row in table.rows] == [["0.1", "base"], ["0.1", "0*"], ["1", "base"], ["1", "0*"]]
     write_results(out, cells)
     page, plot = (out / TABLE).read_text(encoding="utf-8"), (out / PLOT).read_bytes()
@@ -210,6 +212,23 @@ def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
     assert b"beta=0.1" in plot
     write_results(out, cells)
     assert (out / PLOT).read_bytes() == plot
+
+
+def test_headings_are_whole_in_80_columns_and_each_is_explained(settings: dict[str, Any], tmp_path: Path) -> None:
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    vary = ["--vary", "train.beta=0.1", "--vary", "train.loss=logistic"]
+    told = call("sweep", "--out", tmp_path / "out", *vary, *options, columns=80).out.partition("\nRuns")[2]
+    words = ["beta", "loss", "player", "NLL", "reward", "AUC", "2-sample", "AUC", "token", "F1", "tokens"]
+    assert sorted(told.partition("──")[0].split()) == sorted(words)
+    notes = re.findall(r"^- ([^:]+): (.*?) *$", told, re.MULTILINE)
+    assert notes[:2] == [("beta", "train.beta, varied"), ("loss", "train.loss, varied")]
+    assert len(notes) == 8
+
+
+def test_settings_of_one_name_keep_their_groups(betas: tuple[list[Cell], Path]) -> None:
+    cells, out = betas
+    both = [replace(cell, settings={"train.lr": 1e-4, "sft.lr": 2e-4}) for cell in cells]
+    assert [column.heading for column in results(out, both).columns[:2]] == ["train.lr", "sft.lr"]
 
 
 def test_a_runs_own_folder_is_no_place_for_a_sweep(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,7 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     """
     if not varied or any(not isinstance(values, list | tuple) or not values for values in varied.values()):
         raise QspinError("--vary: a sweep varies settings, each over a list: --vary train.beta=0.1,1")
-    short = {key: key.rpartition(".")[2] for key in varied}
-    if len(set(short.values())) < len(short):
-        short = {key: key for key in varied}
+    short = _short(varied)
     cells = []
     for values in itertools.product(*varied.values()):
         settings = dict(zip(varied, values, strict=True))
@@ -74,6 +72,12 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     if len({dump_config(cell.config) for cell in cells}) < len(cells):
         raise QspinError("--vary: two combinations are the same, so that a run would be played twice")
     return cells
+
+
+def _short(keys: Collection[str]) -> dict[str, str]:
+    """Settings without their groups, unless two would be called the same."""
+    short = {key: key.rpartition(".")[2] for key in keys}
+    return short if len(set(short.values())) == len(short) else {key: key for key in keys}
 
 
 def _in_a_name(value: Any) -> str:
@@ -145,7 +149,7 @@ def results(out: Path, cells: Sequence[Cell]) -> Results:
             told = [look(figures[name]) if name in figures else "" for name, look, _ in fields]
             values = [str(value) for value in cell.settings.values()]
             rows.append([*values, f"{player.name}{'*' if player is chosen else ''}", *told])
-    varied = [Column(key, "varied") for key in cells[0].settings]
+    varied = [Column(name, f"{key}, varied") for key, name in _short(cells[0].settings).items()]
     return Results("Runs", (*varied, PLAYER, *(column for _, _, column in fields)), rows)
 
 

@@ -34,6 +34,10 @@ class Column:
     heading: str
     meaning: str
 
+    @property
+    def note(self) -> str:
+        return f"{self.heading}: {self.meaning}"
+
 
 @dataclass(frozen=True, slots=True)
 class Results:
@@ -46,7 +50,7 @@ class Results:
 
     @property
     def notes(self) -> list[str]:
-        return [f"{column.heading}: {column.meaning}" for column in self.columns[1:]]
+        return [column.note for column in self.columns[1:]]
 
 
 def _told(spec: str) -> Format:
