@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -49,6 +50,7 @@ from gpu_cases import (
 )
 from harness import say, write
 from table import peer_rates, settings
+from turns import give_turns, take_back, wait_for_turn
 
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
@@ -75,11 +77,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--shares", nargs="*", help="and of qspin's shares in them")
     parser.add_argument("--together", action="store_true", help="side by side: for memory, speed then means nothing")
+    parser.add_argument("--turns", action="store_true", help="side by side until one after the other is timed")
     parser.add_argument("--profile", action="store_true", help="tables of the kernels that took the time, here")
     parser.add_argument("--timeout", type=float, default=200, help="seconds a case may take")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure_lengths:
         options.lengths.write_text(json.dumps(measure_lengths(options.measure_lengths)))
@@ -97,8 +101,15 @@ def main() -> None:
     torch.cuda.empty_cache()
     chosen = {name: case for name, case in {**CASES, **PEERS}.items() if not options.only or name in options.only}
     there = with_models(chosen, options.scratch)
-    with ThreadPoolExecutor(max(1, len(there)) if options.together else 1) as pool:
-        waiting = {pool.submit(_measure, name, case, options): (name, case) for name, case in there.items()}
+    turns = {name: options.scratch / f"{'-'.join(name.split())}.turn" for name in there} if options.turns else {}
+    for turn in turns.values():
+        take_back(turn)
+    with ThreadPoolExecutor(max(1, len(there)) if options.together or options.turns else 1) as pool:
+        waiting = {
+            pool.submit(_measure, name, case, turns.get(name), options): (name, case) for name, case in there.items()
+        }
+        in_order = {turns[name]: ended for ended, (name, _) in waiting.items() if name in turns}
+        threading.Thread(target=give_turns, args=(in_order,), daemon=True).start()
         for done in as_completed(waiting):
             name, case = waiting[done]
             results[name] = dataclasses.asdict(case) | {"measured": done.result()}
@@ -110,9 +121,10 @@ def main() -> None:
         sys.exit(f"not measured: {', '.join(name for name in chosen if name not in there)}")
 
 
-def _measure(name: str, case: Case | Peer, options: argparse.Namespace) -> dict[str, Any]:
+def _measure(name: str, case: Case | Peer, turn: Path | None, options: argparse.Namespace) -> dict[str, Any]:
     out = options.scratch / f"{'-'.join(name.split())}.json"
     command = _peer(case, options) if isinstance(case, Peer) else _ours(name, options)
+    command += ["--turn", str(turn)] if turn else []
     return measured_by([*command, "--out", str(out)], out, options.timeout)
 
 
@@ -172,6 +184,7 @@ def ours(name: str, options: argparse.Namespace) -> None:
                         backend=case.backend,  # type: ignore[arg-type]
                     )  # fmt: skip
                     found["load"] = _peaks(started) | {"left, GiB": torch.cuda.memory_allocated() / GIB}
+                wait_for_turn(options.turn)
                 if share.generate:
                     results["generate"] = generations(model)
                     options.out.write_text(json.dumps(found))

@@ -24,6 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from turns import wait_for_turn
+
 RANK, ALPHA = 16, 32
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
@@ -91,6 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="first steps, not timed (default 2)")
     parser.add_argument("--generate", type=int, nargs=3, metavar=("WIDTH", "NEW", "PROMPT_LENGTH"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the results")
+    parser.add_argument("--turn", type=Path, help="wait for this file, before the last step that is not timed")
     options = parser.parse_args()
     if options.rows is None and options.generate is None:
         parser.error("nothing to measure: give --rows, --generate or both")
@@ -117,6 +120,7 @@ def measure(options: argparse.Namespace, result: dict[str, Any]) -> None:
         result["training"] = train(options, model, tokenizer, rows, window)
         options.out.write_text(json.dumps(result, indent=2))
     if options.generate:
+        wait_for_turn(options.turn)
         result["generation"] = generate(options, model)
 
 
@@ -262,8 +266,11 @@ def dpo_trainer(
     return trainer
 
 
-def watched(trainer: Any, warmup: int) -> Any:
-    """A callback that keeps when each step `ends`, and its `margins`; peak memory counts from the end of the warmup."""
+def watched(trainer: Any, warmup: int, turn: Path | None) -> Any:
+    """A callback that keeps when each step `ends`, and its `margins`; peak memory counts from the end of the warmup.
+
+    It waits for its turn a step before that, with memory given back: others have the GPU meanwhile.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -276,6 +283,9 @@ def watched(trainer: Any, warmup: int) -> Any:
             torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
             self.margins += trainer._metrics["train"]["rewards/margins"][-1:]
+            if turn is not None and state.global_step == max(1, warmup - 1):
+                torch.cuda.empty_cache()
+                wait_for_turn(turn)
             if state.global_step == warmup:
                 torch.cuda.reset_peak_memory_stats()
 
@@ -293,7 +303,7 @@ def train(
     with tempfile.TemporaryDirectory() as output:
         trainer = dpo_trainer(options, model, tokenizer, rows, window, output)
         torch.cuda.empty_cache()
-        watch = watched(trainer, options.warmup)
+        watch = watched(trainer, options.warmup, options.turn)
         started = time.perf_counter()
         outcome = trainer.train()
     ends = [started, *watch.ends][options.warmup :]

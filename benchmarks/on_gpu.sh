@@ -8,7 +8,8 @@
 #              side, 60 GB of a GPU, 80 GB for models
 #     auto     training in 22 GiB, all recomputed and as `auto` chooses, alone
 #     games    the quickstart with each backend
-#     all      every case of bench_gpu.py and every peer, in turn, into benchmarks/results
+#     all      every case of bench_gpu.py and every peer, into benchmarks/results; all are on the GPU at once, some 100 GB,
+#              until each is timed in turn
 #
 # OUT/PART.log is what each said. PYTHON names another interpreter than .venv's, SCRATCH a folder for models, in memory
 # (a tmpfs) where the disk is smaller than they are.
@@ -42,7 +43,7 @@ games() {
         "$PYTHON" -m qspin.cli run quickstart --out "$OUT/$backend" --set "model.backend=$backend" || return
     done
 }
-all() { bench --write; }
+all() { bench --turns --timeout 1800 --write; }
 
 [ $# -gt 1 ] || set -- "$1" tests small auto games
 failed=0

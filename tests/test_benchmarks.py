@@ -8,6 +8,9 @@ import json
 import re
 import shutil
 import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +18,7 @@ import costs
 import gpu_cases
 import pytest
 import table
+import turns
 from conftest import ROOT
 
 from qspin.config import load_config
@@ -62,6 +66,43 @@ def test_cases_without_a_model_are_left_out(
     there = gpu_cases.with_models({name: gpu_cases.CASES[name] for name in names}, tmp_path)
     assert list(there) == ["qspin", "qspin, rank 8", "qspin, Qwen3 8B"]
     assert capsys.readouterr().out == "making mistral-7b: 7 s\nno room\n"
+
+
+def test_what_loads_side_by_side_is_timed_in_turn(tmp_path: Path) -> None:
+    """A process that ends before it was ready is waited for by none."""
+    log = tmp_path / "log"
+    body = """
+import sys, time
+from pathlib import Path
+from turns import wait_for_turn
+name, turn, log = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+def say(word):
+    with log.open("a") as file: file.write(f"{word} {name}\\n")
+say("load")
+if name == "fails": sys.exit("no memory")
+for piece in range(2):
+    wait_for_turn(turn)
+    say("begin")
+    time.sleep(0.2)
+    say("end")
+"""
+
+    def measure(name: str, turn: Path) -> int:
+        command = [sys.executable, "-c", body, name, str(turn), str(log)]
+        return subprocess.run(command, cwd=ROOT / "benchmarks", timeout=60, check=False).returncode
+
+    names = ["b", "fails", "a"]
+    files = {name: tmp_path / f"{name}.turn" for name in names}
+    for turn in files.values():
+        turn.touch()  # of a run before this one
+        turns.take_back(turn)
+    with ThreadPoolExecutor(len(names)) as pool:
+        ended = {turn: pool.submit(measure, name, turn) for name, turn in files.items()}
+        turns.give_turns(ended)
+    assert [future.result() for future in ended.values()] == [0, 1, 0]
+    lines = log.read_text().splitlines()
+    assert sorted(lines[:3]) == ["load a", "load b", "load fails"]
+    assert lines[3:] == ["begin b", "end b"] * 2 + ["begin a", "end a"] * 2
 
 
 def test_the_readme_shows_the_gpu_too() -> None:
