@@ -215,7 +215,8 @@ def _phases(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Of one share of a card."""
     for kind, found in results.items():
         if kind == "generate":
-            yield f"generate, {found['width']} rows", found["wide"]
+            rows = "row" if found["width"] == 1 else "rows"
+            yield f"generate, {found['width']} {rows}", found["wide"]
         elif isinstance(found, dict):
             yield f"train, {kind}", found["train"]
 
