@@ -253,8 +253,8 @@ class SlotModel:
     def _set_aside(self) -> None:
         """Put the embedding table into main memory where a GPU has little room: a pass reads a row of it a token.
 
-        Where it is the head too, all of it is copied from there, twice as fast from pinned memory. WSL has little of
-        that (github.com/microsoft/WSL/issues/14078).
+        Where it is the head too, all of it is copied from there: from pinned memory if there is so much, which WSL may
+        not have (github.com/microsoft/WSL/issues/14078), else the driver makes a copy of its own first.
         """
         if self.device.type == "cuda" and self.footprint.set_aside(max(0, free_bytes(self.device))):
             table = self._embeddings.to("cpu").weight

@@ -31,7 +31,7 @@ HEAD_ASIDE = 0.5  # the same of one that is the head too, which each pass copies
 # fp32 logits that exist at once, ten bytes each: on a CPU what its cache holds, on a GPU what keeps it busy
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
-MOST_WIDTH: dict[str, int] = {"cpu": 2**22, "cuda": 2**15}  # of them; a GPU may hold the weights for that alone
+MOST_WIDTH: dict[str, int] = {"cpu": 2**22, "cuda": 2**15}  # at most; of a head in main memory their weights are there
 # Rows up to which bitsandbytes 0.50.2 multiplies by the 4 bits of gate and up of a 7B on each of machine.py's cards, by
 # its backends/cuda/ops.py. Of other layers it makes W from fewer on, of queries' and outputs' from 33 (RTX 4060 Ti) or
 # 65 (3090); on other cards from 9 rows (4090, 5080, 5090) or 6 (A100), of gate and up from 129 (4090, 5080) or 65.
