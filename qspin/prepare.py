@@ -150,7 +150,7 @@ class _Rows(NamedTuple):
 def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
-    data = load_rows(config, source, settings.limit)
+    data = load_rows(config, source, settings.limit, renderer)
     of = f"the first {data.rows}, as data.limit says" if data.cut else f"{data.rows}"
     notes = [f"{source}: {len(data.records)} good rows of {of}, format {data.format}", *data.notes]
     notes += _on_control_tokens(source, renderer, data.records)
@@ -166,7 +166,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         rejects = _all_rejects(config, source, data, [*train_rejects, *heldout_rejects])
         fingerprint = data.fingerprint
     else:
-        other = load_rows(config, settings.heldout_source, settings.heldout_rows)
+        other = load_rows(config, settings.heldout_source, settings.heldout_rows, renderer)
         notes += [f"{settings.heldout_source}: held-out rows, read from there", *other.notes]
         notes += [*_on_control_tokens(settings.heldout_source, renderer, other.records)]
         train_records = data.records
@@ -218,8 +218,11 @@ def _asked(records: Sequence[Record], examples: Sequence[Example]) -> tuple[str,
     return tuple(turns[example.record_id] for example in examples)
 
 
-def load_rows(config: RunConfig, source: str, limit: int | None) -> Dataset:
+def load_rows(config: RunConfig, source: str, limit: int | None, renderer: Renderer | None = None) -> Dataset:
     """The first rows of a source, read as the configuration says.
+
+    Args:
+        renderer: where rows stop a run, those that it would leave out are counted and listed too.
 
     Raises:
         QspinError: it can't be read, or too many of its rows are malformed.
@@ -235,7 +238,12 @@ def load_rows(config: RunConfig, source: str, limit: int | None) -> Dataset:
         limit=limit,
     )
     # before anything is made of the good rows: a file of bad ones should be called that, not too short
-    check_rejects(source, dataset, strict=data.strict, max_malformed_share=data.max_malformed_share)
+    try:
+        check_rejects(source, dataset, strict=data.strict, max_malformed_share=data.max_malformed_share)
+    except LeftOut:
+        if renderer is not None:
+            _all_rejects(config, source, dataset, _render(renderer, dataset.records)[1])
+        raise
     return dataset
 
 

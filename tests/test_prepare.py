@@ -173,7 +173,7 @@ def test_rejects_of_reading_and_rendering_are_in_order_with_their_source(ready: 
 @pytest.mark.parametrize(
     ("rows", "changes", "said"),
     [
-        (ROWS, {}, "2 of 53 rows can't be used, and --strict (data.strict) allows none: the first is line 51, "
+        (ROWS, {}, "3 of 53 rows can't be used, and --strict (data.strict) allows none: the first is line 51, "
          "duplicate: says the same as line 1; mend them, or go on without"),
         ([LONG, *good(50)], {}, "1 of 51 rows can't be used, and --strict (data.strict) allows none: the first is line "
          "1, long-prompt: the prompt has 813 tokens; data.max_prompt_tokens is 64; mend them, or go on without"),
@@ -187,10 +187,23 @@ def test_strict_stops_where_a_row_would_be_left_out(
 ) -> None:
     path = write(tmp_path / "rows.jsonl", *rows)
     changes = {"data.max_prompt_tokens": 64, "data.max_malformed_share": 1, **changes}
-    assert ready(path, **changes).rejects  # without it, the run goes on
+    rejects = ready(path, **changes).rejects  # without it, the run goes on
     with pytest.raises(LeftOut) as caught:
         ready(path, **changes, **{"data.strict": True})
     assert str(caught.value) == f"{path}: {said}"
+    assert caught.value.rejects == list(rejects)
+
+
+def test_a_run_that_malformed_rows_stop_lists_all_rows_that_it_would_leave_out(ready: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *ROWS, {"prompt": "\ufdd0?", "completion": "So."})
+    with pytest.raises(LeftOut, match="2 of 54 rows are malformed") as caught:
+        ready(path, **{"data.max_prompt_tokens": 64, "data.max_malformed_share": 0.01})
+    assert [(reject.place.number, reject.code) for _source, reject in caught.value.rejects] == [
+        (51, "duplicate"),
+        (52, "long-prompt"),
+        (53, "empty-completion"),
+        (54, "encoding"),
+    ]
 
 
 def test_strict_is_for_held_out_rows_too(ready: Prepare, tmp_path: Path) -> None:
