@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import contents, refusal
-from conftest import small_run
+from conftest import as_nobody, small_run
 
 from qspin import api, spin
 from qspin.config import load_config
@@ -156,3 +157,19 @@ def test_a_rate_that_is_none_is_refused_before_the_baseline_is_trained(
     said = "--lr: a learning rate is between 0 and 1, as 1e-4"
     assert refusal("baseline", folder, "--lr", "1e-4", "--lr", rate) == said
     assert contents(folder) == before
+
+
+def test_a_run_that_can_not_be_written_to_is_told_before_its_data_is_read(
+    played: tuple[RunDir, list[bytes]], closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = closed / "run"
+    shutil.copytree(played[0].path, folder)
+    closed.chmod(0o755)
+    monkeypatch.setattr("qspin.record.prepare", lambda *_: pytest.fail("the data was read"))
+    importlib.import_module("qspin.watching")  # which may be closed to nobody
+    with as_nobody():
+        said = refusal("baseline", folder)
+    assert said == (
+        f"{folder} can't be written to: Permission denied; what is computed is kept there, so give yourself the right "
+        "to, or take a copy of the run"
+    )
