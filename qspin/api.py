@@ -126,6 +126,7 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
 def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | None = None) -> Results:
     """Train without self-play on a run's rows, for as many steps, at each learning rate; see `run` for the rest."""
     from qspin.experiments import baseline as supervised
+    from qspin.exports.recipe import recorded_config
     from qspin.figures.benchmarks import check_place
     from qspin.record import prepare_run
     from qspin.watching import watch_baseline
@@ -136,7 +137,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
     check_place(run_dir.path)
     _quiet_libraries()
-    prepared = prepare_run(load_config(run_dir.config), run_dir, keep_rejects=False)
+    prepared = prepare_run(recorded_config(run_dir), run_dir, keep_rejects=False)
     if progress is None:
         watch_baseline(prepared, run_dir.path, rates)
     else:

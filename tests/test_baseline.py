@@ -173,3 +173,15 @@ def test_a_run_that_can_not_be_written_to_is_told_before_its_data_is_read(
         f"{folder} can't be written to: Permission denied; what is computed is kept there, so give yourself the right "
         "to, or take a copy of the run"
     )
+
+
+def test_a_config_that_was_edited_is_named_before_the_data_is_read(
+    played: tuple[RunDir, list[bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(played[0].path, run.path)
+    edited = run.config.read_text(encoding="utf-8").replace("\nseed: 0\n", "\nseed: 5\n")
+    run.config.write_text(edited, encoding="utf-8")
+    monkeypatch.setattr("qspin.record.prepare", lambda *_: pytest.fail("the data was read"))
+    said = f"{run.config}: changed since the run was made (seed); put the old values back"
+    assert refusal("baseline", run.path) == said
