@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -300,6 +301,7 @@ app.command()(cli_trials.mtbench)
 
 def main() -> None:
     """The console script: errors that a user can mend become one line, without a traceback."""
+    _replace_closed_streams()
     heed_stops()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a pipe in another encoding than UTF-8 ends no run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -317,6 +319,14 @@ def main() -> None:
         if stop.code in CODES:
             leave_stopped(int(stop.code))
         raise
+
+
+def _replace_closed_streams() -> None:
+    """Of a process that was started without them (`<&-` in a shell) Python has None in their place, and the next files
+    that are opened would get their numbers, and what is meant for the streams."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 (for good)
 
 
 def _run_app() -> None:

@@ -202,3 +202,12 @@ def test_an_output_on_a_full_disk_is_one_line() -> None:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     said = "error: the disk is full where the output, temporary files or caches are written; free some space\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closed streams are a POSIX shell's")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_stream_that_was_closed_is_an_empty_one(closed: str) -> None:
+    numbers = "[stream.fileno() for stream in (sys.stdin, sys.stdout, sys.stderr)]"
+    code = f"import sys; from qspin import cli; cli._run_app = lambda: sys.exit({numbers} != [0, 1, 2]); cli.main()"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, check=False).returncode == 0
