@@ -149,6 +149,21 @@ def test_replayed_steps_of_many_rows(backend: BackendName, tiny_folder: Callable
             assert relative(one, other) < 2 * ROUNDING["llama"][0]
 
 
+# --- what lies in main memory ---
+
+
+def decoded_and_trained(model: SlotModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of some steps; log-probs and gradients."""
+    with torch.inference_mode(), model.decoding():
+        decoder = Decoder(model, KVCache(slots=3, device=CUDA))
+        steps = [decoder.step(tokens).clone() for tokens in ([5, 6], [7, 8, 9], [10, 11, 12], [13, 14], [15, 16])]
+    real, generated = pair_logps(model, pack_row(PAIRS, CUDA))
+    (real - generated).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters.values()]
+    assert all(gradient is not None and gradient.is_cuda for gradient in gradients)
+    return steps, [real.detach(), generated.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_embedding_table_in_main_memory_changes_no_bit(
     backend: BackendName, tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -156,14 +171,8 @@ def test_an_embedding_table_in_main_memory_changes_no_bit(
     def figures(where: str) -> tuple[str, list[Tensor]]:
         model = load(tiny_folder("mistral"), backend)
         assert model._embeddings.weight.device.type == where
-        with torch.inference_mode(), model.decoding():
-            decoder = Decoder(model, KVCache(slots=3, device=CUDA))
-            steps = [decoder.step(tokens).clone() for tokens in ([5, 6], [7, 8, 9], [10, 11, 12], [13, 14], [15, 16])]
-        real, generated = pair_logps(model, pack_row(PAIRS, CUDA))
-        (real - generated).sum().backward()
-        gradients = [parameter.grad for parameter in model.parameters.values()]
-        assert all(gradient is not None and gradient.is_cuda for gradient in gradients)
-        return model.base_hash(), [*steps, real.detach(), generated.detach(), *gradients]
+        steps, trained = decoded_and_trained(model)
+        return model.base_hash(), steps + trained
 
     name, wanted = figures("cuda")
     monkeypatch.setattr(footprint, "ASIDE", 0.0)
@@ -183,14 +192,7 @@ def test_a_head_in_main_memory(
         model = load(tiny_folder("gemma2"), backend)
         assert model.head.aside is aside
         assert model.head.weight.is_pinned() is aside
-        with torch.inference_mode(), model.decoding():
-            decoder = Decoder(model, KVCache(slots=3, device=CUDA))
-            steps = [decoder.step(tokens).clone() for tokens in ([5, 6], [7, 8, 9], [10, 11, 12], [13, 14], [15, 16])]
-        real, generated = pair_logps(model, pack_row(PAIRS, CUDA))
-        (real - generated).sum().backward()
-        gradients = [parameter.grad for parameter in model.parameters.values()]
-        assert all(gradient is not None and gradient.is_cuda for gradient in gradients)
-        return model.base_hash(), steps, [real.detach(), generated.detach(), *gradients]
+        return model.base_hash(), *decoded_and_trained(model)
 
     name, steps, wanted = figures(aside=False)
     monkeypatch.setattr(footprint, "HEAD_ASIDE", 0.0)
