@@ -127,7 +127,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
     """Train without self-play on a run's rows, for as many steps, at each learning rate; see `run` for the rest."""
     from qspin.experiments import baseline as supervised
     from qspin.exports.recipe import recorded_config
-    from qspin.figures.benchmarks import check_place
+    from qspin.files import check_writable
     from qspin.record import prepare_run
     from qspin.watching import watch_baseline
 
@@ -135,7 +135,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
     run_dir.check_run()
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
-    check_place(run_dir.path)
+    check_writable(run_dir.path)
     _quiet_libraries()
     prepared = prepare_run(recorded_config(run_dir), run_dir, keep_rejects=False)
     if progress is None:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -236,6 +237,24 @@ def full_disk_told(path: Path, need: int | None = None) -> Iterator[None]:
         raise QspinError(
             f"{path}: the disk is full: {wanted}{free:,} are free; free some space{elsewhere}, and the same command "
             "goes on"
+        ) from None
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write there, before anything is computed that is to be kept there.
+
+    Raises:
+        QspinError: it can't be done.
+    """
+    try:
+        with full_disk_told(folder):
+            make_folder(folder)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise QspinError(
+            f"{folder} can't be written to: {error.strerror}; what is computed is kept there, so give yourself the "
+            "right to, or take a copy of the run"
         ) from None
 
 

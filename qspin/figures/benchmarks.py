@@ -8,7 +8,6 @@ harness.py has what computes them; nothing here needs it.
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import stdev
@@ -16,7 +15,7 @@ from typing import Any
 
 from qspin.errors import QspinError
 from qspin.figures.suites import METRICS
-from qspin.files import full_disk_told, make_folder, read_json, write_json
+from qspin.files import read_json, write_json
 from qspin.run_dir import IterationDir
 
 
@@ -63,24 +62,6 @@ class Outcome:
     scores: list[Score]
     harness: str  # version
     seconds: float
-
-
-def check_place(folder: Path) -> None:
-    """Try to write there, before anything is computed that is to be kept there.
-
-    Raises:
-        QspinError: it can't be done.
-    """
-    try:
-        with full_disk_told(folder):
-            make_folder(folder)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise QspinError(
-            f"{folder} can't be written to: {error.strerror}; what is computed is kept there, so give yourself the "
-            "right to, or take a copy of the run"
-        ) from None
 
 
 def keep(folder: IterationDir, outcome: Outcome) -> None:

@@ -15,9 +15,9 @@ from qspin.config import load_config
 from qspin.console import tell
 from qspin.errors import QspinError
 from qspin.figures import report
-from qspin.figures.benchmarks import SetUp, check_place, keep, kept
+from qspin.figures.benchmarks import SetUp, keep, kept
 from qspin.figures.players import players
-from qspin.files import write_text
+from qspin.files import check_writable, write_text
 from qspin.fitting.memory import used_and_total
 from qspin.run_dir import RunDir
 from qspin.trials.loaded import Loaded
@@ -47,7 +47,7 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
     if missing:
         tasks = tasks or _tasks(set_ups, None)
         for folder in (run_dir.path, *(run_dir.player(name).benchmarks for name in who)):
-            check_place(folder)
+            check_writable(folder)
         failed = _compute(console, run_dir, missing, tasks)
     config = load_config(run_dir.config)
     if missing and players(run_dir, config):
