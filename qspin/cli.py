@@ -119,6 +119,7 @@ def plan(
     ],
     *,
     data: Annotated[str | None, typer.Option(help="rows whose real lengths to plan for")] = None,
+    model: Annotated[str | None, typer.Option(help="hub id or local folder of the base model")] = None,
     vram: Annotated[float | None, typer.Option(min=1, help="GiB of a card that is not here; else this machine")] = None,
     rows: Annotated[int | None, typer.Option(min=2, help="how many rows, where not all of the data or none")] = None,
     settings: Annotated[
@@ -133,9 +134,8 @@ def plan(
     from qspin.planning.plan_change import nearest_change
     from qspin.planning.plan_view import render
 
-    overrides: dict[str, Any] = {
-        key: value for key, value in {"data.source": data, "data.limit": rows}.items() if value is not None
-    }
+    options: dict[str, Any] = {"data.source": data, "model.id": model, "data.limit": rows}
+    overrides = {key: value for key, value in options.items() if value is not None}
     overrides |= dict(parse_override(text) for text in settings or [])
     config = load_config(source, overrides)
     found = api.plan(config, vram=vram, read_rows=data is not None)

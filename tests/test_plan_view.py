@@ -90,6 +90,9 @@ def test_the_command_plans_for_a_folder_and_its_data(tiny_folder: Callable[[str]
     answer = call("plan", config, "--data", HOUSE_STYLE / "train.jsonl", "--rows", "30000", "--vram", "8")
     said = " ".join(answer.out.split())
     assert "188 rows (30000 were asked for, and 192 are good), in the model's own tokens" in said
+    shown = call("plan", "quickstart", "--model", tiny_folder("qwen3"), "--vram", "8").out
+    assert shown == call("plan", "quickstart", "--set", f"model.id={tiny_folder('qwen3')}", "--vram", "8").out
+    assert shown.splitlines()[0].endswith("tiny-qwen3")
 
 
 def test_the_command_on_this_machine() -> None:
