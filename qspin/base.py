@@ -91,6 +91,8 @@ def find_base(config: ModelConfig) -> Base:
         if not (folder / "config.json").is_file():
             raise QspinError(f"model.id: {folder} holds no config.json; name a folder saved with save_pretrained")
         return Base(folder.resolve().name, str(folder), None, None, {"folder": folder.resolve().name})
+    if folder.is_file():
+        raise QspinError(f"model.id: {folder} is a file; name a folder saved with save_pretrained, or a hub id")
     if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
         raise QspinError(f"model.id: {config.id} is neither a folder here nor a hub id of the form owner/name")
     return _find_on_hub(config.id, config.revision)

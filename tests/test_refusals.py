@@ -106,6 +106,13 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert refusal("run", "--model", tmp_path, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x") == said
 
 
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    said = f"model.id: {file} is a file; name a folder saved with save_pretrained, or a hub id"
+    assert refusal("run", "--model", file, "--data", HOUSE_STYLE / "train.jsonl", "--out", "x") == said
+
+
 def test_a_hub_id_that_cannot_be_reached() -> None:
     said = refusal("run", "--model", "nobody/nothing", "--data", HOUSE_STYLE / "train.jsonl", "--out", "x")
     assert said.startswith("model.id: nobody/nothing can't be had from the hub (offline, a wrong id, or a gated model ")
