@@ -123,12 +123,26 @@ def test_other_rows_under_the_same_settings_are_not_shared(settings: dict[str, A
     assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
 
 
-def test_warm_starts_are_opponents_of_their_own(settings: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "values"), [("train.batch_size", [4, 6]), ("sft.epochs", [1, 2]), ("sft.lr", [1e-4, 2e-4])]
+)
+def test_warm_starts_are_opponents_of_their_own(
+    key: str, values: list[Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
     """They are trained by the settings of training too."""
-    first, second = swept(grid(None, {**settings, "sft.epochs": 1}, {"train.batch_size": [4, 6]}), tmp_path)
+    first, second = swept(grid(None, {**settings, "sft.epochs": 1}, {key: values}), tmp_path)
     assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
     assert set(second.base.seconds()) == {"evaluate"}
     assert first.base.evaluation.read_bytes() == second.base.evaluation.read_bytes()
+    assert first.base.times.read_bytes() == second.base.times.read_bytes(), "it was measured again"
+
+
+def test_a_run_without_a_warm_start_takes_nothing_but_the_base_from_one_with_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    first, second = swept(grid(None, settings, {"sft.epochs": [1, 0]}), tmp_path)
+    assert first.base.times.read_bytes() == second.base.times.read_bytes()
+    assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
 
 
 def test_shards_of_another_plan_are_left_alone(betas: tuple[list[Cell], Path], tmp_path: Path) -> None:

@@ -5,9 +5,9 @@
         play_cell(cell, prepared, Path("sweeps/beta"), cells, progress)
     write_results(Path("sweeps/beta"), cells)
 
-A run whose settings differ from an earlier one's in training alone takes over what training does not change: how the
-base measures and, where it is the first opponent, iteration 0's completions and their scores. Each run is one like any
-other, in a folder of its own.
+A run whose settings differ from an earlier one's in training alone, supervised or by self-play, takes over what training
+does not change: how the base measures and, where it is the first opponent, iteration 0's completions and their scores.
+Each run is one like any other, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from qspin.watch.progress import Progress
 TABLE, PLOT = "SWEEP.md", "sweep.svg"
 PLOTTED = {"nll": "NLL, nats a token", "two_sample_auc": "2-sample AUC (0.5 is the best)"}
 PLAYER = Column(
-    "player", "base: what the run began with; a number: what that iteration ended with; *: the one that is kept"
+    "player",
+    "base: what the run began with; sft: after a supervised warm start; a number: what that iteration ended with; "
+    "*: the one that is kept",
 )
 
 
@@ -98,7 +100,7 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
         return
     for piece in ("evaluation", "times", "memory"):
         _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
-    if game.config.sft.epochs:  # a warm start is trained as everything is: it may be another opponent
+    if game.config.sft.epochs or other.config.sft.epochs:  # a warm start is trained too: it may be another opponent
         return
     first, ours = source.iteration(0), game.dir.iteration(0)
     _copy_under_a_plan(first.generation_plan, ours.generation_plan, first.generated(0), ours.generated(0))
@@ -109,7 +111,7 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
 
 def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     changed = {key for key, _, _ in changed_results(other.config, game.config)}
-    if not all(key.startswith("train.") for key in changed):
+    if not all(key.startswith(("train.", "sft.")) for key in changed):
         return False
     ours, theirs = game.dir.read_record(), source.read_record()
     alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
