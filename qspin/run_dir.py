@@ -214,7 +214,7 @@ class RunDir:
 
     def supervised(self, lr: float, index: int) -> IterationDir:
         """The baseline's round that stands beside an iteration."""
-        return IterationDir(self.path / "supervised" / f"lr-{lr:g}" / f"round-{index}")
+        return IterationDir(self.path / "supervised" / f"lr-{float(lr)}" / f"round-{index}")
 
     def supervised_rates(self) -> list[float]:
         """The learning rates that the baseline has a folder for."""

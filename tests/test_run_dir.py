@@ -224,6 +224,7 @@ def test_every_path_of_a_run() -> None:
     assert run.base.evaluation == Path("run/base/evaluation.json")
     assert run.warm_start.adapter == Path("run/warm-start/adapter")
     assert run.supervised(2e-4, 1).path == Path("run/supervised/lr-0.0002/round-1")
+    assert run.supervised(5e-5, 0).path == Path("run/supervised/lr-5e-05/round-0")
     iteration = run.iteration(3)
     assert iteration.path == Path("run/iteration-3")
     assert iteration.generation_plan == iteration.path / "generation.json"
@@ -245,6 +246,14 @@ def test_players_are_the_folders_that_are_there_in_order(tmp_path: Path) -> None
     (tmp_path / "iteration-2").write_text("a file")
     assert [player.path.relative_to(tmp_path).as_posix() for player in run.players()] == names
     assert run.supervised_rates() == [0.0002, 0.01]
+
+
+def test_learning_rates_that_differ_in_any_digit_have_folders_of_their_own(tmp_path: Path) -> None:
+    rates = [1e-5, 1e-4, 1.0000001e-4, 0.1 + 0.2, 0.5]
+    run = RunDir(tmp_path)
+    for rate in rates:
+        run.supervised(rate, 0).path.mkdir(parents=True)
+    assert run.supervised_rates() == rates
 
 
 def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def tables(run_dir: RunDir, config: RunConfig) -> list[Results]:
     rival = best_rival(run_dir, config)
     measured = players(run_dir, config) + (rival[1] if rival else [])
     warm = ", sft: after its supervised warm start" if config.sft.epochs else ""
-    trained = f"; s and a number: supervised training as long, at {rival[0]:g}" if rival else ""
+    trained = f"; s and a number: supervised training as long, at {rival[0]}" if rival else ""
     begun = "untouched" if config.model.init_adapter is None else "with the adapter that the run began with"
     player = Column("player", f"base: {begun}{warm}; a number: what that iteration ended with{trained}")
     style, interval = ((), ()) if config.evaluation.style is None else (STYLE, STYLE_INTERVAL)
@@ -159,7 +159,7 @@ def _rates(run_dir: RunDir, config: RunConfig) -> list[Results]:
         player = chosen(rounds, config)
         figures = panel(player.evaluation, "report", seed=config.seed)
         told = (look(figures[key]) for key, look, _ in fields)
-        rows.append([f"{rate:g}", f"{player.name} of {len(rounds)}", *told])
+        rows.append([f"{rate}", f"{player.name} of {len(rounds)}", *told])
     columns = (
         Column("rate", "learning rate of the supervised baseline"),
         Column("round", "the one that is kept, as an iteration is (evaluation.keep)"),
