@@ -266,6 +266,7 @@ class RunDir:
         if dangling is not None:
             raise QspinError(f"--out: {dangling} is a link that leads nowhere; name a folder")
         check_place(self.path)
+        check_outside(self.path)
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
@@ -346,6 +347,15 @@ class RunDir:
     @property
     def _holder(self) -> Path:
         return self.path / ".holder"
+
+
+def check_outside(folder: Path) -> None:
+    """Raises a QspinError: a new folder would lie in that of a run, which clears what others are writing there, and
+    goes on from an adapter that stands where its own would."""
+    for part in Path(os.path.realpath(folder)).parents:
+        run = RunDir(part)
+        if run.record.is_file() and run.config.is_file():  # others may call a file run.json
+            raise QspinError(f"--out: {folder} lies in the folder of the run {part}; name a folder beside it")
 
 
 def _leads_nowhere(path: Path) -> bool:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from command_line import call, process
+from command_line import call, contents, process, refusal
 from conftest import flip_byte
 from exported import made
 
@@ -245,6 +245,15 @@ def test_a_target_that_is_there_is_left_alone(run: RunDir, tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     with pytest.raises(QspinError, match=r"^--out: .*mine\.txt is a file; name a folder$"):
         made(run, tmp_path / "out" / "mine.txt" / "below", "adapter")
+
+
+def test_a_runs_own_folder_is_no_place_for_an_export(run: RunDir) -> None:
+    """A run that goes on would take it away half-written, or go on from it."""
+    before = contents(run.path)
+    for inside in (run.path / "merged", run.iteration(2).adapter):
+        said = refusal("export", run.path, "--to", "adapter", "--out", inside)
+        assert said == f"--out: {inside} lies in the folder of the run {run.path}; name a folder beside it"
+    assert contents(run.path) == before
 
 
 def test_a_full_disk_is_foreseen(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

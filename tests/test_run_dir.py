@@ -135,6 +135,20 @@ def test_a_link_that_leads_nowhere_is_no_folder(below: str, tmp_path: Path) -> N
     RunDir(link / below).check_usable()
 
 
+def test_a_folder_in_that_of_a_run_is_no_place_for_another(tmp_path: Path) -> None:
+    run, link = tmp_path / "run", tmp_path / "link"
+    (run / "iteration-0").mkdir(parents=True)
+    link.symlink_to(run / "iteration-0")
+    (run / "run.json").write_text("{}")
+    RunDir(run / "below").check_usable()  # anybody may call a file so
+    (run / "config.yaml").write_text("")
+    for folder in (run / "below", run / "iteration-0" / "adapter", link / "below"):
+        said = f"--out: {folder} lies in the folder of the run {run}; name a folder beside it"
+        assert refusal(folder) == said
+        assert not folder.exists()
+    RunDir(run).check_usable()
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     message = f"--out: {tmp_path} holds other things; name a new folder or one of an earlier run"

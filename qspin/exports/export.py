@@ -51,6 +51,7 @@ from qspin.fitting.memory import OutOfMemory, free_bytes, refusals_told
 from qspin.four_bits import nf4
 from qspin.prepare import Speech
 from qspin.records import Message
+from qspin.run_dir import check_outside
 
 OFFLOAD = "offload"  # weights that memory did not hold while the exported model was compared
 Q4 = "q4_k_m"
@@ -111,6 +112,7 @@ def _check_place(out: Path) -> None:
     if os.path.lexists(out):  # a link that leads nowhere as well
         raise QspinError(f"--out: {out} is there already; name a new folder")
     check_place(out)
+    check_outside(out)
 
 
 def _check_room(folder: Path, need: int) -> None:
