@@ -6,6 +6,7 @@ import datetime
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -293,6 +294,31 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
+
+
+def test_a_hub_that_can_not_be_reached_is_asked_once(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its clients would ask six times for each data set, half a minute, and tell of each."""
+    import datasets
+    from huggingface_hub import constants
+
+    asked = []
+
+    def refuse(address: tuple[str, int], *_: Any, **__: Any) -> socket.socket:
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    for module in (constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    answer = call("eval", run_dir.path, "--tasks", "arc_easy,boolq", "--iteration", "base")
+    for task in ("arc_easy", "boolq"):
+        assert f"error: {task}: its data can't be had (Couldn't reach " in answer.out
+    assert answer.err == "error: 2 of 2 tasks could not be put to the players: arc_easy, boolq\n"
+    assert asked == [("127.0.0.1", 9)]
+    assert not [record for record in caplog.records if "Retrying" in record.message]
 
 
 # --- interrupted ---

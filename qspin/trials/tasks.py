@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import httpx
+import huggingface_hub
 import jinja2
 import lm_eval
 import numpy as np
@@ -86,6 +87,8 @@ class Tasks:
                 advice = f"near it are {', '.join(near)}" if near else "`lm-eval ls tasks` lists all"
                 own = f"; {include} defines {', '.join(folder.all_tasks) or 'none'}" if include else ""
                 raise QspinError(f"--tasks: no task is called {name!r}; {advice}{own}")
+        if not alone:
+            _heed_the_connection()
         defined = None if include is None else _hash(include)
         return Tasks(manager, defined, frozenset(folder.all_tasks))
 
@@ -166,6 +169,17 @@ class Task:
             ) from None
         scores = _scores(self.name, results)
         return Outcome(set_up, scores, lm_eval.__version__, clock() - started)
+
+
+def _heed_the_connection() -> None:
+    """Where the hub can't be reached as the work begins, its clients go by their caches at once: they would ask six
+    times for each data set, with pauses, and tell of each. Later they may: a connection that was there comes back."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except httpx.TransportError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def _not_set_up(name: str, error: Exception) -> QspinError:
