@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import Answer, call, process, refusal
+from command_line import Answer, call, contents, process, refusal
 from conftest import flip_byte, small_run
 from own_tasks import CHOICES, SURPRISE, WORDS, write_tasks
 
@@ -319,6 +319,33 @@ def test_a_hub_that_can_not_be_reached_is_asked_once(
     assert answer.err == "error: 2 of 2 tasks could not be put to the players: arc_easy, boolq\n"
     assert asked == [("127.0.0.1", 9)]
     assert not [record for record in caplog.records if "Retrying" in record.message]
+
+
+# --- beside others ---
+
+
+def test_two_at_once_and_a_run_that_goes_on_do_not_disturb_one_another(
+    exact: RunDir, tasks: Path, evaluated: Answer, tmp_path: Path
+) -> None:
+    alone, beside = (RunDir(shutil.copytree(exact.path, tmp_path / name)) for name in ("alone", "beside"))
+    config = load_config(exact.config).model_copy(update={"iterations": 2})
+    ready = prepare(config, datetime.date(2026, 1, 2))
+    run(ready, alone.path, Silent())
+    command = "eval", beside.path, "--tasks", ALL, "--include", tasks, "--iteration", "base,0"
+    with process(*command) as first, process(*command) as second:
+        for child in (first, second):
+            assert child.stdout.readline() == f"1 of 3: {CHOICES}\n"  # type: ignore[union-attr]
+        run(ready, beside.path, Silent())
+        ends = [child.communicate(timeout=300) for child in (first, second)]
+    shown = evaluated.out[evaluated.out.index("Benchmarks") :]
+    for child, (out, err) in zip((first, second), ends, strict=True):
+        assert child.returncode == 0, err
+        assert out[out.index("Benchmarks") :] == shown
+    assert contents(beside.iteration(1).adapter) == contents(alone.iteration(1).adapter)
+    whole = [path.relative_to(beside.path) for path in beside.path.rglob("benchmarks/*")]
+    assert sorted(map(str, whole)) == sorted(
+        f"{player}/benchmarks/{task}.json" for player in ("base", "iteration-0") for task in ALL.split(",")
+    )
 
 
 # --- interrupted ---
