@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from fuzz_data import KEYS, WORDS, judge
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qspin import sources
+from qspin import data, formats, sources
 from qspin.formats import FORMATS
 from qspin.sources import READERS
 
@@ -104,10 +105,28 @@ def test_a_damaged_parquet_file_ends_in_a_dataset_or_an_error(tmp_path: Path, da
     judge(path)
 
 
-def test_the_judge_sees_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_jsonl(tmp_path, *ROWS)
+FAULTS: dict[str, tuple[Any, str, Any, str]] = {
+    "a row that is no object": (sources, "_as_row", lambda value: value, "3"),
+    "a key twice": (sources, "_strict_object", dict, '{"prompt": "a", "prompt": "b", "completion": "c"}'),
+    "NaN": (sources, "_not_a_number", float, '{"prompt": "a", "completion": "c", "score": NaN}'),
+    "a reason that a terminal would obey": (sources, "short", str, '"\\u001b[2J"'),
+    "a text with its white space": (formats, "_text", lambda text, _: text, '{"prompt": "a", "completion": " c"}'),
+    "an id twice": (data, "_is_a_name", bool, '{"prompt": "a", "completion": "c", "id": "row-2"}'),
+}
+
+
+@pytest.mark.parametrize(("module", "name", "instead", "line"), FAULTS.values(), ids=FAULTS)
+def test_the_judge_sees_a_fault_of_the_reader(
+    module: ModuleType, name: str, instead: Any, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + '\n{"prompt": "Hi", "completion": "Hello."}\n')
     assert judge(path)
+    monkeypatch.setattr(module, name, instead)
+    with pytest.raises((AssertionError, AttributeError, TypeError)):
+        judge(path)
+
+
+def test_the_judge_takes_what_is_right(tmp_path: Path) -> None:
+    assert judge(write_jsonl(tmp_path, *ROWS))
     assert not judge(tmp_path / "none.jsonl")
-    monkeypatch.setattr(sources, "_as_row", lambda value: value)
-    with pytest.raises((AttributeError, TypeError)):
-        judge(write_jsonl(tmp_path, *ROWS, 3))
