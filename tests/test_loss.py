@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 
-from qspin.loss import LossName, link, spin_loss
+from qspin.loss import LossName, link, real_nll, spin_loss
 
 LOSSES: tuple[LossName, ...] = get_args(LossName)
 
@@ -52,6 +52,12 @@ def test_losses_and_their_parts_by_hand(loss: LossName) -> None:
     torch.testing.assert_close(result.generated_rewards, vector([-0.5, -0.5, 0.6]), rtol=0, atol=1e-12)
     torch.testing.assert_close(result.margins, vector(MARGINS), rtol=0, atol=1e-12)
     torch.testing.assert_close(result.losses, vector(EXPECTED[loss]), rtol=0, atol=1e-12)
+
+
+def test_the_likelihood_beside_the_loss_by_hand() -> None:
+    # 10 / 4;  5 / 5;  30 / 12
+    result = real_nll(vector(POLICY_REAL), vector([4, 5, 12]))
+    torch.testing.assert_close(result, vector([2.5, 1.0, 2.5]), rtol=0, atol=0)
 
 
 def test_logistic_is_the_default() -> None:

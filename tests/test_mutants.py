@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 
+import pytest
+from conftest import ROOT
 from mutants import mutants
 
 SOURCE = '''"""Doc."""
@@ -42,3 +45,12 @@ def test_each_small_break_is_made_once_and_alone() -> None:
     assert len({*texts, ast.unparse(tree)}) == len(found) + 1
     one = next(mutated for _, change, mutated in mutants(tree) if change == "min → max")
     assert ast.unparse(one) == ast.unparse(tree).replace("min", "max")
+
+
+@pytest.mark.parametrize("module", ["loss", "packing"])
+def test_the_page_is_of_the_module_as_it_is(module: str) -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    [ways] = re.findall(rf"^\| `{module}\.py` \| (\d+) \|", page, re.MULTILINE)
+    source = (ROOT / "qspin" / f"{module}.py").read_text(encoding="utf-8")
+    told = f"the module was changed: python tools/mutants.py qspin/{module}.py tests/test_{module}.py --noconftest"
+    assert len(list(mutants(ast.parse(source)))) == int(ways), told

@@ -248,7 +248,9 @@ def test_every_path_of_a_run() -> None:
     assert iteration.snapshots == iteration.path / "snapshots"
     assert iteration.metrics == iteration.path / "metrics.jsonl"
     assert iteration.adapter == iteration.path / "adapter"
-    assert iteration.times == iteration.path / "seconds.json"
+    assert (iteration.times, iteration.memory) == (iteration.path / "seconds.json", iteration.path / "memory.json")
+    assert iteration.benchmarks == iteration.path / "benchmarks"
+    assert (run.trials, run.baseline_status) == (Path("run/mt-bench"), Path("run/supervised/status.json"))
 
 
 def test_players_are_the_folders_that_are_there_in_order(tmp_path: Path) -> None:
