@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Notes, small_run
+from conftest import ROOT, Notes, small_run
 
 from qspin import spin
 from qspin.adapters import load_adapter
@@ -196,6 +196,12 @@ def test_two_processes_end_where_one_does(one: RunDir, two: RunDir) -> None:
         assert shard.read_bytes() == (two.iteration(1).generated(0).parent / shard.name).read_bytes()
     first = read_jsonl(two.iteration(1).metrics)[0]
     assert (first["margin"], first["real_reward"], first["generated_reward"]) == (0.0, 0.0, 0.0)
+
+
+def test_the_page_has_these_bounds() -> None:
+    page = (ROOT / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    for said in (f"less than {WEIGHTS_BOUND}", f"less than {NATS_BOUND} nats", f"more than {100 * WEIGHTS_BOUND}"):
+        assert f"| {said} |" in page
 
 
 def test_control_gradients_that_are_not_summed(
