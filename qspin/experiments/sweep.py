@@ -5,7 +5,7 @@
         play_cell(cell, prepared, Path("sweeps/beta"), cells, progress)
     write_results(Path("sweeps/beta"), cells)
 
-A run whose settings differ from an earlier one's in training alone, supervised or by self-play, takes over what training
+A run whose settings differ from an earlier one's in training alone, supervised or by self-play, takes over what that
 does not change: how the base measures and, where it is the first opponent, iteration 0's completions and their scores.
 Each run is one like any other, in a folder of its own.
 """
