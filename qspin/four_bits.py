@@ -56,4 +56,6 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
         state = getattr(parameter, "quant_state", None)
         if state is not None:  # W is made in its type, which of a base that came quantised is that of its maker
             state.dtype = dtype
+        elif device.type == "cpu":  # it would lie in the mapped file, all of whose pages that were read count as ours
+            parameter.data = parameter.data.clone()
     return causal_lm

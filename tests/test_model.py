@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -307,6 +309,17 @@ def test_the_saved_configuration_names_no_path_and_is_sorted(
     assert config["base_model_name_or_path"] == "tiny-llama"
     assert config["target_modules"] == sorted(config["target_modules"])
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (4, 8, 0.0, "none")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_a_loaded_model_lies_in_no_file(
+    tiny_model: Callable[..., SlotModel], tiny_folder: Callable[[str], Path]
+) -> None:
+    """All pages of it that were read would count as the process's, and one that is written anew would change it."""
+    model = tiny_model()
+    assert model.vocabulary
+    gc.collect()
+    assert str(tiny_folder("llama")) not in Path("/proc/self/maps").read_text()
 
 
 def test_the_same_weights_are_the_same_bytes(tiny_model: Callable[..., SlotModel], tmp_path: Path) -> None:
