@@ -59,12 +59,13 @@ from qspin.errors import QspinError
 from qspin.fitting.footprint import Batch
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.generation import Request, generate
-from qspin.machine import GIB, copy_rate, product_rate
+from qspin.machine import copy_rate, product_rate
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, plan_batches
 from qspin.records import Pair
 from qspin.scoring import score_pairs
 from qspin.training import Task, train
+from qspin.units import GIB
 
 HERE = Path(__file__).parent
 

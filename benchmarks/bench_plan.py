@@ -27,7 +27,7 @@ from qspin.base import find_base
 from qspin.config import RunConfig, load_config
 from qspin.fitting.memory import keep_freed_memory, peak
 from qspin.generation import Request, generate
-from qspin.machine import GIB, Machine, this_machine
+from qspin.machine import Machine, this_machine
 from qspin.model import SlotModel
 from qspin.packing import lengths_of, plan_batches
 from qspin.planning.plan import Plan, make_plan
@@ -38,6 +38,7 @@ from qspin.run_dir import RunDir
 from qspin.scoring import score_pairs
 from qspin.spin import run
 from qspin.training import Task, train
+from qspin.units import GIB
 from qspin.watch.progress import Audience
 
 CPU = torch.device("cpu")

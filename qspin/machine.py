@@ -16,11 +16,11 @@ import psutil
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
 from qspin.fitting.footprint import Device
+from qspin.units import GIB
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
 CUDA_CONTEXT = 0.8 * GIB  # CUDA's context with the kernels of torch and bitsandbytes, on an H200; it differs by driver
 # Of the GiB that a card is sold with, what CUDA has to give: 23.6 of 24, 11.75 of 12 and 5.8 of 6, as reported at
 # github.com in 3DTopia/Phidias-Diffusion/issues/8, Kunhao-Liu/StyleGaussian/issues/12 and

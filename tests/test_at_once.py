@@ -21,7 +21,7 @@ from qspin.fitting.at_once import (
     work_with_launches,
 )
 from qspin.fitting.footprint import Batch, Device, Footprint
-from qspin.machine import GIB
+from qspin.units import GIB
 
 PAIR = (256, 256, 256)
 PAIRS = [PAIR] * 16  # an effective batch

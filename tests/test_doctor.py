@@ -19,8 +19,9 @@ from rich.console import Console
 
 from qspin.config import ModelConfig
 from qspin.doctor.doctor import cache, disk, embedded_model, hub, hub_cache, memory, package, python, required
-from qspin.doctor.finding import GIB, INDENT, Finding, as_text, verdict
+from qspin.doctor.finding import INDENT, Finding, as_text, verdict
 from qspin.four_bits import compute_dtype
+from qspin.units import GIB
 
 PIP = f"{sys.executable} -m pip"
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"

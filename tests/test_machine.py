@@ -12,7 +12,8 @@ from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
 from qspin.fitting.memory import free_bytes
 from qspin.four_bits import compute_dtype
-from qspin.machine import CARDS, GIB, USABLE, card, copy_rate, nominal_rate, product_rate, this_machine
+from qspin.machine import CARDS, USABLE, card, copy_rate, nominal_rate, product_rate, this_machine
+from qspin.units import GIB
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,7 @@ import torch
 from qspin.fitting import main_memory as module
 from qspin.fitting.main_memory import OWN_GROUPS, main_memory
 from qspin.fitting.memory import free_bytes, used_and_total
-
-GIB = 1 << 30
+from qspin.units import GIB
 
 
 @pytest.fixture

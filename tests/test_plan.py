@@ -18,11 +18,12 @@ from qspin.config_files import preset_names
 from qspin.errors import QspinError
 from qspin.fitting import footprint
 from qspin.fitting.footprint import Footprint
-from qspin.machine import GIB, card
+from qspin.machine import card
 from qspin.planning.plan import LINK, Plan, fits, make_plan
 from qspin.planning.plan_change import nearest_change, with_settings
 from qspin.planning.plan_rows import Rows, assumed_rows, rows_of_data
 from qspin.planning.plan_view import _verdict
+from qspin.units import GIB
 
 CARDS = (8, 12, 16, 24)
 

@@ -19,12 +19,13 @@ from qspin.config import load_config
 from qspin.fitting.at_once import A_PASS
 from qspin.fitting.footprint import SHARE, Footprint
 from qspin.layers.attention import Lengths
-from qspin.machine import GIB, Machine
+from qspin.machine import Machine
 from qspin.model import SlotModel
 from qspin.packing import plan_batches
 from qspin.planning.plan import make_plan
 from qspin.planning.plan_rows import Rows, assumed_rows
 from qspin.records import Pair
+from qspin.units import GIB
 
 HERE = Machine("test", "cpu", 8 * GIB, 2, 1e12, 1e10, measured=True)
 

@@ -28,9 +28,10 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from qspin.doctor.doctor_device import backend, computing, gpu, nf4
-from qspin.doctor.finding import GIB, Finding, Level, gib, pip
+from qspin.doctor.finding import Finding, Level, pip
 from qspin.errors import QspinError, one_line
 from qspin.files import existing
+from qspin.units import GIB, gib
 
 MODULES = {"pyyaml": "yaml", "scikit-learn": "sklearn"}  # of packages whose module has another name
 RUN = "qspin.spin"  # importing it imports what every run computes with

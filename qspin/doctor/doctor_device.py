@@ -8,8 +8,9 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qspin.doctor.finding import Finding, gib, pip
+from qspin.doctor.finding import Finding, pip
 from qspin.errors import one_line
+from qspin.units import NF4_BLOCK, gib
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 # Half the widest gap between neighbours of NF4's 16 values, from −1 to −0.6962, is 0.152 of a block's largest value;
 # a little is added for the rounding of the block's constant and of 16-bit numbers.
 NF4_BOUND = 0.17
-NF4_BLOCK = 64
 
 
 def computing() -> Finding:

@@ -14,7 +14,6 @@ Level = Literal["ok", "warning", "problem"]
 
 STYLES: dict[Level, str] = {"ok": "green", "warning": "bold yellow", "problem": "bold red"}
 INDENT = len("problem  ")
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +51,6 @@ def pip(arguments: str) -> str:
     """Of this environment, whichever is active. Double quotes are what every shell knows."""
     executable = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     return f"{executable} -m pip {arguments}"
-
-
-def gib(size: float) -> str:
-    """Bytes, for people."""
-    return f"{size / GIB:.1f} GiB"
 
 
 def _wrapped(text: str, first: str, later: str, width: int) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
-from qspin.fitting.footprint import NESTED_BLOCK, NF4_BLOCK
+from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 2**20  # weights computed at once: 4 MB in fp32, and a few times that for what the sum is made of

@@ -22,10 +22,11 @@ from qspin.errors import QspinError
 from qspin.figures import plots
 from qspin.figures.evaluation import panel, real_panel
 from qspin.figures.players import Player, kept, players
-from qspin.figures.report import BENCHMARKS, GIB, HELD, MAIN, PHASES, measured_on, played, sentences, tables
+from qspin.figures.report import BENCHMARKS, HELD, MAIN, PHASES, measured_on, played, sentences, tables
 from qspin.files import read_jsonl
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
+from qspin.units import GIB
 
 SHOWN_ROWS = 200  # held-out rows to page through, at most
 

@@ -15,10 +15,10 @@ from qspin.figures.players import Player, best_rival, chosen, kept, players, riv
 from qspin.figures.verdict import RATED, against, verdict
 from qspin.files import read_jsonl
 from qspin.run_dir import IterationDir, RunDir
+from qspin.units import GIB
 
 PHASES = ("generate", "score", "train", "evaluate")
 HELD = "its resident memory, on a GPU what torch's tensors took there"
-GIB = 2**30
 MAIN = 2  # so many tables are for the terminal
 BENCHMARKS = "Benchmarks"  # the table that comes next, if tasks were put to players
 TOLD = {"base": "what the run began with", "sft": "the warm start"}

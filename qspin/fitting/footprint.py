@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 from qspin.config import Architecture
 from qspin.fitting.shape import Linear, linears
+from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
 Device = Literal["cpu", "cuda"]
 
@@ -41,8 +42,6 @@ EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
 GROWTH: dict[str, int] = {"cpu": 64, "cuda": 128}
 
-# NF4 weights that share a constant, and such constants that share one of their own: bitsandbytes' defaults
-NF4_BLOCK, NESTED_BLOCK = 64, 256
 # sampling with a nucleus, bytes a logit: logits, weights, their share, sorted, order (8), sums twice, and a mask
 SAMPLING = 33
 # on a CPU, tensors of so many bytes and more are mapped by themselves (`memory.keep_freed_memory`); in the heap each

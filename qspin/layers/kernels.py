@@ -19,6 +19,8 @@ import torch
 from bitsandbytes import matmul_4bit
 from torch import Tensor, nn
 
+from qspin.units import NF4_BLOCK
+
 Rotate = Callable[..., tuple[Tensor, Tensor]]  # queries, keys, cosines, sines → queries and keys
 INS = 256  # inputs are a multiple of so many
 ROWS = range(2, 129)  # for which `nf4_product` is the fastest where memory is fast; bitsandbytes is for one
@@ -88,7 +90,7 @@ TRITON = compiles()
 def multipliable(x: Tensor, data: Tensor, constants: Any, low: Tensor) -> bool:
     """Whether `nf4_product` computes this. A base that came quantised may be in FP4, or packed in another type."""
     shapes = len(x) in ROWS and x.shape[-1] % INS == 0 and low.shape[1] <= MOST_RANK
-    packed = (data.dtype, constants.quant_type, constants.blocksize) == (torch.uint8, "nf4", 64)
+    packed = (data.dtype, constants.quant_type, constants.blocksize) == (torch.uint8, "nf4", NF4_BLOCK)
     return shapes and packed and x.dtype != torch.float32 and torch.version.hip is None  # its look-up is NVIDIA's
 
 

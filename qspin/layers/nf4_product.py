@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from qspin.layers.nf4_levels import look_up
+from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
-BLOCK, NESTED_BLOCK = 64, 256
 STAGES = 3
 SUMMED = 256  # outputs that a program of the second kernel adds up
 
@@ -100,7 +100,7 @@ def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, b
     nested = constants.nested
     second = constants.state2 if nested else constants
     at_once, blocks, warps, most = _tile(rows)
-    programs, steps = triton.cdiv(outs, at_once), ins // (blocks * BLOCK)
+    programs, steps = triton.cdiv(outs, at_once), ins // (blocks * NF4_BLOCK)
     most *= torch.cuda.get_device_properties(x.device).multi_processor_count
     share = triton.cdiv(steps, max(1, min(most // programs, steps)))  # steps of a program
     shares = triton.cdiv(steps, share)
@@ -109,7 +109,7 @@ def product(x: Tensor, packed: Tensor, constants: Any, low: Tensor, b: Tensor, b
         x, packed, constants.absmax, second.code, second.absmax, constants.offset if nested else constants.absmax,
         low, b, x if bias is None else bias, sums, rows, outs, ins, low.shape[1], low.stride(0), share * blocks,
         NESTED=nested, BIASED=bias is not None, ROWS=max(16, triton.next_power_of_2(rows)), OUTS=at_once,
-        RANK=max(16, triton.next_power_of_2(low.shape[1])), BLOCK=BLOCK, BLOCKS=blocks, NESTED_BLOCK=NESTED_BLOCK,
+        RANK=max(16, triton.next_power_of_2(low.shape[1])), BLOCK=NF4_BLOCK, BLOCKS=blocks, NESTED_BLOCK=NESTED_BLOCK,
         LOOK_UP=look_up(x.dtype), num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
     if shares > 1:

@@ -10,9 +10,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from qspin.machine import GIB, USABLE, Machine
+from qspin.machine import USABLE, Machine
 from qspin.planning.plan import DECODING, PASSES, Plan, make_plan
 from qspin.planning.plan_change import Change, with_settings
+from qspin.units import GIB, gib
 
 
 def render(plan: Plan, change: Change | None) -> Group:
@@ -55,7 +56,7 @@ def _verdict(plan: Plan, change: Change | None) -> str:
     if change is None:
         return f"{said}No smaller preset fits either."
     rows, left = len(plan.rows.lengths), len(change.plan.rows.lengths)
-    then = f"with {change.plan.largest.total / GIB:.1f} GiB" + (f" and {left} of {rows} rows" if left < rows else "")
+    then = f"with {gib(change.plan.largest.total)}" + (f" and {left} of {rows} rows" if left < rows else "")
     if change.preset is not None:
         return f"{said}The largest preset of a smaller model that fits, {then}: {change.preset}"
     settings = "".join(f"\n  --set {key}={_yaml(value)}" for key, value in change.settings.items())

@@ -22,6 +22,7 @@ from qspin.config import RunConfig, at_iteration
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 from qspin.stopping import stopped_where_nobody_reads
+from qspin.units import GIB
 from qspin.watch.meter import Meter, Status
 from qspin.watch.status import Standing
 
@@ -54,7 +55,6 @@ NOT_SHOWN = {  # for programs and trackers
     "gap", "kl", "real_nll",
 }  # fmt: skip
 NARROWEST_BAR = 10
-GIB = 1 << 30
 
 # Between two lines where there is no terminal: a tenth of the phase, but no less than the one and no more than the
 # other. A phase's start and end have a line each, whatever it takes.
