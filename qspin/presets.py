@@ -119,7 +119,7 @@ def _settings(part: BaseModel, indent: str) -> Iterator[str]:
     for name, field in type(part).model_fields.items():
         if FACT not in field.metadata and not isinstance(getattr(part, name), BaseModel):
             yield from _comment(_meaning(field), indent)
-            yield f"{indent}#{name}: {_one_line(values[name])}"
+            yield f"{indent}#{name}: {_as_yaml(values[name])}"
 
 
 def _comment(text: str, indent: str) -> list[str]:
@@ -132,7 +132,7 @@ def _meaning(field: FieldInfo) -> str:
     return f"{field.description}" + (f" ({', '.join(choices)})" if choices else "")
 
 
-def _one_line(value: Any) -> str:
+def _as_yaml(value: Any) -> str:
     """A value as YAML; a scalar's end is not marked."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")

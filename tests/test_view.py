@@ -17,7 +17,7 @@ from rich.console import Console
 
 from qspin.watch.meter import Meter
 from qspin.watch.progress import Audience, Progress
-from qspin.watch.view import PlainView, RunView, ended_lines, for_people, one_line, panel, plain_line, span
+from qspin.watch.view import PlainView, RunView, breaks_shown, ended_lines, for_people, panel, plain_line, span
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_stretches_of_time(seconds: float | None, said: str) -> None:
 
 def test_text_of_a_model_is_harmless() -> None:
     text = "a\n\tb\x1b[2J\x07\r\x9b31m \u202egnp.exe\u2028 [red]c[/red] é 漢字 \ud800"
-    shown = one_line(text)
+    shown = breaks_shown(text)
     assert shown == "a↵ b\ufffd[2J\ufffd \ufffd31m \ufffdgnp.exe  [red]c[/red] é 漢字 \ufffd"
     assert shown.isprintable()
 

@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCardData, ModelCardData
 from qspin.config import RunConfig
 from qspin.exports.recipe import CONFIG, TEMPLATE, base_id, command, hub_source, recorded_config
 from qspin.figures import report
-from qspin.figures.markdown import code, count, document, fenced, numbers, one_line, plain, table
+from qspin.figures.markdown import code, count, document, fenced, numbers, plain, table, unbroken
 from qspin.files import read_jsonl
 from qspin.run_dir import RunDir
 
@@ -75,8 +75,8 @@ def model_card(
         base_model_relation=None if base is None else "adapter" if content == "adapter" else "finetune",
         datasets=None if source is None else [source],
         library_name="peft" if content == "adapter" else "transformers",
-        license=one_line(licence.id) if licence else None,
-        license_name=one_line(licence.name) if licence and licence.name else None,
+        license=unbroken(licence.id) if licence else None,
+        license_name=unbroken(licence.name) if licence and licence.name else None,
         license_link=licence.link if licence else None,
         pipeline_tag="text-generation",
         tags=[*(["lora"] if content == "adapter" else []), "spin", "self-play", "qspin"],

@@ -34,7 +34,7 @@ from qspin.exports.card import HUB, Example, Licence, dataset_card, model_card
 from qspin.exports.compare import CHECK, WARNING, Trained, drifted
 from qspin.exports.export import export
 from qspin.exports.recipe import CONFIG, TEMPLATE, base_id, is_hub_id, recipe, recorded_config
-from qspin.figures.markdown import one_line
+from qspin.figures.markdown import unbroken
 from qspin.figures.players import chosen_iteration
 from qspin.files import (
     ADAPTER_CONFIG,
@@ -327,4 +327,4 @@ def _another_token() -> str:
 
 def _unsigned(text: str) -> str:
     """For the terminal: one line, without signatures of addresses."""
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", one_line(text))[:300]
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", unbroken(text))[:300]

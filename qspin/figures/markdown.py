@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 
 def plain(text: str) -> str:
     """Text from outside on one line, shown by Markdown as it is, in a table as well."""
-    return _MARKUP.sub(_inert, one_line(text))
+    return _MARKUP.sub(_inert, unbroken(text))
 
 
-def one_line(text: str) -> str:
+def unbroken(text: str) -> str:
     """Text without line breaks and what can't be printed; spaces in a row become one."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 

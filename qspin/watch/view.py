@@ -218,9 +218,9 @@ def panel(status: Status, width: int, *, running: bool = True) -> list[Text]:
         lines += _flow([*parts, Text(_memory(status), style="magenta")], width)
     lines += _flow([Text(figure, style="green") for figure in _figures(status.figures)], width)
     if status.prompt is not None and status.completion is not None:
-        completion = Text(one_line(status.completion[: 4 * width]))
+        completion = Text(breaks_shown(status.completion[: 4 * width]))
         first, *more = completion.wrap(Console(), max(1, width - 14))
-        sample = {"prompt": one_line(status.prompt[: 4 * width]), "completion": first.plain}
+        sample = {"prompt": breaks_shown(status.prompt[: 4 * width]), "completion": first.plain}
         if more:  # on a second line, which is cut
             sample[""] = "".join(line.plain for line in more)
         lines += [Text.assemble(f"  {label:<12}", (text, "italic")) for label, text in sample.items()]
@@ -303,7 +303,7 @@ def span(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def one_line(text: str) -> str:
+def breaks_shown(text: str) -> str:
     """A model's or a file's text on one line, without anything that a terminal obeys."""
     return visible(text).replace("\n", "↵")
 
@@ -370,7 +370,7 @@ def example_text(pieces: Iterable[tuple[PieceKind, str]]) -> Text:
     text = Text()
     for index, (kind, piece) in enumerate(pieces):
         # a newline is shown, and made: a background colour up to the edge would look like a token
-        text.append(one_line(piece), style=PIECE_STYLES[kind][index % 2])
+        text.append(breaks_shown(piece), style=PIECE_STYLES[kind][index % 2])
         if "\n" in piece:
             text.append("\n")
     return text
