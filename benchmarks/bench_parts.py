@@ -23,6 +23,7 @@ from harness import arguments, in_fresh_process, say, write
 from qspin.config import RunConfig
 from qspin.decoding import Decoder
 from qspin.fitting.footprint import Batch, Footprint
+from qspin.fitting.work import forward_work, step_bytes, step_work, training_work
 from qspin.layers.kv_cache import KVCache
 from qspin.machine import Machine, this_machine
 from qspin.model import SlotModel
@@ -167,12 +168,12 @@ def _at_best(config: RunConfig, machine: Machine, pairs: Sequence[Pair]) -> dict
     )
     batch = _batch(pairs)
     seconds = {
-        "scoring": footprint.forward_work(batch) / machine.flops,
-        "training": footprint.training_work(batch) / machine.flops,
+        "scoring": forward_work(footprint, batch) / machine.flops,
+        "training": training_work(footprint, batch) / machine.flops,
     }
     for width in WIDTHS:
-        moved = footprint.step_bytes(width, PLACES, unpacked=True) / machine.bandwidth
-        seconds[f"decoding, {width} rows"] = footprint.step_work(width) / machine.flops + moved
+        moved = step_bytes(footprint, width, PLACES, unpacked=True) / machine.bandwidth
+        seconds[f"decoding, {width} rows"] = step_work(footprint, width) / machine.flops + moved
     return seconds
 
 

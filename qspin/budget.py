@@ -16,9 +16,10 @@ import torch
 
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
-from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, recomputable
+from qspin.fitting.at_once import Budget, budgets, choose, recomputable
 from qspin.fitting.footprint import MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.fitting.memory import OutOfMemory, free_bytes, give_back_freed_memory, peak, refusals_told
+from qspin.fitting.work import LAUNCH
 from qspin.machine import nominal_rate
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row

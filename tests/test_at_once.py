@@ -9,18 +9,9 @@ from typing import Any
 import pytest
 
 from qspin.config import TrainConfig, load_config
-from qspin.fitting.at_once import (
-    A_PASS,
-    LAUNCH,
-    Budget,
-    budgets,
-    choose,
-    first_fit,
-    recomputable,
-    spread,
-    work_with_launches,
-)
+from qspin.fitting.at_once import Budget, budgets, choose, first_fit, recomputable, spread
 from qspin.fitting.footprint import Batch, Device, Footprint
+from qspin.fitting.work import A_PASS, LAUNCH, work_with_launches
 from qspin.units import GIB
 
 PAIR = (256, 256, 256)
@@ -127,20 +118,6 @@ def test_a_gpu_does_not_wait_for_launches_where_room_allows_it_more_at_once() ->
     assert quick.tokens > 2916
     assert 0 < quick.recomputed < LAYERS
     assert chosen(40 * GIB, launch=fast) == Budget(16384, 0)
-
-
-def test_work_counts_a_third_pass_by_the_layers_that_make_it() -> None:
-    """Forward and backward dequantise each weight once, and so does what is recomputed; a pass alone does so once."""
-    batch = micro_batches(4096)[0]
-    for recomputed, passes in ((0, 2), (8, 2.25), (LAYERS, 3)):
-        with_it = replace(footprint(), recomputed=recomputed)
-        a_pass = 2 * with_it.linear_weights * 100
-        trained = work_with_launches(with_it, batch, 0.0, training=True)
-        assert trained == pytest.approx(with_it.training_work(batch) + passes * a_pass, rel=1e-12)
-        scored = work_with_launches(with_it, batch, 0.0, training=False)
-        assert scored == pytest.approx(with_it.forward_work(batch) + a_pass, rel=1e-12)
-    assert work_with_launches(footprint(), batch, 1e16, training=True) == 2 * LAYERS * 1e16
-    assert work_with_launches(footprint(), batch, 1e16, training=False) == LAYERS * 1e16
 
 
 def test_three_thirds_are_chosen_where_two_halves_want_layers_recomputed() -> None:

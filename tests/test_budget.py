@@ -18,9 +18,10 @@ from qspin.budget import rows_at_once, smaller, token_budget
 from qspin.config import TrainConfig
 from qspin.errors import QspinError
 from qspin.fitting import at_once
-from qspin.fitting.at_once import A_PASS, Budget
+from qspin.fitting.at_once import Budget
 from qspin.fitting.footprint import MOST_ROWS, MOST_TOKENS, SHARE, Batch, Footprint
 from qspin.fitting.memory import OutOfMemory
+from qspin.fitting.work import A_PASS
 from qspin.model import SlotModel
 from qspin.packing import Plan, lengths_of, pack_row, plan_batches
 from qspin.records import Pair

@@ -1,4 +1,4 @@
-"""Formulas of memory and work, by hand and against what real models hold."""
+"""Formulas of memory, by hand and against what real models hold."""
 
 from __future__ import annotations
 
@@ -163,29 +163,6 @@ def test_generation_by_hand() -> None:
     assert tiny().rows_that_fit(room, 100) == 5
     assert tiny().rows_that_fit(1e12, 100) == footprint.MOST_ROWS["cpu"]
     assert tiny().rows_that_fit(1.0, 100) == 0
-
-
-def test_bytes_of_a_decoding_step_by_hand() -> None:
-    head, row = 512 * 64 * 4, 2 * 3 * 32 * 100 * 4 + 24 * 512
-    base, packed = 110_592 * 4, 110_592 * 9 // 16
-    assert tiny().step_bytes(70, 100, unpacked=True) == base + head + 70 * row
-    assert tiny().step_bytes(7, 100, unpacked=False) == 2 * base + packed + head + 7 * row
-    assert tiny(device="cuda").step_bytes(129, 100, unpacked=False) == 2 * base + packed + head + 129 * row
-    assert tiny(device="cuda").step_bytes(128, 100, unpacked=False) == packed + head + 128 * row
-
-
-def test_work_by_hand() -> None:
-    batch = Batch.of([(10, 20, 30)])
-    base, adapter, attention, head = 2 * 110_592 * 60, 2 * 12_288 * 60, 4 * 3 * 64 * 2100, 2 * 512 * 64 * 50
-    assert tiny().forward_work(batch) == base + adapter + attention + head
-    training = 2 * base + 3 * (adapter + attention) + 2 * head
-    assert tiny().training_work(batch) == training
-    last = 2 * 64 * 128 * 60  # of a layer, from the MLP's width to the model's
-    again = (base + adapter + attention) // 3
-    assert tiny(recomputed=3).training_work(batch) == training + 3 * (again - last)
-    assert tiny(recomputed=1).training_work(batch) == training + again - last
-    with_norm = tiny(family="gemma2", recomputed=3).training_work(batch)
-    assert with_norm - tiny(family="gemma2").training_work(batch) == 3 * again
 
 
 # --- against real models

@@ -17,9 +17,10 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites", "chat_template"},
     {"formats", "footprint", "judging", "mtbench_result"},
-    {"data", "chat", "run_dir", "memory", "at_once", "unsloth_kernels", "plots"},
+    {"data", "chat", "run_dir", "memory", "work", "unsloth_kernels", "plots"},
     {
         "adapters",
+        "at_once",
         "recipe",
         "attention",
         "backends",

@@ -16,8 +16,8 @@ from harness import in_fresh_process
 from qspin import budget
 from qspin.base import find_base
 from qspin.config import load_config
-from qspin.fitting.at_once import A_PASS
 from qspin.fitting.footprint import SHARE, Footprint
+from qspin.fitting.work import A_PASS
 from qspin.layers.attention import Lengths
 from qspin.machine import Machine
 from qspin.model import SlotModel

@@ -16,15 +16,8 @@ from typing import NamedTuple, TypeVar
 
 from qspin.config import Auto, TrainConfig
 from qspin.fitting.footprint import MOST_TOKENS, Batch, Device, Footprint
+from qspin.fitting.work import work_with_launches
 
-# What dequantising for a pass over a micro-batch takes, as the work of so many tokens: measured on a CPU
-# (benchmarks/results/parts-cpu.json); of 60 to 130 by the published rates of the cards in machine.py, which read and
-# write the weights once.
-A_PASS: dict[str, int] = {"cpu": 36, "cuda": 100}
-# Seconds of a GPU's best rate that go by while Python launches a layer's kernels once: 3.6 ms with its part of the
-# optimiser's, by pairs of real lengths on an H200, which does larger work at 0.55 of that rate
-# (benchmarks/results/gpu-cuda.json). What takes the GPU less has to wait for it.
-LAUNCH = 2e-3
 FINER = 0.75  # of a budget of tokens is the next one to choose from
 
 T = TypeVar("T", int, tuple[int, int, int])
@@ -86,16 +79,6 @@ def choose(
                     best, least = Budget(budget, recomputed), work
                 break
     return best
-
-
-def work_with_launches(footprint: Footprint, batch: Batch, launch: float, *, training: bool) -> float:
-    """Of a micro-batch forward and backward, or in a pass without gradients, with what dequantising takes; or what the
-    device could have done while all that was launched, if that is more. In floating-point operations."""
-    layers = footprint.shape.layers
-    passes = 2 * layers + footprint.recomputed if training else layers
-    aside = passes / layers * 2 * footprint.linear_weights * A_PASS[footprint.device]
-    work = footprint.training_work(batch) if training else footprint.forward_work(batch)
-    return max(work + aside, passes * launch)
 
 
 def spread(members: Sequence[T], size: Callable[[T], int], room: int, multiple: int = 1) -> list[list[T]]:

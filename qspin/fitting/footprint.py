@@ -1,4 +1,4 @@
-"""What a model of a known shape takes in memory, and how much work it is: arithmetic, free of torch.
+"""What a model of a known shape takes in memory: arithmetic, free of torch.
 
 `plan.py` adds it up for machines and models that are not here, `budget.py` for those that are. Every formula follows
 the code that it speaks of: a change of what a layer keeps belongs here too, and tests hold both against each other.
@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from qspin.config import Architecture
-from qspin.fitting.shape import Linear, linears
+from qspin.fitting.shape import POST_NORMS, Linear, linears, widths
 from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
 Device = Literal["cpu", "cuda"]
@@ -33,10 +33,6 @@ HEAD_ASIDE = 0.5  # the same of one that is the head too, which each pass copies
 LOGITS_AT_ONCE: dict[str, int] = {"cpu": 2**22, "cuda": 2**24}
 WIDTH: dict[str, int] = {"cpu": 1, "cuda": 64}  # products as wide as a multiple of it have the fastest kernels
 MOST_WIDTH: dict[str, int] = {"cpu": 2**22, "cuda": 2**15}  # at most; of a head in main memory their weights are there
-# Rows up to which bitsandbytes 0.50.2 multiplies by the 4 bits of gate and up of a 7B on each of machine.py's cards, by
-# its backends/cuda/ops.py. Of other layers it makes W from fewer on, of queries' and outputs' from 33 (RTX 4060 Ti) or
-# 65 (3090); on other cards from 9 rows (4090, 5080, 5090) or 6 (A100), of gate and up from 129 (4090, 5080) or 65.
-PACKED_ROWS = 128
 PREFILL_TOKENS = 2048  # prompt tokens computed at once
 EVALUATED_ROWS = 64  # held-out rows answered between two signs of life
 # positions that a cache grows by: on a GPU each time costs a decoding step recorded anew (decoding.py)
@@ -48,7 +44,6 @@ SAMPLING = 33
 # layer's W would leave a hole of its size, gigabytes in all for a 7B model
 MAPPED = 32 << 20
 HOLES = 0.3  # what the heap of smaller ones holds between them, of the activations kept
-POST_NORMS = ("gemma2", "olmo2")  # families with norms after attention and MLP
 OPTIMIZERS: dict[str, float] = {"adamw": 8.0, "rmsprop": 4.0, "paged_adamw_8bit": 2 + 8 / 256}  # bytes a weight
 
 
@@ -191,7 +186,7 @@ class Footprint:
         """
         if self.device != "cpu":
             return 0
-        width, inner, queries, keys = self._widths
+        width, inner, queries, keys = widths(self.shape)
         rows = (queries + 2 * keys, queries, 2 * inner, inner)  # times the width: as many W as are made at once
         sizes = [self.itemsize * width * count for count in rows]
         largest = max((size for size in sizes if size < MAPPED), default=0)
@@ -205,7 +200,7 @@ class Footprint:
         (Q + K), norms after attention and MLP too (2D); where one layer makes queries, keys and values, the first
         two are kept with the third; and an MLP that is not fused keeps activation and product (2I).
         """
-        width, inner, queries, keys = self._widths
+        width, inner, queries, keys = widths(self.shape)
         numbers = 2 * width + queries + 2 * inner + self.rank * len(self._adapted)
         family = self.shape.family
         if family in ("qwen3", "olmo2"):
@@ -222,7 +217,7 @@ class Footprint:
 
         Our own spans keep the weights (H·Σ t·s), and the capped scores; the flash kernel one sum a query and head.
         """
-        _, _, queries, keys = self._widths
+        _, _, queries, keys = widths(self.shape)
         heads = self.shape.heads
         inputs = self.itemsize * (queries + 2 * keys) * batch.tokens
         if self._own_attention:
@@ -238,7 +233,7 @@ class Footprint:
         gradient of one span, or the flash kernel's fp32 gradient of queries and its gradients of keys and values of
         every query head; by then what the MLP kept is let go.
         """
-        width, inner, queries, keys = self._widths
+        width, inner, queries, keys = widths(self.shape)
         s, tokens = self.itemsize, batch.tokens
         matrix = width * inner
         mlp = max(3 * inner * tokens + matrix, 4 * inner * tokens, 2 * inner * tokens + self._stacked * matrix)
@@ -257,7 +252,7 @@ class Footprint:
 
         Beside that it keeps all A and B in the compute type, for the next pass.
         """
-        width, inner, queries, keys = self._widths
+        width, inner, queries, keys = widths(self.shape)
         s, tokens = self.itemsize, batch.tokens
         mlp = max((2 * width + 4 * inner) * tokens, (2 * width + 2 * inner) * tokens + self._stacked * width * inner)
         spans = 0
@@ -301,7 +296,7 @@ class Footprint:
         """
         growth = GROWTH[self.device]
         grown = math.ceil(places / growth) * growth
-        cache = 2 * (self.shape.layers + 1) * self._widths.keys * grown * self.itemsize
+        cache = 2 * (self.shape.layers + 1) * widths(self.shape).keys * grown * self.itemsize
         scores = (2 * self.shape.heads + self.shape.kv_heads) * grown * self.itemsize
         return cache + scores + SAMPLING * self.shape.vocabulary
 
@@ -314,58 +309,7 @@ class Footprint:
         fit = int((room - self.prefill(places)) / self.row(places))
         return max(0, min(MOST_ROWS[self.device], fit))
 
-    # --- work, in floating-point operations: two for each weight that a number is multiplied by
-
-    def forward_work(self, batch: Batch) -> int:
-        """A pass without gradients, the head's for C tokens included."""
-        return self._layers_work(batch) + self._head_work(batch.predicted)
-
-    def training_work(self, batch: Batch) -> int:
-        """Forward and backward: as much again for W and its gradient of x, twice for A, B and attention.
-
-        The head's gradient is summed in its forward pass: as much again. The forward pass of recomputed layers is made
-        twice, but for the product with W that ends a layer, unless a norm after it keeps what it gives.
-        """
-        base = 2 * self.linear_weights * batch.tokens
-        others = self._layers_work(batch) - base
-        last = 0 if self.shape.family in POST_NORMS else 2 * linears(self.shape)[-1].weights * batch.tokens
-        again = (self._layers_work(batch) // self.shape.layers - last) * self.recomputed
-        return 2 * base + 3 * others + again + 2 * self._head_work(batch.predicted)
-
-    def step_work(self, rows: int) -> int:
-        """One decoding step of so many rows, attention aside."""
-        return 2 * (self.linear_weights + self.adapter_weights) * rows + self._head_work(rows)
-
-    def step_bytes(self, rows: int, places: int, *, unpacked: bool) -> int:
-        """What a decoding step reads and writes: the weights, the rows' keys and values, and their logits.
-
-        Where the base is not unpacked, each step reads its 4 bits, writes it in the compute type and reads that; on a
-        GPU few rows are multiplied by the 4 bits as they are.
-        """
-        base, packed = self.linear_weights * self.itemsize, self.linear_weights * 9 // 16
-        if self.device == "cuda" and rows <= PACKED_ROWS:
-            base = packed
-        elif not unpacked:
-            base = 2 * base + packed
-        cache = 2 * self.shape.layers * self._widths.keys * places * self.itemsize
-        return base + self.head_bytes + rows * (cache + 24 * self.shape.vocabulary)
-
-    def _layers_work(self, batch: Batch) -> int:
-        queries = self._widths.queries
-        linear = 2 * (self.linear_weights + self.adapter_weights) * batch.tokens
-        return linear + 4 * self.shape.layers * queries * batch.scores
-
-    def _head_work(self, predicted: int) -> int:
-        return 2 * self.shape.vocabulary * self.shape.hidden * predicted
-
     # --- parts of the above
-
-    @property
-    def _widths(self) -> _Widths:
-        shape = self.shape
-        return _Widths(
-            shape.hidden, shape.intermediate, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-        )
 
     @property
     def _adapted(self) -> list[Linear]:
@@ -390,10 +334,3 @@ class Footprint:
         if not self._own_attention:
             return 0
         return self.itemsize * self.shape.heads // self.shape.kv_heads * batch.scores
-
-
-class _Widths(NamedTuple):
-    width: int  # D
-    inner: int  # I
-    queries: int  # Q
-    keys: int  # K

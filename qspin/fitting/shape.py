@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from qspin.config import Architecture
 from qspin.errors import QspinError
 
+POST_NORMS = ("gemma2", "olmo2")  # families with norms after attention and MLP
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
 
 
@@ -51,8 +52,7 @@ def read_shape(settings: Mapping[str, Any], name: str) -> Architecture:
 
 def count_parameters(shape: Architecture) -> int:
     """Weights of a model of this shape: 4-bit layers, embeddings, and the norms and biases that its family has."""
-    width, keys = shape.hidden, shape.kv_heads * shape.head_size
-    queries = shape.heads * shape.head_size
+    width, _, queries, keys = widths(shape)
     norms = 2 * width
     match shape.family:
         case "gemma2":
@@ -66,6 +66,19 @@ def count_parameters(shape: Architecture) -> int:
     layer = sum(linear.weights for linear in linears(shape)) + norms
     embeddings = shape.vocabulary * width * (1 if shape.tied_embeddings else 2)
     return shape.layers * layer + embeddings + width
+
+
+class Widths(NamedTuple):
+    """Numbers a token: of what goes from layer to layer, inside an MLP, in queries, and in keys, as in values."""
+
+    width: int  # D
+    inner: int  # I
+    queries: int  # Q = H·h
+    keys: int  # K = J·h
+
+
+def widths(shape: Architecture) -> Widths:
+    return Widths(shape.hidden, shape.intermediate, shape.heads * shape.head_size, shape.kv_heads * shape.head_size)
 
 
 class Linear(NamedTuple):
@@ -83,8 +96,7 @@ class Linear(NamedTuple):
 @functools.cache
 def linears(shape: Architecture) -> tuple[Linear, ...]:
     """The 4-bit layers of one decoder layer."""
-    width, inner = shape.hidden, shape.intermediate
-    queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    width, inner, queries, keys = widths(shape)
     output, down = Linear("o_proj", queries, width), Linear("down_proj", inner, width)
     if shape.family == "phi3":
         qkv, gate_up = Linear("qkv_proj", width, queries + 2 * keys), Linear("gate_up_proj", width, 2 * inner)

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
 from qspin.files import at_home
-from qspin.fitting.at_once import LAUNCH, Budget, budgets, choose, spread, work_with_launches
+from qspin.fitting.at_once import Budget, budgets, choose, spread
 from qspin.fitting.footprint import EVALUATED_ROWS, SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
+from qspin.fitting.work import LAUNCH, forward_work, step_bytes, step_work, work_with_launches
 from qspin.machine import Machine
 from qspin.planning.plan_rows import Rows
 
@@ -324,10 +325,10 @@ class _Load:
         steps = (rows // shard * math.ceil(shard / self.width) + math.ceil(rows % shard / self.width)) * self.new_tokens
         at_once = max(1, round(rows * self.new_tokens / steps))
         mean_prompt = sum(prompt for prompt, _ in self.rows.lengths) / len(self.rows.lengths)
-        moved = footprint.step_bytes(at_once, round(mean_prompt + self.new_tokens / 2), unpacked=self.unpacked() > 0)
-        a_step = footprint.step_work(at_once) / machine.flops + moved / machine.bandwidth
+        moved = step_bytes(footprint, at_once, round(mean_prompt + self.new_tokens / 2), unpacked=self.unpacked() > 0)
+        a_step = step_work(footprint, at_once) / machine.flops + moved / machine.bandwidth
         prompts = Batch.of([(prompt, 0, 0) for prompt, _, _ in self.groups], self.rows.prefix)
-        first = footprint.forward_work(prompts) * rows / len(self.rows.lengths) / machine.flops
+        first = forward_work(footprint, prompts) * rows / len(self.rows.lengths) / machine.flops
         return steps * a_step / DECODING[machine.device] + first / PASSES[machine.device] + self._copying(steps)
 
     def _copying(self, passes: int) -> float:
