@@ -7,22 +7,18 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import qspin
 from qspin import cli_results, cli_trials
-from qspin.console import Folder, RunFolder, a_name, quiet_libraries, tell
+from qspin.console import Folder, RunFolder, a_name, quiet_libraries
 from qspin.errors import QspinError, permission_told
 from qspin.processes.workers import launch, rank
 from qspin.safe_text import redacted, show_traceback, visible
 from qspin.stopping import CODES, GOES_ON, heed_stops, leave_stopped, leave_unheard
 from qspin.watch.progress import TrackerName
-
-if TYPE_CHECKING:
-    from qspin.prepare import Prepared
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,7 +101,9 @@ def run(
 
     prepared = prepare_run(config, RunDir(out), keep_rejects=not dry_run)
     if dry_run:
-        _show_plan(prepared)
+        from qspin.planning.dry_run import show_dry_run
+
+        show_dry_run(prepared)
     else:
         from qspin.watching import watch_run
 
@@ -259,31 +257,12 @@ def status(folder: Folder) -> None:
     from rich.console import Console
 
     from qspin.run_dir import RunDir
+    from qspin.watch.lines import standing_lines
     from qspin.watch.status import look
-    from qspin.watch.view import standing_lines
 
     console = Console()
     for line in standing_lines(look(RunDir(folder)), RunDir(folder), console.width):
         console.print(line, soft_wrap=True)
-
-
-def _show_plan(prepared: Prepared) -> None:
-    from rich.console import Console
-
-    from qspin.config import dump_config
-    from qspin.watch.view import example_text, plan_lines
-
-    console = Console()
-    tell(console, dump_config(prepared.config))
-    example = prepared.train[0]
-    tell(console, f"Example {example.record_id}: prompt, completion, end-of-turn", style="bold")
-    console.print(example_text(prepared.renderer.pieces(example)))
-    console.print()
-    for note in prepared.notes:
-        tell(console, f"note: {note}")
-    tell(console, prepared.counts)
-    for line in plan_lines(prepared.config, len(prepared.train)):
-        console.print(line, markup=False)
 
 
 def _numbers(text: str | None) -> Any:

@@ -27,9 +27,9 @@ def compare(
     from qspin.exports.recipe import recorded_config
     from qspin.figures.players import chosen_iteration, players
     from qspin.figures.report import answers
+    from qspin.figures.terminal import completions_table
     from qspin.record import heldout_prompts
     from qspin.run_dir import RunDir
-    from qspin.watch import view
 
     run_dir = RunDir(folder)
     names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
@@ -40,7 +40,7 @@ def compare(
     who = [player for player in players(run_dir, config) if player.name in {"base", *chosen}]
     if prompts is None:
         prompts = [f"row {number + 1}" for number in range(len(who[0].evaluation.completions))]
-    Console().print(view.completions_table(answers(who, prompts, rows)))
+    Console().print(completions_table(answers(who, prompts, rows)))
 
 
 def report(

@@ -157,11 +157,11 @@ def mtbench(
 
     from qspin.figures import report
     from qspin.figures.mtbench_result import OURS, tables
+    from qspin.figures.terminal import notes_table, results_table
     from qspin.trials.judging import OWN, read_prompts
     from qspin.trials.loaded import named
     from qspin.trials.mtbench import Trial
     from qspin.trials.mtbench_answers import ANSWERS, read_bench
-    from qspin.watch import view
 
     quiet_libraries()
     wanted = ["base", None] if iteration is None else [name.strip() for name in iteration.split(",")]
@@ -190,8 +190,8 @@ def mtbench(
         result = trial.compare(*players) if pairwise else trial.grade(players)
     found = report.from_parts(tables(result))
     for table in found:
-        console.print(view.results_table(table))
-    console.print(view.notes_table(dict.fromkeys(note for table in found for note in table.notes)), style="dim")
+        console.print(results_table(table))
+    console.print(notes_table(dict.fromkeys(note for table in found for note in table.notes)), style="dim")
     tell(console, f"result: {trial.result}")
 
 

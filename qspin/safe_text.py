@@ -27,6 +27,11 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "\ufffd" for c in text)
 
 
+def breaks_shown(text: str) -> str:
+    """On one line, each line end as ↵, and nothing that a terminal would obey."""
+    return visible(text).replace("\n", "↵")
+
+
 def redacted(text: str) -> str:
     """Without tokens, and without what stands before the host of an address."""
     for secret in (os.environ.get(name, "").strip() for name in SECRETS):

@@ -19,6 +19,7 @@ from qspin.errors import QspinError
 from qspin.experiments import baseline, sweep
 from qspin.figures import report
 from qspin.figures.players import chosen_iteration, players
+from qspin.figures.terminal import completions_table, notes_table, results_table
 from qspin.fitting.memory import keep_freed_memory, used_and_total
 from qspin.prepare import Prepared
 from qspin.record import prepare_run, template_date
@@ -64,7 +65,7 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
     after = next(player for player in measured if player.name == str(kept))
     shown = report.answers([before, after], prepared.heldout_prompts, config.evaluation.shown)
     if shown:
-        console.print(view.completions_table(shown))
+        console.print(completions_table(shown))
     adapter = run_dir.iteration(kept).adapter
     if lines is not None:
         lines.end(adapter, run_dir.summary)
@@ -112,8 +113,8 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
             sweep.write_results(out, played)
     if played:
         table = sweep.results(out, played)
-        console.print(view.results_table(table))
-        console.print(view.notes_table(column.note for column in table.columns), style="dim")
+        console.print(results_table(table))
+        console.print(notes_table(column.note for column in table.columns), style="dim")
         tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
     if failed:
         raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")
@@ -141,11 +142,11 @@ def _shown(console: Console, meter: Meter) -> Iterator[Progress]:
 
 def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
     for table in report.tables(run_dir, config)[: report.MAIN]:
-        console.print(view.results_table(table))
-        console.print(view.notes_table(table.notes), style="dim")
+        console.print(results_table(table))
+        console.print(notes_table(table.notes), style="dim")
         console.print()
     console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
-    console.print(view.notes_table(report.sentences(run_dir, config)))
+    console.print(notes_table(report.sentences(run_dir, config)))
     console.print()
 
 

@@ -29,9 +29,11 @@ from qspin.config import ModelConfig, load_config
 from qspin.errors import QspinError
 from qspin.exports.push import make_upload
 from qspin.figures.report import Answers, Column, Results
+from qspin.figures.terminal import completions_table, notes_table, results_table
 from qspin.files import read_plain_json
+from qspin.planning.dry_run import example_text
 from qspin.run_dir import RunDir
-from qspin.safe_text import check_path, redacted, secret_keys, show_traceback, visible
+from qspin.safe_text import breaks_shown, check_path, redacted, secret_keys, show_traceback, visible
 from qspin.watch import view
 
 CANARY = "canaryInACoalMine0123"
@@ -91,17 +93,24 @@ def test_a_live_panel_and_tables_on_a_terminal_show_what_they_are_given() -> Non
     def drawn(text: str) -> str:
         stream = io.StringIO()
         console = Console(file=stream, force_terminal=True, width=400, color_system="truecolor")
-        console.print(view.results_table(Results("", (Column("player", ""),), [[text]])))
-        console.print(view.notes_table([text]))
-        console.print(view.completions_table([Answers(text, {text: text, "base": text})]))
+        console.print(results_table(Results("", (Column("player", ""),), [[text]])))
+        console.print(notes_table([text]))
+        console.print(completions_table([Answers(text, {text: text, "base": text})]))
         kinds: list[tuple[PieceKind, str]] = [("prompt", text), ("completion", text), ("end-of-turn", text)]
-        console.print(view.example_text(kinds))
+        console.print(example_text(kinds))
         console.print(view._note(text))
         return re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
 
     assert OBEYED.search(drawn(EVIL)) is None
     assert "[red]red[/red]" in drawn(EVIL)
     assert "\ufffd[31mred" in drawn(EVIL)
+
+
+def test_text_of_a_model_is_harmless() -> None:
+    text = "a\n\tb\x1b[2J\x07\r\x9b31m \u202egnp.exe\u2028 [red]c[/red] é 漢字 \ud800"
+    shown = breaks_shown(text)
+    assert shown == "a↵ b\ufffd[2J\ufffd \ufffd31m \ufffdgnp.exe  [red]c[/red] é 漢字 \ufffd"
+    assert shown.isprintable()
 
 
 def test_cards_and_summaries_hold_no_html(played: dict[str, Any]) -> None:

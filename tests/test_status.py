@@ -21,9 +21,9 @@ from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
 from qspin.run_dir import RunDir, process_name
+from qspin.watch.lines import standing_lines
 from qspin.watch.meter import Meter
 from qspin.watch.status import Standing, StatusFile, look
-from qspin.watch.view import standing_lines
 
 MEMORY = (3 << 30, 24 << 30)
 

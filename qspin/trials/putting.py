@@ -17,6 +17,7 @@ from qspin.errors import QspinError
 from qspin.figures import report
 from qspin.figures.benchmarks import SetUp, keep, kept
 from qspin.figures.players import players
+from qspin.figures.terminal import notes_table, results_table
 from qspin.files import check_writable, write_text
 from qspin.fitting.memory import used_and_total
 from qspin.run_dir import RunDir
@@ -53,8 +54,8 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
     if missing and players(run_dir, config):
         write_text(run_dir.summary, report.summary(run_dir, config))
     table = report.benchmarks(run_dir, who, set_ups)
-    console.print(view.results_table(table))
-    console.print(view.notes_table(table.notes), style="dim")
+    console.print(results_table(table))
+    console.print(notes_table(table.notes), style="dim")
     if failed:
         raise QspinError(f"{len(failed)} of {len(set_ups)} tasks could not be put to the players: {', '.join(failed)}")
 
