@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qspin.errors import QspinError
-from qspin.exports.gguf_file import PRE_TOKENIZERS, Vocabulary, file_size, write_gguf
+from qspin.exports.gguf_file import file_size, write_gguf
+from qspin.exports.gguf_vocabulary import PRE_TOKENIZERS, Vocabulary
 from qspin.exports.merge import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Merged
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_peer.INSTALLED, reason="xllamacpp has no wheel for this machine")

@@ -28,6 +28,7 @@ LAYERS = [  # each may import what stands above it
         "base",
         "meter",
         "merge",
+        "gguf_vocabulary",
         "ollama",
         "evaluation",
         "benchmarks",
@@ -60,7 +61,7 @@ HEAVY = {
     "bitsandbytes": {"kernels", "nf4_levels", "lora", "optimisation", "doctor_device", "merge"},
     "triton": {"nf4_product"},
     "unsloth": {"unsloth_kernels"},
-    "gguf": {"gguf_file"},
+    "gguf": {"gguf_file", "gguf_vocabulary"},
     "lm_eval": {"harness", "tasks"},
 }
 

@@ -24,15 +24,8 @@ import transformers
 from qspin.base import load_model_config, load_tokenizer, read_gguf, stop_tokens, token_ids
 from qspin.errors import QspinError
 from qspin.exports.compare import CHECK, Trained, compared, read_exported
-from qspin.exports.gguf_file import (
-    KINDS,
-    Vocabulary,
-    check_quantizer,
-    check_supported,
-    file_size,
-    quantize_file,
-    write_gguf,
-)
+from qspin.exports.gguf_file import KINDS, check_quantizer, check_supported, file_size, quantize_file, write_gguf
+from qspin.exports.gguf_vocabulary import Vocabulary
 from qspin.exports.merge import Dequantised, Merged, write_safetensors
 from qspin.exports.ollama import modelfile
 from qspin.exports.targets import Onto, Target
