@@ -20,7 +20,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from qspin.errors import QspinError
 from qspin.exports.gguf_file import file_size, write_gguf
 from qspin.exports.gguf_vocabulary import PRE_TOKENIZERS, Vocabulary
-from qspin.exports.merge import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Merged
+from qspin.exports.merge import Merged
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 needs_llama_cpp = pytest.mark.skipif(not llama_cpp_peer.INSTALLED, reason="xllamacpp has no wheel for this machine")
 

@@ -17,7 +17,7 @@ LAYERS = [  # each may import what stands above it
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites", "chat_template"},
     {"formats", "footprint", "judging", "mtbench_result"},
-    {"data", "chat", "run_dir", "memory", "work", "unsloth_kernels", "plots"},
+    {"data", "chat", "run_dir", "safetensors_file", "memory", "work", "unsloth_kernels", "plots"},
     {
         "adapters",
         "at_once",

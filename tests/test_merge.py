@@ -22,6 +22,8 @@ from qspin.errors import QspinError
 from qspin.exports import merge
 from qspin.exports.compare import quantised_names, tied_names
 from qspin.exports.merge import Dequantised, Merged, write_safetensors
+from qspin.exports.safetensors_file import INDEX
+from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.model import SlotModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,7 +43,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 if name.endswith("bias"):
                     torch.nn.init.normal_(parameter)
             model.save_pretrained(path, max_shard_size="100KB")
-            assert (path / merge.INDEX).is_file()
+            assert (path / INDEX).is_file()
             made[architecture, dtype] = path
         return made[architecture, dtype]
 
@@ -58,8 +60,8 @@ def adapt(base: Path, out: Path, *, dtype: torch.dtype = torch.float32, **settin
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(out / "adapter")
-    weights = load_file(out / "adapter" / merge.ADAPTER_WEIGHTS)
-    save_file({name: weight.to(dtype) for name, weight in weights.items()}, out / "adapter" / merge.ADAPTER_WEIGHTS)
+    weights = load_file(out / "adapter" / ADAPTER_WEIGHTS)
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, out / "adapter" / ADAPTER_WEIGHTS)
     fresh = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     merged = peft.PeftModel.from_pretrained(fresh, out / "adapter").merge_and_unload()
     merged.save_pretrained(out / "merged", max_shard_size="100KB")
@@ -107,7 +109,7 @@ def test_every_architecture_merges_as_peft_does(architecture: str, shards: Calla
     theirs = tensors(tmp_path / "merged")
     assert differing(ours, theirs) <= 1e-4
     moved = [name for name, tensor in tensors(base).items() if not torch.equal(tensor, ours[name])]
-    assert len(moved) == len(load_file(adapter / merge.ADAPTER_WEIGHTS)) / 2
+    assert len(moved) == len(load_file(adapter / ADAPTER_WEIGHTS)) / 2
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_files_names_and_order_are_the_bases(shards: Callable[..., Path], tmp_pa
     written(Merged(base, adapt(base, tmp_path)), tmp_path / "ours")
     files = sorted(path.name for path in base.glob("model*"))
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == files
-    assert json.loads((base / merge.INDEX).read_text()) == json.loads((tmp_path / "ours" / merge.INDEX).read_text())
+    assert json.loads((base / INDEX).read_text()) == json.loads((tmp_path / "ours" / INDEX).read_text())
     for file in base.glob("*.safetensors"):
         ours = tmp_path / "ours" / file.name
         with safe_open(file, "pt") as old, safe_open(ours, "pt") as new:
@@ -170,7 +172,7 @@ def test_a_wider_dtype_keeps_what_rounding_would_lose(shards: Callable[..., Path
     adapter = adapt(base, tmp_path)
     ours = written(Merged(base, adapter, dtype=torch.float32), tmp_path / "ours")
     assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
-    before, low_rank = tensors(base), load_file(adapter / merge.ADAPTER_WEIGHTS)
+    before, low_rank = tensors(base), load_file(adapter / ADAPTER_WEIGHTS)
     name = "model.layers.1.mlp.down_proj"
     a, b = (low_rank[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")
     expected = before[f"{name}.weight"].float() + 10 / 4 * b @ a
@@ -178,7 +180,7 @@ def test_a_wider_dtype_keeps_what_rounding_would_lose(shards: Callable[..., Path
     assert not torch.equal(expected, expected.bfloat16().float())
     norm = "model.norm.weight"
     assert torch.equal(ours[norm], before[norm].float())
-    total = json.loads((tmp_path / "ours" / merge.INDEX).read_text())["metadata"]["total_size"]
+    total = json.loads((tmp_path / "ours" / INDEX).read_text())["metadata"]["total_size"]
     assert total == sum(tensor.numel() * 4 for tensor in ours.values())
 
 
@@ -272,16 +274,16 @@ def test_adapters_that_are_more_than_lora_are_refused(
 ) -> None:
     base = tiny_folder("qwen2")
     adapter = adapt(base, tmp_path)
-    path = adapter / merge.ADAPTER_CONFIG
+    path = adapter / ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(QspinError, match=re.escape(f"{path}: {said}")):
         Merged(base, adapter)
 
 
 def with_weights(adapter: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
-    weights = load_file(adapter / merge.ADAPTER_WEIGHTS)
+    weights = load_file(adapter / ADAPTER_WEIGHTS)
     change(weights)
-    save_file(weights, adapter / merge.ADAPTER_WEIGHTS)
+    save_file(weights, adapter / ADAPTER_WEIGHTS)
     return adapter
 
 

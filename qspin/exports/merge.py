@@ -19,20 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qspin.errors import QspinError
+from qspin.exports.safetensors_file import FLOATS, INDEX, Stored, read_folder, read_header
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_plain_json, write_plain_json
 from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 2**20  # weights computed at once: 4 MB in fp32, and a few times that for what the sum is made of
 COPY = 2**22  # bytes copied at once
-LONGEST_HEADER = 100_000_000  # of the safetensors library
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in FLOATS.items()}
 MERGEABLE = ("F32", "F16", "BF16")
 
@@ -43,33 +40,6 @@ REFUSED = (
     "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "kasa_config",
     "velora_config", "monteclora_config", "megatron_config", "ensure_weight_tying",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Where a tensor lies in a safetensors file."""
-
-    path: Path
-    dtype: str  # as safetensors calls it
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    end: int
-
-    @property
-    def rows(self) -> int:
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def width(self) -> int:
-        """Elements of a row."""
-        return math.prod(self.shape[1:])
-
-    def read(self, first: int, last: int) -> Tensor:
-        """Some rows, in their own dtype."""
-        dtype = FLOATS[self.dtype]
-        stride = self.width * dtype.itemsize
-        data = np.fromfile(self.path, dtype=np.uint8, count=(last - first) * stride, offset=self.start + first * stride)
-        return torch.from_numpy(data).view(dtype).view(last - first, *self.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +79,7 @@ class Merged:
             QspinError: a file is missing or damaged, or the adapter is of a kind that can't be merged into this base.
         """
         self.base = base
-        self.files = _read_folder(base)
+        self.files = read_folder(base)
         self._tensors = {name: stored for file in self.files.values() for name, stored in file.items()}
         self._dtype = dtype
         self._onto = onto
@@ -210,66 +180,6 @@ def _copy(stored: Stored, file: BinaryIO) -> None:
             left -= len(piece)
 
 
-def _read_folder(folder: Path) -> dict[str, dict[str, Stored]]:
-    """File name → its tensors in the order of their data."""
-    index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(read_plain_json(index)["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
-        files = [SINGLE]
-    else:
-        raise QspinError(f"{folder} holds neither {SINGLE} nor {INDEX}; merging reads a base's safetensors alone")
-    return {name: _read_header(folder / name) for name in files}
-
-
-def _read_header(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file in the order of their data (https://github.com/huggingface/safetensors)."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = path.stat().st_size
-            if length > size - 8:
-                raise ValueError("it is cut off")
-            if length > LONGEST_HEADER:
-                raise ValueError(f"its header takes {length} bytes")
-            entries = json.loads(file.read(length))
-        if not isinstance(entries, dict):
-            raise ValueError("its header is no JSON object")
-        start = 8 + length
-        found = {
-            name: Stored(
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                start + entry["data_offsets"][0],
-                start + entry["data_offsets"][1],
-            )
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
-        found = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
-        _check_layout(found, start, size)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise QspinError(f"{path}: not a readable safetensors file ({error})") from None
-    return found
-
-
-def _check_layout(tensors: Mapping[str, Stored], start: int, size: int) -> None:
-    """The format has every tensor begin where the one before it ends, and the last one end with the file."""
-    for name, stored in tensors.items():
-        if any(not isinstance(length, int) or length < 0 for length in stored.shape):
-            raise ValueError(f"{name} has the shape {list(stored.shape)}")
-        if stored.start != start or stored.end < start:
-            raise ValueError(f"{name} does not begin where the tensor before it ends")
-        if stored.dtype in FLOATS and stored.end - start != math.prod(stored.shape) * FLOATS[stored.dtype].itemsize:
-            raise ValueError(f"{name} takes other bytes than its shape")
-        start = stored.end
-    if start > size:
-        raise ValueError("it is cut off")
-    if start < size:
-        raise ValueError("there are bytes after its last tensor")
-
-
 def _rows(stored: Stored, multiple: int) -> Iterator[tuple[int, Tensor]]:
     step = max(1, BLOCK // max(1, stored.width) // multiple) * multiple
     for first in range(0, stored.rows, step):
@@ -332,7 +242,7 @@ def _read_adapter(
     _check_config(config, folder / ADAPTER_CONFIG)
     pairs: dict[str, dict[str, Stored]] = {}
     whole: dict[str, Stored] = {}
-    for key, stored in _read_header(folder / ADAPTER_WEIGHTS).items():
+    for key, stored in read_header(folder / ADAPTER_WEIGHTS).items():
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
         half = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if (f"{half[1]}.weight" if half else name) in tied:
