@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -87,38 +87,31 @@ def compared(series: Mapping[str, Mapping[str, Mapping[str, Figure]]], headings:
 
 def lines(series: Mapping[str, Sequence[float]], heading: str, label: str) -> str:
     """Values by step, a line each."""
-    with mpl.rc_context(STYLE):
-        picture = Picture(figsize=(6, 2.6), layout="constrained")
-        axis = picture.subplots()
+
+    def draw(axis: Axes) -> None:
         for name, values in series.items():
             axis.plot(range(len(values)), values, label=name, linewidth=1.2)
-        axis.set_title(heading, fontsize="medium")
-        axis.set_xlabel(label)
-        axis.legend(fontsize="small")
-        return _svg(picture)
+
+    return _single(draw, heading, label)
 
 
 def distributions(series: Mapping[str, Sequence[int]], heading: str, label: str) -> str:
     """Shares of values in bins that all series have."""
     most = max(max(values) for values in series.values())
     edges = [most * index / 24 for index in range(25)]
-    with mpl.rc_context(STYLE):
-        picture = Picture(figsize=(6, 2.6), layout="constrained")
-        axis = picture.subplots()
+
+    def draw(axis: Axes) -> None:
         for name, values in series.items():
             weights = [1 / len(values)] * len(values)
             axis.hist(values, edges, weights=weights, histtype="step", label=name, linewidth=1.4)
-        axis.set_title(heading, fontsize="medium")
-        axis.set_xlabel(label)
-        axis.legend(fontsize="small")
-        return _svg(picture)
+
+    return _single(draw, heading, label)
 
 
 def shares(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str], heading: str, label: str) -> str:
     """A bar for each name, of parts in the order of their kinds, each kind in a colour of its own."""
-    with mpl.rc_context(STYLE):
-        picture = Picture(figsize=(6, 0.8 + 0.35 * len(parts)), layout="constrained")
-        axis = picture.subplots()
+
+    def draw(axis: Axes) -> None:
         names = list(parts)
         reached = dict.fromkeys(names, 0.0)
         for kind, colour in _coloured(parts, kinds).items():
@@ -126,28 +119,37 @@ def shares(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str], headi
             axis.barh(names, sizes, left=list(reached.values()), label=kind, height=0.6, color=colour)
             reached = {name: reached[name] + size for name, size in zip(names, sizes, strict=True)}
         axis.invert_yaxis()
-        axis.set_title(heading, fontsize="medium")
-        axis.set_xlabel(label)
-        axis.legend(fontsize="small", ncols=len(kinds))
-        return _svg(picture)
+
+    return _single(draw, heading, label, height=0.8 + 0.35 * len(parts), legend_columns=len(kinds))
 
 
 def groups(parts: Mapping[str, Mapping[str, float]], kinds: Sequence[str], heading: str, label: str) -> str:
     """As `shares`, of parts that do not add up: a bar each, one under another."""
     coloured = _coloured(parts, kinds)
     high = 0.8 / len(coloured)
-    with mpl.rc_context(STYLE):
-        picture = Picture(figsize=(6, 0.8 + 0.5 * len(parts)), layout="constrained")
-        axis = picture.subplots()
+
+    def draw(axis: Axes) -> None:
         for index, (kind, colour) in enumerate(coloured.items()):
             places = [place + (index - (len(coloured) - 1) / 2) * high for place in range(len(parts))]
             sizes = [part.get(kind, 0.0) for part in parts.values()]
             axis.barh(places, sizes, label=kind, height=high, color=colour)
         axis.set_yticks(range(len(parts)), list(parts))
         axis.invert_yaxis()
+
+    return _single(draw, heading, label, height=0.8 + 0.5 * len(parts), legend_columns=len(kinds))
+
+
+def _single(
+    draw: Callable[[Axes], None], heading: str, label: str, *, height: float = 2.6, legend_columns: int = 1
+) -> str:
+    """A picture of one plot, so many inches high, with a heading, a label below and a legend."""
+    with mpl.rc_context(STYLE):
+        picture = Picture(figsize=(6, height), layout="constrained")
+        axis = picture.subplots()
+        draw(axis)
         axis.set_title(heading, fontsize="medium")
         axis.set_xlabel(label)
-        axis.legend(fontsize="small", ncols=len(kinds))
+        axis.legend(fontsize="small", ncols=legend_columns)
         return _svg(picture)
 
 
