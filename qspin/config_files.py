@@ -174,24 +174,28 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     """Paths that exist relative to the file which names them are meant so; so is what is a path in any case, and is
     nowhere, that it be told where to put it."""
     for key in PATHS:
-        part, name = key.split(".")
-        section = tree.get(part)
-        value = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and isinstance(value, str) and value:
+        if value := _text_at(tree, key):
             nowhere = key in OPENED and not value.startswith("~") and not os.path.exists(value)  # noqa: PTH110 (Path.exists raises)
             if nowhere or os.path.exists(folder / value):  # noqa: PTH110
-                section[name] = str(folder / value)
+                _set(tree, key, str(folder / value))
 
 
 def _with_homes(tree: dict[str, Any]) -> dict[str, Any]:
     """The same with `~` resolved, in what is opened as it stands; of a home that there is not it is left."""
     for key in OPENED:
-        part, name = key.split(".")
-        section = tree.get(part)
-        value = section.get(name) if isinstance(section, dict) else None
-        if isinstance(value, str):
+        value = _text_at(tree, key)
+        if value is not None:
+            part, name = key.split(".")
             tree = _merge(tree, {part: {name: os.path.expanduser(value)}})  # noqa: PTH111 (Path.expanduser raises)
     return tree
+
+
+def _text_at(tree: dict[str, Any], key: str) -> str | None:
+    """A setting of a group, if it is there and a text: nothing has been checked yet."""
+    part, name = key.split(".")
+    section = tree.get(part)
+    value = section.get(name) if isinstance(section, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _is_preset(layer: Layer) -> bool:
