@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +18,6 @@ import pytest
 import torch
 import transformers
 from command_line import Played, call
-from judge_server import SEVEN, JudgeServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from qspin.adapters import load_adapter
@@ -33,12 +31,13 @@ from qspin.record import template_date
 from qspin.records import Message, Record
 from qspin.run_dir import RunDir
 from qspin.spin import run
-from qspin.trials import judge as judge_module
 from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
 
 # Two threads that wait for each other cost a small model more than they save, and everything on a busy machine.
 torch.set_num_threads(1)
+
+pytest_plugins = ["mtbench_parts"]  # whose fixtures four files share
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -269,44 +268,6 @@ def exact(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathF
     config = load_config(None, settings | {"model.dtype": "float32", "iterations": 1})
     run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
     return RunDir(folder / "run")
-
-
-@pytest.fixture
-def unasked(played_run: RunDir, tmp_path: Path) -> Path:
-    """A copy of what was played, with the small MT-Bench's questions beside it."""
-    return _beside_questions(played_run, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def answered(played_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with every answer of base and iteration 1, and no judgement; to be read."""
-    from mtbench_parts import answer_all
-
-    copy = _beside_questions(played_run, tmp_path_factory.mktemp("answered"))
-    answer_all(copy)
-    return copy
-
-
-@pytest.fixture
-def again(answered: Path, tmp_path: Path) -> Path:
-    """A copy of that."""
-    return _beside_questions(RunDir(answered), tmp_path)
-
-
-def _beside_questions(run_dir: RunDir, folder: Path) -> Path:
-    from mtbench_parts import QUESTIONS, questions_of, written  # which need what this file has
-
-    copy = Path(shutil.copytree(run_dir.path, folder / "run"))
-    written(questions_of(copy), QUESTIONS)
-    return copy
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    """A judge who gives a seven, and who is asked again at once, but for the pauses that it asks for."""
-    monkeypatch.setattr(judge_module, "FIRST_WAIT", 0.0)
-    with JudgeServer(lambda _: SEVEN) as found:
-        yield found
 
 
 def flip_byte(adapter: Path) -> str:

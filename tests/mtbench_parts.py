@@ -1,16 +1,20 @@
-"""A small MT-Bench: five questions of each kind, the command on a run that they lie beside, and what it keeps there."""
+"""A small MT-Bench: five questions, runs that they lie beside, a judge, the command, and what it keeps there."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from command_line import Answer, call
-from judge_server import KEY, MODEL, JudgeServer
+from judge_server import KEY, MODEL, SEVEN, JudgeServer
 
 from qspin.files import read_json
 from qspin.run_dir import RunDir
+from qspin.trials import judge
 from qspin.trials.judging import OWN
 from qspin.trials.mtbench import Trial
 from qspin.trials.mtbench_answers import read_bench
@@ -57,6 +61,40 @@ def answer_all(run: Path) -> None:
     bench = read_bench(questions_of(run), None)
     with Trial(RunDir(run), bench, None, OWN, "", 1, StopsAt(-1)) as trial:
         trial.answers(["base", "1"])
+
+
+@pytest.fixture
+def unasked(played_run: RunDir, tmp_path: Path) -> Path:
+    """A copy of `played_run`, with the small MT-Bench's questions beside it."""
+    return _beside_questions(played_run, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def answered(played_run: RunDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with every answer of base and iteration 1, and no judgement; to be read."""
+    copy = _beside_questions(played_run, tmp_path_factory.mktemp("answered"))
+    answer_all(copy)
+    return copy
+
+
+@pytest.fixture
+def again(answered: Path, tmp_path: Path) -> Path:
+    """A copy of that."""
+    return _beside_questions(RunDir(answered), tmp_path)
+
+
+def _beside_questions(run_dir: RunDir, folder: Path) -> Path:
+    copy = Path(shutil.copytree(run_dir.path, folder / "run"))
+    written(questions_of(copy), QUESTIONS)
+    return copy
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    """A judge who gives a seven, and who is asked again at once, but for the pauses that it asks for."""
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.0)
+    with JudgeServer(lambda _: SEVEN) as found:
+        yield found
 
 
 def options(run: Path, server: JudgeServer) -> list[str | Path]:
