@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,19 +52,24 @@ def process(*arguments: str | Path) -> subprocess.Popen[str]:
     """`qspin` in a process of its own, to pipes."""
     environment = {key: value for key, value in os.environ.items() if key not in COLOUR_VARIABLES}
     command = [sys.executable, "-m", "qspin.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-        preexec_fn=_heed_interrupts,  # noqa: PLW1509 (it takes no lock)
-    )
+    with hearing_interrupts():
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        )
 
 
-def _heed_interrupts() -> None:
-    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@contextlib.contextmanager
+def hearing_interrupts() -> Iterator[None]:
+    """What is started in the block hears Ctrl-C. A background job of a shell is deaf to it, and so are its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def refusal(*arguments: str | Path) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import hearing_interrupts
 
 from qspin.files import read_json, read_jsonl
 from qspin.phases.damage import take_away_damaged
@@ -24,20 +25,15 @@ LEAVES_WITHIN = 5.0  # seconds
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def listen_to_interrupts() -> None:
-    """A background job of a shell is started deaf to Ctrl-C, and its children inherit that."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(*command: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        preexec_fn=listen_to_interrupts,  # noqa: PLW1509 (it takes no lock)
-    )
+    with hearing_interrupts():
+        return subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
 
 
 SCRIPT = """

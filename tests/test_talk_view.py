@@ -156,6 +156,10 @@ def test_no_run(tmp_path: Path) -> None:
 # --- on a terminal ---
 
 
+# becomes Python with what follows, in a session of its own, which the terminal's keys act on
+LOGGED_IN = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
 class Terminal:
     """`qspin chat` on a pseudo-terminal of its own."""
 
@@ -163,12 +167,11 @@ class Terminal:
         self.keyboard, inside = os.openpty()
         fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qspin.cli", "chat", str(run.path), *options],
+            [sys.executable, "-c", LOGGED_IN, "-m", "qspin.cli", "chat", str(run.path), *options],
             stdin=inside,
             stdout=inside,
             stderr=inside,
             env=environment(TERM="xterm"),
-            preexec_fn=lambda: os.login_tty(inside),  # noqa: PLW1509 (it takes no lock)
         )
         os.close(inside)
         self._seen = ""
