@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from qspin.errors import QspinError
 from qspin.records import Message
@@ -104,10 +104,7 @@ def read_prompts(path: Path) -> Prompts:
         QspinError: one is missing or has other fields or another form of verdict.
     """
     found = {}
-    for place, row in file_rows(path):
-        where = f"{path}: {place}"
-        if isinstance(row, BadRow):
-            raise QspinError(f"{where} {row.reason}")
+    for where, row in sound_rows(path):
         name, system, template = (row.get(key) for key in ("name", "system_prompt", "prompt_template"))
         if not isinstance(name, str) or name not in OWN:
             continue
@@ -125,6 +122,19 @@ def read_prompts(path: Path) -> Prompts:
     if missing := OWN.keys() - found.keys():
         raise QspinError(f"{path}: has no prompt {min(missing)!r}; give FastChat's judge_prompts.jsonl, or one like it")
     return found
+
+
+def sound_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file, each with its place for a message.
+
+    Raises:
+        QspinError: one of them can't be read.
+    """
+    for place, row in file_rows(path):
+        where = f"{path}: {place}"
+        if isinstance(row, BadRow):
+            raise QspinError(f"{where} {row.reason}")
+        yield where, row
 
 
 def is_text(value: object) -> TypeGuard[str]:

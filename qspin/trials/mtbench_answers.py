@@ -26,9 +26,9 @@ from qspin.errors import QspinError, one_line
 from qspin.files import write_text
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.records import Message
-from qspin.sources import BadRow, file_rows, short
+from qspin.sources import short
 from qspin.trials.judge import http_client
-from qspin.trials.judging import Question, is_text
+from qspin.trials.judging import Question, is_text, sound_rows
 from qspin.trials.loaded import Loaded, Reply
 
 # as FastChat's llm_judge has them
@@ -88,7 +88,7 @@ def read_bench(questions: Path | None, references: Path | None) -> Bench:
         questions = _fetched(*QUESTIONS)
         references = references or _fetched(*REFERENCES)
     found: dict[str, Question] = {}
-    for where, row in _rows(questions):
+    for where, row in sound_rows(questions):
         question = _question(row, where)
         if str(question.id) in found:
             raise QspinError(f"{where}: a question before it has the question_id {short(question.id)} as well")
@@ -120,14 +120,6 @@ def _fetched(name: str, sha256: str) -> Path:
     return path
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, row in file_rows(path):
-        where = f"{path}: {place}"
-        if isinstance(row, BadRow):
-            raise QspinError(f"{where} {row.reason}")
-        yield where, row
-
-
 def _question(row: Mapping[str, Any], where: str) -> Question:
     name, category, turns, references = (row.get(key) for key in ("question_id", "category", "turns", "reference"))
     if type(name) is not int and not (isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,59}", name)):
@@ -144,7 +136,7 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
 
 
 def _references(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for where, row in _rows(path):
+    for where, row in sound_rows(path):
         try:
             name, turns = row["question_id"], row["choices"][0]["turns"]
         except (LookupError, TypeError):
