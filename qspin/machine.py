@@ -74,6 +74,13 @@ def card(gigabytes: float, model: ModelConfig) -> Machine:
     return Machine(name, "cuda", int(USABLE * gigabytes * GIB), itemsize, flops, bandwidth, measured=False)
 
 
+def computing_device() -> torch.device:
+    """Where a run computes: on the GPU that this process has from torch, or else on the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def this_machine(model: ModelConfig) -> Machine:
     """The machine that a run started now would compute on, its rates measured for about a second.
 
@@ -87,7 +94,7 @@ def this_machine(model: ModelConfig) -> Machine:
     from qspin.layers.backends import check_kernels
     from qspin.layers.flash import has_flash
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = computing_device()
     check_kernels(device)
     dtype = compute_dtype(model, device)
     try:

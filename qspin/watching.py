@@ -6,10 +6,9 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from qspin import spin
@@ -21,6 +20,7 @@ from qspin.figures import report
 from qspin.figures.players import chosen_iteration, players
 from qspin.figures.terminal import completions_table, notes_table, results_table
 from qspin.fitting.memory import keep_freed_memory, used_and_total
+from qspin.machine import computing_device
 from qspin.prepare import Prepared
 from qspin.record import prepare_run, template_date
 from qspin.run_dir import RunDir
@@ -152,6 +152,5 @@ def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
 
 def _meter(work: Sequence[Work], iterations: int, *, baseline: bool = False) -> Meter:
     keep_freed_memory()  # before anything asks a device how much it has
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory: Callable[[], tuple[int, int]] = lambda: used_and_total(device)  # noqa: E731
-    return Meter(to_do(work), measured(work), iterations, memory, baseline=baseline)
+    device = computing_device()
+    return Meter(to_do(work), measured(work), iterations, lambda: used_and_total(device), baseline=baseline)

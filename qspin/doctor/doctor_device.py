@@ -26,8 +26,9 @@ def computing() -> Finding:
 
     from qspin.config import ModelConfig
     from qspin.four_bits import compute_dtype
+    from qspin.machine import computing_device
 
-    device, build = _device(), _build()
+    device, build = computing_device(), _build()
     dtype = str(compute_dtype(ModelConfig(), device)).removeprefix("torch.")
     built = "CPUs" if build is None else f"{'CUDA' if torch.version.cuda else 'ROCm'} {build}"
     native = "" if dtype == "bfloat16" else f" (no native bfloat16 on this {device.type.upper()})"
@@ -46,8 +47,9 @@ def nf4() -> Finding:
 
     from qspin.config import ModelConfig
     from qspin.four_bits import compute_dtype
+    from qspin.machine import computing_device
 
-    device = _device()
+    device = computing_device()
     again = pip("install --force-reinstall --no-deps bitsandbytes")
     weights = torch.randn(64, 4 * NF4_BLOCK, generator=torch.Generator().manual_seed(0))
     try:
@@ -180,21 +182,15 @@ def backend() -> Finding:
     """Whose kernels a run takes."""
     from qspin.errors import QspinError
     from qspin.layers.backends import choose_backend, unsloth_kernels
+    from qspin.machine import computing_device
 
-    name, reason = choose_backend("auto", _device())
+    name, reason = choose_backend("auto", computing_device())
     try:
         if name == "unsloth":
             unsloth_kernels()
     except QspinError as error:
         return Finding("backend", "problem", str(error))
     return Finding("backend", "ok", f"{name} ({reason})")
-
-
-def _device() -> torch.device:
-    """The one that a run takes."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _build() -> str | None:

@@ -25,6 +25,7 @@ from qspin.errors import QspinError
 from qspin.exports.recipe import recorded_config
 from qspin.files import ADAPTER_WEIGHTS, check_folder, sha256_of
 from qspin.generation import Request, generate
+from qspin.machine import computing_device
 from qspin.model import SlotModel
 from qspin.packing import pack_row
 from qspin.prepare import Prepared, Speech
@@ -107,7 +108,7 @@ class Trained:
 
     def __init__(self, run_dir: RunDir, index: int) -> None:
         self.run_dir, self.index = run_dir, index
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = computing_device()
 
     @functools.cached_property
     def adapter(self) -> Path:

@@ -17,6 +17,7 @@ from qspin.files import full_disk_told
 from qspin.fitting.at_once import Budget
 from qspin.fitting.memory import OutOfMemory, keep_freed_memory, peak, refusals_told
 from qspin.layers.backends import choose_backend, unsloth_missing
+from qspin.machine import computing_device
 from qspin.model import SlotModel
 from qspin.optimisation import make_optimizer
 from qspin.phases.damage import take_away_damaged
@@ -81,7 +82,7 @@ class Game:
                 f"other versions than when this run began ({others}): what is made from here on may round otherwise"
             )
         torch.set_num_threads(threads)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = computing_device()
         backend = _backend(config, run_dir, device, progress)
         model, crew = _load(prepared, threads, device, backend)
         if crew.count > 1:

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from qspin.adapters import Adapter, load_adapter, load_own
 from qspin.budget import rows_at_once
 from qspin.chat import Renderer
@@ -26,6 +24,7 @@ from qspin.figures.players import chosen_iteration
 from qspin.files import ADAPTER_WEIGHTS, sha256_of
 from qspin.fitting.memory import OutOfMemory, keep_freed_memory, refusals_told
 from qspin.generation import Completion, Request, generate
+from qspin.machine import computing_device
 from qspin.model import SlotModel
 from qspin.prepare import Speech
 from qspin.record import check_base, check_input, load_recorded, recorded_speech
@@ -71,7 +70,7 @@ class Loaded:
         config = recorded_config(run_dir)
         keep_freed_memory()
         speech = recorded_speech(run_dir, config)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = computing_device()
         model = load_recorded(run_dir, speech.base, config, device)
         check_base(run_dir, model, say)
         loaded = Loaded(run_dir, config, speech, model)
