@@ -133,7 +133,7 @@ def _gradient(
 
 
 def steps_kept(snapshots: Path) -> int:
-    """How many steps the last snapshot holds: where `train` will go on."""
+    """How many steps the last snapshot holds: where `optimise` will go on."""
     found = _snapshots(snapshots)
     return int(found[-1].name.removeprefix("step-")) if found else 0
 

@@ -32,9 +32,8 @@ def answer(game: Game, iteration: int) -> None:
     )
     missing = [shard for shard in enumerate(plan["shards"]) if not folder.generated(shard[0]).is_file()]
     asked = game.config.generation.width
-    if (
-        missing and isinstance(asked, int) and asked < plan["width"]
-    ):  # a process that the system killed could not lower it itself
+    # a process that the system killed for want of memory could not lower it itself
+    if missing and isinstance(asked, int) and asked < plan["width"]:
         plan["width"] = asked
         write_json(folder.generation_plan, plan)
 
