@@ -13,7 +13,7 @@ from qspin.fitting.footprint import EVALUATED_ROWS
 from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import MicroBatch, common_prefix, lengths_of, plan_batches
-from qspin.processes.dealing import complete_together, work_together
+from qspin.processes.dealing import complete_together, score_together
 from qspin.processes.workers import ALONE, Crew
 from qspin.records import Example, Pair, Score
 from qspin.sampling import noise_key
@@ -141,8 +141,7 @@ def _logps(
             on_rows(len(scores) * share)
         return found
 
-    told: Callable[[Any], list[Score]] = lambda part: [Score(**row) for row in part]  # noqa: E731
-    made = work_together(crew, "score", rows, micro_batches, {"prefix": prefix}, own, told)
+    made = score_together(crew, rows, micro_batches, prefix, own)
     scores = dict(zip(chain(*micro_batches), chain(*made), strict=True))
     ordered = [scores[index] for index in range(len(rows))]
     return [score.opponent_real_logps for score in ordered], [score.opponent_generated_logps for score in ordered]

@@ -22,7 +22,7 @@ from qspin.fitting.memory import ATTEMPTS, OutOfMemory, refusals_told
 from qspin.optimisation import Metrics, step_order, steps_kept
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
 from qspin.phases.game import Game
-from qspin.processes.dealing import work_together
+from qspin.processes.dealing import score_together
 from qspin.record import verify_base
 from qspin.records import Pair, Score
 from qspin.run_dir import IterationDir
@@ -293,14 +293,12 @@ def _score(game: Game, folder: IterationDir, task: Task) -> Task:
             continue
         check_stop()
         with game.counted(folder, "score"):
-            parts = work_together(
+            parts = score_together(
                 game.crew,
-                "score",
                 task.pairs,
                 micro_batches,
-                {"prefix": task.prefix},
+                task.prefix,
                 lambda own: list(score_pairs(game.model, task.pairs, own, task.prefix)),
-                lambda told: [Score(**row) for row in told],
             )
             shard = [score for part in parts for score in part]
             _check_finite(shard)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from qspin.generation import Completion, Request
 from qspin.packing import MicroBatch, lengths_of
 from qspin.processes.workers import Crew
-from qspin.records import Pair
+from qspin.records import Pair, Score
 
 T = TypeVar("T")
 
@@ -45,6 +45,24 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
         dealt[hand].append(piece)
         has[hand] += sizes[piece]
     return [sorted(pieces) for pieces in dealt]
+
+
+def score_together(
+    crew: Crew,
+    pairs: Sequence[Pair],
+    micro_batches: Sequence[MicroBatch],
+    prefix: int,
+    own: Callable[[Sequence[MicroBatch]], list[list[Score]]],
+) -> list[list[Score]]:
+    """The scores of each micro-batch under whoever is in the slot, as `score_pairs` gives them.
+
+    Args:
+        own: this process's micro-batches → the scores of each.
+    """
+    settings = {"prefix": prefix}
+    return work_together(
+        crew, "score", pairs, micro_batches, settings, own, lambda part: [Score(**score) for score in part]
+    )
 
 
 def work_together(
