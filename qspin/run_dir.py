@@ -92,6 +92,10 @@ class IterationDir:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def steps(self) -> list[dict[str, float]]:
+        """The metrics of each optimiser step; none if there was no training, or if they were damaged and taken away."""
+        return read_jsonl(self.metrics) if self.metrics.is_file() else []
+
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"

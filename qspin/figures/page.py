@@ -23,7 +23,6 @@ from qspin.figures import plots
 from qspin.figures.evaluation import panel, real_panel
 from qspin.figures.players import Player, kept, players
 from qspin.figures.report import BENCHMARKS, HELD, MAIN, PHASES, measured_on, played, sentences, tables
-from qspin.files import read_jsonl
 from qspin.run_dir import RunDir
 from qspin.safe_text import visible
 from qspin.units import GIB
@@ -130,8 +129,7 @@ def _gib(player: Player) -> dict[str, float]:
 
 
 def _margins(player: Player) -> list[float]:
-    steps = read_jsonl(player.folder.metrics) if player.folder.metrics.is_file() else []
-    return [step["margin"] for step in steps]
+    return [step["margin"] for step in player.folder.steps()]
 
 
 def _lineage(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,6 @@ from qspin.figures.markdown import plain, table
 from qspin.figures.panel import Figure
 from qspin.figures.players import Player, best_rival, chosen, kept, players, rivals
 from qspin.figures.verdict import RATED, against, verdict
-from qspin.files import read_jsonl
 from qspin.run_dir import IterationDir, RunDir
 from qspin.units import GIB
 
@@ -269,7 +268,7 @@ def _margins(player: Player, config: RunConfig) -> str:
 
 def _last_margin(folder: IterationDir) -> float | None:
     """None if there was no game, or its metrics are lost."""
-    steps = read_jsonl(folder.metrics) if folder.metrics.is_file() else []
+    steps = folder.steps()
     last = [step["margin"] for step in steps if step["epoch"] == steps[-1]["epoch"] and "margin" in step]
     return sum(last) / len(last) if last else None
 

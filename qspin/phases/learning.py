@@ -72,9 +72,8 @@ def warm_start(game: Game) -> None:
 def learn_alike(game: Game, folder: IterationDir, index: int, *, lr: float, start: Adapter) -> None:
     """What iteration `index` did, supervised: as many steps on batches as large, of real completions alone."""
     played = game.dir.iteration(index)
-    if played.metrics.is_file():
-        steps = len(read_jsonl(played.metrics))
-    else:  # they were damaged, and are for show
+    steps = len(played.steps())
+    if not steps:  # their metrics were damaged, which are for show
         steps = len(read_json(played.training_plan)["batches"]) * game.config.train.epochs
     seed = game.config.seed + index
     _learn_real(

@@ -31,22 +31,13 @@ import filelock
 
 from qspin.errors import QspinError
 from qspin.figures.mtbench_result import FIRST, RESULT, SECOND, TIE, figures
-from qspin.files import (
-    full_disk_told,
-    make_folder,
-    read_json,
-    remove_temporaries,
-    write_json,
-    write_text,
-)
+from qspin.files import full_disk_told, make_folder, read_json, remove_temporaries, write_json, write_text
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.trials.judge import Judge, Judgement, ask_all
 from qspin.trials.judging import Prompts, Question, rating, request, winner
 from qspin.trials.loaded import Loaded
 from qspin.trials.mtbench_answers import ANSWERS, Answers, Bench, Progress, answer, question_file, short_hash
-
-# --- a trial ---
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,8 +80,7 @@ class Tracker:
     def _training(self, name: str, folder: IterationDir, iteration: int | None) -> None:
         if folder.adapter.is_dir():
             self._start(name, iteration)
-            # lost if it was damaged (damage.py)
-            for metrics in read_jsonl(folder.metrics) if folder.metrics.is_file() else []:
+            for metrics in folder.steps():
                 self._step(metrics)
             self._evaluation(folder, iteration)
 
