@@ -312,6 +312,8 @@ class RunDir:
             held.release()
 
     def _taken(self, by: str) -> QspinError:
+        if is_paused(by):
+            return QspinError(f"{self.path}: {by} is paused here; {LETS_ON}")
         return QspinError(f"{self.path}: {by} is working here; wait for it or choose another --out")
 
     def _new_holder(self) -> str:
@@ -377,6 +379,19 @@ def process_name() -> str:
     """This process, as others are told of it."""
     return f"process {os.getpid()} on {socket.gethostname()}"
 
+
+def is_paused(name: str) -> bool:
+    """Whether a named process of this machine was paused, as Ctrl-Z does: it holds its lock and does nothing."""
+    found = _named(name)
+    if found is None or found[2] != socket.gethostname():
+        return False
+    try:
+        return bool(psutil.Process(int(found[1])).status() == psutil.STATUS_STOPPED)
+    except psutil.Error:  # it ended meanwhile
+        return False
+
+
+LETS_ON = "fg in its terminal, or kill -CONT with its number, lets it go on"  # a paused process
 
 # what only a run makes: all of it is a function of run.json
 _MADE = ("base", "warm-start", "iteration-*", "supervised", "mt-bench")

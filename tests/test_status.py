@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,46 @@ def test_a_run_at_work(run_dir: RunDir, work: list[subprocess.Popen[str]]) -> No
     assert look(run_dir).state == "running"
 
 
+def test_a_run_that_ctrl_z_paused_is_not_running(run_dir: RunDir, work: list[subprocess.Popen[str]]) -> None:
+    process = start(work, run_dir, "loading")
+    pause(process)
+    assert look(run_dir).state == "paused", "before it has written what it is"
+    begun(run_dir)
+    found = look(run_dir)
+    assert (found.state, found.status) == ("paused", None)
+    with pytest.raises(QspinError) as caught:
+        run_dir.check_usable()
+    name = f"process {process.pid} on {os.uname().nodename}"
+    told = f"{run_dir.path}: {name} is paused here; fg in its terminal, or kill -CONT with its number, lets it go on"
+    assert str(caught.value) == told
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: look(run_dir).state == "starting")
+    process.kill()
+    process.wait()
+    process = start(work, run_dir, "training")
+    pause(process)
+    found = look(run_dir)
+    assert (found.state, found.process) == ("paused", f"process {process.pid} on {os.uname().nodename}")
+    assert found.status is not None
+    assert found.status.done == 48
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: look(run_dir).state == "running")
+
+
+def pause(process: subprocess.Popen[str]) -> None:
+    """As a shell does at Ctrl-Z; it is done once the system says so."""
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_killed_run_is_stopped(run_dir: RunDir, work: list[subprocess.Popen[str]]) -> None:
     process = start(work, begun(run_dir), "training")
     os.kill(process.pid, signal.SIGKILL)
@@ -299,6 +340,12 @@ def shown(standing: Standing) -> list[str]:
         ("starting", "process 7 on here", "runs/mine: starting (process 7 on here); it has begun no phase yet"),
         ("running", "process 7 on here", "runs/mine: running (process 7 on here), as of 12 s ago"),
         (
+            "paused",
+            "process 7 on here",
+            "runs/mine: paused (process 7 on here), as of 12 s ago; fg in its terminal, or kill -CONT with its number, "
+            "lets it go on",
+        ),
+        (
             "stopped",
             None,
             "runs/mine: stopped 12 s ago; the command that started it goes on from the last finished piece",
@@ -334,6 +381,12 @@ def test_a_baseline_is_told_from_its_run() -> None:
     *before, last = shown(standing)
     assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
     assert before[3].startswith("iteration 1 (2 of 3) · train  ━")
+
+
+def test_a_run_that_was_paused_as_it_loaded_says_no_time() -> None:
+    [line] = shown(Standing("paused", "process 7 on here", 0, None, None))
+    advice = "fg in its terminal, or kill -CONT with its number, lets it go on"
+    assert line == f"runs/mine: paused (process 7 on here); {advice}"
 
 
 def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from qspin.run_dir import RunDir
+from qspin.run_dir import LETS_ON, RunDir
 from qspin.safe_text import breaks_shown, visible
 from qspin.units import GIB
 from qspin.watch.meter import Status
@@ -93,9 +93,11 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
             lines = [f"{where}; nothing has been done here yet"]
         case "starting":
             lines = [f"{where} ({standing.process}); it has begun no phase yet"]
-        case "running":
+        case "running" | "paused":
             who = "its baseline is " if status is not None and status.baseline else ""
-            lines = [f"{run_dir.path}: {who}running ({standing.process}), as of {span(standing.age)} ago"]
+            ago = f", as of {span(standing.age)} ago" if status is not None else ""
+            how = f"; {LETS_ON}" if standing.state == "paused" else ""
+            lines = [f"{run_dir.path}: {who}{standing.state} ({standing.process}){ago}{how}"]
         case "stopped":
             ago = f" {span(standing.age)} ago" if status is not None else ""
             lines = [f"{where}{ago}; the command that started it goes on from the last finished piece"]

@@ -20,7 +20,7 @@ import yaml
 from qspin.config_files import NOT_YAML
 from qspin.errors import QspinError, one_line
 from qspin.files import read_json, write_json
-from qspin.run_dir import RunDir, process_name
+from qspin.run_dir import RunDir, is_paused, process_name
 from qspin.watch.meter import Meter, Status, aged
 
 SECONDS_APART = 1.0  # between two writes, but for those that end something
@@ -62,7 +62,7 @@ class StatusFile:
 class Standing:
     """What can be seen of a run from outside."""
 
-    state: Literal["not started", "starting", "running", "stopped", "finished"]
+    state: Literal["not started", "starting", "running", "paused", "stopped", "finished"]
     process: str | None  # that works on it
     iterations_done: int
     status: Status | None  # as last written, its times left up to date; None before the first phase
@@ -79,20 +79,21 @@ def look(run_dir: RunDir) -> Standing:
     """
     run_dir.check_there()
     process = run_dir.holder()
+    paused = process is not None and is_paused(process)
     if not run_dir.record.is_file():
         others = sorted(path.name for path in run_dir.path.iterdir() if path.name not in {".lock", ".holder"})
         if others:
             raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
-        return Standing("starting" if process else "not started", process, 0, None, None)
+        return Standing("paused" if paused else "starting" if process else "not started", process, 0, None, None)
 
     done = run_dir.iterations_done()
     own, baseline = _read(run_dir.status), _read(run_dir.baseline_status)
     if process is not None:
         written = [told for told in (own, baseline) if told is not None and told.process == process]
         if not written:  # the files are of a process before this one, which has not begun a phase
-            return Standing("starting", process, done, None, None)
+            return Standing("paused" if paused else "starting", process, done, None, None)
         last = min(written, key=lambda told: told.age)  # one process may play a run and then its baseline
-        return Standing("running", process, done, aged(last.status, last.age), last.age)
+        return Standing("paused" if paused else "running", process, done, aged(last.status, last.age), last.age)
     status, age = (None, None) if own is None else (own.status, own.age)
     later = None if baseline is None or (age is not None and age < baseline.age) else (baseline.status, baseline.age)
     concluded = read_json(run_dir.verdict) if done and run_dir.verdict.is_file() else None
