@@ -66,11 +66,11 @@ def watch_run(prepared: Prepared, out: Path, *, as_json: bool, tracker: TrackerN
     shown = report.answers([before, after], prepared.heldout_prompts, config.evaluation.shown)
     if shown:
         console.print(completions_table(shown))
-    adapter = run_dir.iteration(kept).adapter
+    adapter, table = run_dir.iteration(kept).adapter, _table(run_dir, config)
     if lines is not None:
-        lines.end(adapter, run_dir.summary)
+        lines.end(adapter, table)
     else:
-        tell(console, f"adapter: {adapter}   table: {run_dir.summary}")
+        tell(console, f"adapter: {adapter}{f'   table: {table}' if table else ''}")
 
 
 def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> None:
@@ -82,7 +82,8 @@ def watch_baseline(prepared: Prepared, out: Path, rates: Sequence[float]) -> Non
         progress = Audience(meter, StatusFile(run_dir.baseline_status, meter), shown)
         baseline.baseline(prepared, out, progress, rates)
     _show_results(console, run_dir, config)
-    tell(console, f"table: {run_dir.summary}")
+    if table := _table(run_dir, config):
+        tell(console, f"table: {table}")
 
 
 def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
@@ -148,6 +149,12 @@ def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
     console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
     console.print(notes_table(report.sentences(run_dir, config)))
     console.print()
+
+
+def _table(run_dir: RunDir, config: RunConfig) -> Path | None:
+    """SUMMARY.md; None where it could not be written, as what may stand there then is of fewer players."""
+    path = run_dir.summary
+    return path if path.is_file() and path.read_bytes() == report.summary(run_dir, config).encode() else None
 
 
 def _meter(work: Sequence[Work], iterations: int, *, baseline: bool = False) -> Meter:

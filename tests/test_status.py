@@ -380,7 +380,7 @@ def test_a_baseline_is_told_from_its_run() -> None:
     standing = Standing("finished", None, 3, own, 500.0, 2, (round_of_it, 12.0))
     *before, last = shown(standing)
     assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
-    assert before[3].startswith("iteration 1 (2 of 3) · train  ━")
+    assert before[2].startswith("iteration 1 (2 of 3) · train  ━")
 
 
 def test_a_run_that_was_paused_as_it_loaded_says_no_time() -> None:

@@ -265,6 +265,19 @@ def test_json_lines_and_nothing_else_on_stdout(played: Played, tiny: Path, tmp_p
     assert "Held-out rows: what it writes" in answer.err
 
 
+def test_a_table_that_is_not_written_is_not_named(played: Played, tmp_path: Path) -> None:
+    copy = RunDir(played.copy(tmp_path / "run"))
+    copy.summary.unlink()
+    copy.summary.mkdir()
+    answer = played.again(out=copy.path)
+    assert (answer.code, answer.err) == (0, "")
+    assert f"note: the table is not written: [Errno 21] Is a directory: '{copy.path}/" in answer.out
+    assert answer.out.splitlines()[-1] == f"adapter: {kept_adapter(copy)}"
+    assert "table: " not in call("status", copy.path).out
+    end = json.loads(played.again("--json", out=copy.path).out.splitlines()[-1])
+    assert (end["adapter"], end["table"]) == (str(kept_adapter(copy)), None)
+
+
 def test_an_error_is_not_a_line_of_json(played: Played) -> None:
     answer = played.again("--json", "--beta", "0.5")
     assert answer.code == 1

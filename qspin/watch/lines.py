@@ -106,7 +106,7 @@ def standing_lines(standing: Standing, run_dir: RunDir, width: int) -> list[Text
             lines = [
                 f"{where}, {done} iteration{'s' * (done != 1)}",
                 f"adapter: {run_dir.iteration(standing.kept or 0).adapter}",
-                f"table: {run_dir.summary}",
+                *([f"table: {run_dir.summary}"] if run_dir.summary.is_file() else []),
             ]
     shown = [Text(visible(line)) for line in lines]
     if status is not None:

@@ -135,9 +135,9 @@ class JsonView:
     def note(self, text: str) -> None:
         self._say("note", text=text)
 
-    def end(self, adapter: Path, table: Path) -> None:
-        """The run is complete."""
-        self._say("end", adapter=str(adapter), table=str(table))
+    def end(self, adapter: Path, table: Path | None) -> None:
+        """The run is complete; its table could not be written where there is none."""
+        self._say("end", adapter=str(adapter), table=None if table is None else str(table))
 
     def _say_status(self, event: str) -> None:
         status = self.meter.status()
