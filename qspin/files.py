@@ -63,7 +63,7 @@ def at_home(name: str) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content; its folder is made if need be."""
+    """Replace a file's content, unless it is the same; its folder is made if need be."""
     _write(path, text.encode())
 
 
@@ -272,6 +272,8 @@ _marks: dict[Path, bytes] = {}  # files of folders that are worked in, and what 
 
 def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
     with stops_held(), full_disk_told(path, len(data)), _in_place(path):
+        if _holds(path, data):  # what is finished can be started again on a full disk
+            return
         make_folder(path.parent)
         temporary = _temporary(path)
         try:
@@ -285,6 +287,13 @@ def _write(path: Path, data: bytes, *, durable: bool = True) -> None:
                 _sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:  # one that can't be read may be replaced all the same
+        return False
 
 
 @contextlib.contextmanager

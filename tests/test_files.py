@@ -202,6 +202,17 @@ def test_a_removal_is_one_step_on_the_disk(tmp_path: Path, steps: list[tuple[str
 # --- what a writer makes, and leaves where it fails ---
 
 
+def test_what_a_file_holds_already_is_not_written(tmp_path: Path) -> None:
+    for text in ("text", "text", "test"):
+        write_text(tmp_path / "x", text)
+        found = tmp_path / "x", tmp_path / "x.link"
+        found[1].unlink(missing_ok=True)
+        found[1].hardlink_to(found[0])
+        write_text(tmp_path / "x", text)
+        assert found[0].samefile(found[1])
+        assert found[0].read_text() == text
+
+
 def test_folders_on_the_way_are_made(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b" / "file", "text")
     with commit_folder(tmp_path / "c" / "d" / "folder"):

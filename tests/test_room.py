@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Played, contents
 
 from qspin import spin
 from qspin.config import load_config
@@ -70,8 +71,9 @@ def test_the_estimate_covers_what_a_run_writes_and_not_much_more(prepared: Prepa
     assert largest.bytes > 5 * written  # snapshots were there
     assert 0.9 * largest.bytes < estimate + SMALL
     assert estimate < 2 * largest.bytes
-    # a run that is over needs nothing but its tables
-    assert room(prepared, RunDir(out), written) == SMALL
+    assert room(prepared, RunDir(out), written) == 0, "it is over"
+    RunDir(out).iteration(1).evaluation.unlink()
+    assert room(prepared, RunDir(out), written) == SMALL, "an evaluation is to be made"
 
 
 def test_a_run_too_large_for_the_disk_is_refused_in_numbers(prepared: Prepared, tmp_path: Path) -> None:
@@ -102,6 +104,30 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"a small file system can't be mounted: {mounted.stderr.decode().strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_finished_run_is_started_again_on_a_full_disk(played: Played, small_disk: Path) -> None:
+    """Nothing is to be written; a table of fewer players that can't be is not taken for the run's."""
+    run = RunDir(played.copy(small_disk / "run"))
+    before = contents(run.path)
+    fill(small_disk)
+    answer = played.again(out=run.path)
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.splitlines()[-1] == f"adapter: {run.iteration(1).adapter}   table: {run.summary}"
+    assert contents(run.path) == before
+    run.summary.write_text("one player\n")
+    fill(small_disk)
+    answer = played.again(out=run.path)
+    assert (answer.code, answer.err) == (0, "")
+    assert f"note: the table is not written: {run.summary}: the disk is full: " in answer.out
+    assert answer.out.splitlines()[-1] == f"adapter: {run.iteration(1).adapter}"
+
+
+def fill(disk: Path) -> None:
+    """To its last byte."""
+    with (disk / "ballast").open("ab", buffering=0) as ballast:
+        ballast.write(bytes(shutil.disk_usage(disk).free))
+    assert shutil.disk_usage(disk).free == 0
 
 
 def test_a_real_disk_that_is_full(prepared: Prepared, small_disk: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 
 from qspin.errors import QspinError
+from qspin.figures.players import players
+from qspin.figures.verdict import stop
 from qspin.files import existing
 from qspin.fitting.footprint import OPTIMIZERS
 from qspin.prepare import Prepared
@@ -42,6 +44,11 @@ def room(prepared: Prepared, run_dir: RunDir, adapter_bytes: int) -> int:
     config = prepared.config
     folders = [run_dir.iteration(index) for index in range(config.iterations)]
     folders += [run_dir.warm_start] if config.sft.epochs else []
+    if run_dir.base.evaluation.is_file() and all(folder.done for folder in folders):
+        return 0
+    measured = players(run_dir, config)
+    if measured and stop(measured, config) is not None:  # it ended early
+        return 0
     to_train = sum(not folder.adapter.is_dir() for folder in folders)
     capped = config.generation.max_new_tokens
     tokens = sum(len(row.prompt_ids) + len(row.real_ids) + capped for row in prepared.train)
