@@ -238,7 +238,7 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
         raise QspinError(f"--out: {target} is a folder; name a file")
     if target.suffix not in {".html", ".htm"}:  # no slip of the keys writes over a run's record, or somebody's rows
         raise QspinError(f"--out: {target} must end in .html")
-    check_place(target.parent)
+    check_place(target.parent, "name another folder")
     config = recorded_config(run_dir)
     _quiet_libraries()
     text = page(run_dir, config, heldout_prompts(run_dir, config, say))

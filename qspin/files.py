@@ -48,13 +48,13 @@ def existing(path: Path) -> Path:
     return next(part for part in (path, *path.absolute().parents) if os.path.exists(part))  # noqa: PTH110
 
 
-def check_place(folder: Path) -> None:
-    """Raises a QspinError: no folder can be made, or written to, there."""
+def check_place(folder: Path, advice: str) -> None:
+    """Raises a QspinError: no folder can be made, or written to, there; `advice` is what to do about the second."""
     above = existing(folder)
     if not above.is_dir():
         raise QspinError(f"--out: {above} is a file; name a folder")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise QspinError(f"--out: no permission to write in {above}; name another folder")
+        raise QspinError(f"--out: no permission to write in {above}; {advice}")
 
 
 def at_home(name: str) -> Path:

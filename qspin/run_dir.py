@@ -269,7 +269,9 @@ class RunDir:
         dangling = next((part for part in (self.path, *self.path.parents) if _leads_nowhere(part)), None)
         if dangling is not None:
             raise QspinError(f"--out: {dangling} is a link that leads nowhere; name a folder")
-        check_place(self.path)
+        a_run = os.path.isfile(self.record)  # noqa: PTH113 (Path.is_file raises)
+        look = "qspin status says whether its run is finished, and a copy of it can be gone on with"
+        check_place(self.path, look if a_run else "name another folder")
         check_outside(self.path)
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,17 @@ def test_a_folder_that_is_closed_to_the_user_is_one_line(arguments: str, said: s
     with as_nobody():
         answer = call(*words)
     assert (answer.code, answer.out, answer.err) == (1, "", f"error: {said.replace('{}', str(closed))}\n")
+
+
+def test_a_run_that_can_not_be_written_to_is_no_reason_for_another_folder(played_run: RunDir, closed: Path) -> None:
+    folder = shutil.copytree(played_run.path, closed / "run")
+    closed.chmod(0o755)
+    with as_nobody():
+        said = refusal("run", "quickstart", "--out", folder)
+    assert said == (
+        f"--out: no permission to write in {folder}; qspin status says whether its run is finished, and a copy of it "
+        "can be gone on with"
+    )
 
 
 def test_a_preset_of_a_closed_folder_is_none(closed: Path) -> None:

@@ -104,7 +104,7 @@ def _check_options(to: Target, onto: Onto, dtype: str | None) -> None:
 def _check_place(out: Path) -> None:
     if os.path.lexists(out):  # a link that leads nowhere as well
         raise QspinError(f"--out: {out} is there already; name a new folder")
-    check_place(out)
+    check_place(out, "name another folder")
     check_outside(out)
 
 
