@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qspin.config import RunConfig, load_config
+from qspin.config import RunConfig, load_kept
 from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
 from qspin.run_dir import RunDir
@@ -46,7 +46,7 @@ class Results:
     @property
     def config(self) -> RunConfig:
         """As the run was last started."""
-        return load_config(self._dir.config)
+        return load_kept(self._dir.config)
 
     @property
     def figures(self) -> dict[str, dict[str, Figure]]:

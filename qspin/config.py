@@ -290,6 +290,21 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     return config
 
 
+def load_kept(path: Path) -> RunConfig:
+    """What a run was last started with, from the config.yaml in its folder.
+
+    Raises:
+        QspinError: it is missing or damaged; says how to have it back.
+    """
+    try:
+        return load_config(path)
+    except QspinError as error:
+        what = str(error).removeprefix(f"{path}: ")
+        raise QspinError(
+            f"{path}: not as the run wrote it; the command that began the run writes it anew: {what}"
+        ) from None
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """`"train.beta=0.2"` → `("train.beta", 0.2)`; the value is read as YAML."""
     key, separator, value = text.partition("=")

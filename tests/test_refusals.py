@@ -226,6 +226,36 @@ def test_a_folder_that_is_closed_to_the_user_is_one_line(arguments: str, said: s
     assert (answer.code, answer.out, answer.err) == (1, "", f"error: {said.replace('{}', str(closed))}\n")
 
 
+@pytest.mark.parametrize(
+    "command", ["status", "report", "compare", "baseline", "chat", "eval --tasks x", "export --to adapter"]
+)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read ([Errno 2] No such file or directory: '{}')"),
+        ("train: [\n", "not valid YAML: "),
+        ("seeds: 1\n", "the configuration does not fit:\n  seeds: no such setting; did you mean seed?"),
+    ],
+)
+def test_a_config_that_is_gone_or_broken_is_had_back(
+    command: str, text: str | None, said: str, played_run: RunDir, tmp_path: Path
+) -> None:
+    run = RunDir(shutil.copytree(played_run.path, tmp_path / "run"))
+    run.config.unlink()
+    if text is not None:
+        run.config.write_text(text)
+    name, *options = command.split()
+    answer = call(name, run.path, *options)
+    assert answer.code == 1
+    advice = "the command that began the run writes it anew"
+    if name == "status":  # reads no more of it than it shows
+        assert answer.err.startswith(f"error: {run.config}: damaged or unreadable (")
+        assert answer.err.endswith(f"; {advice}\n")
+    else:
+        began = f"error: {run.config}: not as the run wrote it; {advice}: "
+        assert answer.err.startswith(began + said.replace("{}", str(run.config)))
+
+
 def test_a_run_that_can_not_be_written_to_is_no_reason_for_another_folder(played_run: RunDir, closed: Path) -> None:
     folder = shutil.copytree(played_run.path, closed / "run")
     closed.chmod(0o755)

@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from qspin.config import RunConfig, changed_results, load_config
+from qspin.config import RunConfig, changed_results, load_config, load_kept
 from qspin.errors import QspinError
 from qspin.run_dir import RunDir
 from qspin.sources import READERS
@@ -31,7 +31,7 @@ def recorded_config(run_dir: RunDir) -> RunConfig:
     """
     if not run_dir.record.is_file():
         raise QspinError(f"{run_dir.path} holds no run (no {run_dir.record.name}); name the --out of a qspin run")
-    config = load_config(run_dir.config)
+    config = load_kept(run_dir.config)
     record = run_dir.read_record()
     changes = changed_results(load_config(None, record["config"]), config, folder="folder" in record["base"])
     if changes:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qspin.config import BestBy, RunConfig, load_config
+from qspin.config import BestBy, RunConfig, load_kept
 from qspin.errors import QspinError
 from qspin.figures.evaluation import NEAR_HALF, Evaluation, figure, read_evaluation
 from qspin.run_dir import IterationDir, RunDir
@@ -121,7 +121,7 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None, option: str = "--itera
         raise QspinError(f"{option}: {wanted!r} is not finished in {run_dir.path}; last, best or 0 to {done[-1]} are")
     if wanted is not None and wanted.isdigit():
         return int(wanted)
-    config = load_config(run_dir.config)  # as last started: what is kept may be changed
+    config = load_kept(run_dir.config)  # as last started: what is kept may be changed
     if (wanted or config.evaluation.keep) == "last":
         return done[-1]
     iterations = [player for player in players(run_dir, config) if player.name.isdigit()]

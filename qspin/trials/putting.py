@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from qspin.config import load_config
+from qspin.config import load_kept
 from qspin.console import tell
 from qspin.errors import QspinError
 from qspin.figures import report
@@ -50,7 +50,7 @@ def watch_eval(run_dir: RunDir, who: Sequence[str], set_ups: Sequence[SetUp], in
         for folder in (run_dir.path, *(run_dir.player(name).benchmarks for name in who)):
             check_writable(folder)
         failed = _compute(console, run_dir, missing, tasks)
-    config = load_config(run_dir.config)
+    config = load_kept(run_dir.config)
     if missing and players(run_dir, config):
         write_text(run_dir.summary, report.summary(run_dir, config))
     table = report.benchmarks(run_dir, who, set_ups)

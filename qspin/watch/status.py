@@ -127,4 +127,6 @@ def _iterations(config: Path) -> int:
     try:
         return int(yaml.safe_load(config.read_text(encoding="utf-8"))["iterations"])
     except (OSError, *NOT_YAML, KeyError, TypeError, OverflowError) as error:
-        raise QspinError(f"{config}: damaged or unreadable ({one_line(error)})") from None
+        raise QspinError(
+            f"{config}: damaged or unreadable ({one_line(error)}); the command that began the run writes it anew"
+        ) from None
