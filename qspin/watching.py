@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console
 
 from qspin import spin
@@ -113,9 +114,7 @@ def watch_sweep(cells: Sequence[sweep.Cell], out: Path) -> None:
         if played:  # what stands in the folder of one that failed may be damaged, or another run
             sweep.write_results(out, played)
     if played:
-        table = sweep.results(out, played)
-        console.print(results_table(table))
-        console.print(notes_table(column.note for column in table.columns), style="dim")
+        _show_sweep(console, sweep.results(out, played), cells)
         tell(console, f"table: {out / sweep.TABLE}   plot: {out / sweep.PLOT}")
     if failed:
         raise QspinError(f"{len(failed)} of {len(cells)} runs did not come to their end: {', '.join(failed)}")
@@ -149,6 +148,21 @@ def _show_results(console: Console, run_dir: RunDir, config: RunConfig) -> None:
     console.print(f"{report.measured_on(run_dir, config)}\n", markup=False, highlight=False)
     console.print(notes_table(report.sentences(run_dir, config)))
     console.print()
+
+
+def _show_sweep(console: Console, table: report.Results, cells: Sequence[sweep.Cell]) -> None:
+    """The settings stand whole beside the figures, or where that tears a figure's words, below them."""
+    notes = [column.note for column in table.columns]
+    shown = results_table(table)
+    for place, column in enumerate(shown.columns[: len(cells[0].settings)]):
+        column.width = max(map(cell_len, (table.columns[place].heading, *(row[place] for row in table.rows))))
+    drawn = "".join(part.text for part in console.render(shown))
+    texts = [column.heading for column in table.columns] + [cell for row in table.rows for cell in row]
+    if not all(word in drawn for text in texts for word in text.split()):
+        numbered, runs = sweep.numbered(table, cells)
+        shown, notes = results_table(numbered), [*runs, *numbered.notes]
+    console.print(shown)
+    console.print(notes_table(notes), style="dim")
 
 
 def _table(run_dir: RunDir, config: RunConfig) -> Path | None:

@@ -230,13 +230,35 @@ def test_one_table_and_one_plot(betas: tuple[list[Cell], Path]) -> None:
 
 def test_headings_are_whole_in_80_columns_and_each_is_explained(settings: dict[str, Any], tmp_path: Path) -> None:
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    vary = ["--vary", "train.beta=0.1", "--vary", "train.loss=logistic"]
+    vary = ["--vary", "train.beta=0.1", "--vary", "generation.temperature=0.7"]
     told = call("sweep", "--out", tmp_path / "out", *vary, *options, columns=80).out.partition("\nRuns")[2]
-    words = ["beta", "loss", "player", "NLL", "reward", "AUC", "2-sample", "AUC", "token", "F1", "tokens"]
+    words = ["beta", "temperature", "player", "NLL", "reward", "AUC", "2-sample", "AUC", "token", "F1", "tokens"]
     assert sorted(told.partition("──")[0].split()) == sorted(words)
     notes = re.findall(r"^- ([^:]+): (.*?) *$", told, re.MULTILINE)
-    assert notes[:2] == [("beta", "train.beta, varied"), ("loss", "train.loss, varied")]
+    assert notes[:2] == [("beta", "train.beta, varied"), ("temperature", "generation.temperature, varied")]
     assert len(notes) == 8
+
+
+def test_settings_that_do_not_fit_beside_the_figures_are_told_below_them(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    vary = ["--vary", "train.beta=0.1,1", "--vary", "generation.temperature=0.7", "--vary", "train.loss=correlation"]
+    out = tmp_path / "out"
+    said = call("sweep", "--out", out, *vary, *options, columns=80).out
+    told = said.partition("\nRuns")[2]
+    words = ["run", "player", "NLL", "reward", "AUC", "2-sample", "AUC", "token", "F1", "tokens"]
+    heading, _, table = told.partition("──")
+    assert sorted(heading.split()) == sorted(words)
+    rows = re.findall(r"^ (\d) +(\S+) ", table.partition("\n- ")[0], re.MULTILINE)
+    assert rows == [("1", "base"), ("1", "0*"), ("2", "base"), ("2", "0*")]
+    lines = [" ".join(note.split()) for note in told.partition("\n- ")[2].split("\n- ")]
+    assert lines[:2] == [
+        "run 1: train.beta=0.1, generation.temperature=0.7, train.loss=correlation",
+        "run 2: train.beta=1, generation.temperature=0.7, train.loss=correlation",
+    ]
+    assert "1 of 2: beta=0.1_temperature=0.7_loss=correlation" in said, "as it was called before"
+    assert "| beta | temperature | loss | player |" in (out / TABLE).read_text(encoding="utf-8")
 
 
 def test_settings_of_one_name_keep_their_groups(betas: tuple[list[Cell], Path]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,20 @@ def results(out: Path, cells: Sequence[Cell]) -> Results:
             rows.append([*values, f"{player.name}{'*' if player is chosen else ''}", *told])
     varied = [Column(name, f"{key}, varied") for key, name in _short(cells[0].settings).items()]
     return Results("Runs", (*varied, PLAYER, *(column for _, _, column in fields)), rows)
+
+
+def numbered(table: Results, cells: Sequence[Cell]) -> tuple[Results, list[str]]:
+    """The same with a run's number in place of its settings, and which those are, where a terminal is too narrow for
+    their names and values."""
+    values = [tuple(map(str, cell.settings.values())) for cell in cells]
+    varied = len(values[0])
+    rows = [[str(values.index(tuple(row[:varied])) + 1), *row[varied:]] for row in table.rows]
+    runs = [
+        f"run {number}: {', '.join(f'{key}={value}' for key, value in cell.settings.items())}"
+        for number, cell in enumerate(cells, start=1)
+    ]
+    columns = (Column("run", "by its number"), *table.columns[varied:])
+    return replace(table, columns=columns, rows=rows), runs
 
 
 def write_results(out: Path, cells: Sequence[Cell]) -> None:
