@@ -54,9 +54,14 @@ class Dataset:
 class LeftOut(QspinError):
     """Too many rows can't be used; which, each with its source, is worth keeping."""
 
-    def __init__(self, message: str, source: str, rejects: Sequence[Reject]) -> None:
+    def __init__(self, message: str, rejects: Sequence[tuple[str, Reject]]) -> None:
         super().__init__(message)
-        self.rejects = [(source, reject) for reject in rejects]
+        self.rejects = list(rejects)
+
+
+def of_source(source: str, rejects: Iterable[Reject]) -> list[tuple[str, Reject]]:
+    """Rows that were left out, in their order, each with where it came from."""
+    return [(source, reject) for reject in sorted(rejects, key=lambda reject: reject.place)]
 
 
 def load_records(
@@ -96,7 +101,7 @@ def load_records(
     records, rejects, repeated_ids, unread = _judge(chain(head, rows), shape, turns, limit)
     if not records:
         message = f"{source}: none of its {len(rejects)} rows is good: {most_common(rejects)}; mend them"
-        raise LeftOut(message, source, rejects)
+        raise LeftOut(message, of_source(source, rejects))
     fingerprint = hashlib.sha256()
     for record in records:
         fingerprint.update(
@@ -120,14 +125,14 @@ def check_rejects(source: str, dataset: Dataset, *, strict: bool, max_malformed_
             f"{source}: {len(rejects)} of {dataset.rows} rows can't be used, and --strict (data.strict) allows none: "
             f"the first is {first.place}, {first.code}: {first.reason}; mend them, or go on without"
         )
-        raise LeftOut(message, source, rejects)
+        raise LeftOut(message, of_source(source, rejects))
     bad = [reject for reject in rejects if reject.malformed]
     if bad and len(bad) / dataset.rows > max_malformed_share:
         message = (
             f"{source}: {len(bad)} of {dataset.rows} rows are malformed, more than data.max_malformed_share = "
             f"{max_malformed_share:g} allows: {most_common(bad)}; mend them, or raise it"
         )
-        raise LeftOut(message, source, rejects)
+        raise LeftOut(message, of_source(source, rejects))
 
 
 def most_common(rejects: Sequence[Reject]) -> str:

@@ -14,7 +14,16 @@ from qspin.base import Base, find_base, load_model_config, load_tokenizer, stop_
 from qspin.chat import Renderer
 from qspin.chat_template import Tokenizer
 from qspin.config import RunConfig
-from qspin.data import Dataset, LeftOut, check_rejects, load_records, most_common, remove_overlap, split_heldout
+from qspin.data import (
+    Dataset,
+    LeftOut,
+    check_rejects,
+    load_records,
+    most_common,
+    of_source,
+    remove_overlap,
+    split_heldout,
+)
 from qspin.errors import QspinError
 from qspin.files import ADAPTER_WEIGHTS, sha256_of, write_jsonl
 from qspin.records import Example, Record, Reject
@@ -150,12 +159,15 @@ class _Rows(NamedTuple):
 def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     """Training and held-out rows, from two sources or split from one."""
     settings = config.data
-    data = load_rows(config, source, settings.limit, renderer)
+    if settings.heldout_source is None:
+        data = load_rows(config, source, settings.limit, renderer)
+    else:
+        data = _load(config, source, settings.limit)
     of = f"the first {data.rows}, as data.limit says" if data.cut else f"{data.rows}"
     notes = [f"{source}: {len(data.records)} good rows of {of}, format {data.format}", *data.notes]
     notes += _on_control_tokens(source, renderer, data.records)
     if settings.heldout_source is None:
-        train_records, heldout_records = _split(config, source, data)
+        train_records, heldout_records = _split(config, source, data, renderer)
         if len(heldout_records) < settings.heldout_rows:
             notes.append(
                 f"{source}: {len(heldout_records)} rows are held out, not the {settings.heldout_rows} of "
@@ -163,10 +175,10 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
             )
         train, train_rejects = _render(renderer, train_records)
         heldout, heldout_rejects = _render(renderer, heldout_records)
-        rejects = _all_rejects(config, source, data, [*train_rejects, *heldout_rejects])
+        rejects = _all_rejects(config, (source, data, [*train_rejects, *heldout_rejects]))
         fingerprint = data.fingerprint
     else:
-        other = load_rows(config, settings.heldout_source, settings.heldout_rows, renderer)
+        other = _load(config, settings.heldout_source, settings.heldout_rows)
         notes += [f"{settings.heldout_source}: held-out rows, read from there", *other.notes]
         notes += [*_on_control_tokens(settings.heldout_source, renderer, other.records)]
         train_records = data.records
@@ -175,8 +187,9 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
             notes.append(f"{settings.heldout_source}: {len(overlap)} rows left out, their prompts are trained on")
         train, train_rejects = _render(renderer, train_records)
         heldout, heldout_rejects = _render(renderer, heldout_records)
-        rejects = _all_rejects(config, source, data, train_rejects)
-        rejects += _all_rejects(config, settings.heldout_source, other, [*overlap, *heldout_rejects])
+        rejects = _all_rejects(
+            config, (source, data, train_rejects), (settings.heldout_source, other, [*overlap, *heldout_rejects])
+        )
         fingerprint = f"{data.fingerprint}+{other.fingerprint}"
     return _Rows(
         train=tuple(train),
@@ -191,13 +204,16 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
     )
 
 
-def _split(config: RunConfig, source: str, data: Dataset) -> tuple[Sequence[Record], Sequence[Record]]:
+def _split(
+    config: RunConfig, source: str, data: Dataset, renderer: Renderer
+) -> tuple[Sequence[Record], Sequence[Record]]:
     try:
         return split_heldout(source, data.records, config.data.heldout_rows, config.seed, limited=data.cut)
     except QspinError as error:
-        if not data.rejects:
+        rejects = of_source(source, [*data.rejects, *_render(renderer, data.records)[1]])
+        if not rejects:
             raise
-        raise LeftOut(f"{error}; left out: {most_common(data.rejects)}", source, data.rejects) from None
+        raise LeftOut(f"{error}; left out: {most_common([reject for _, reject in rejects])}", rejects) from None
 
 
 def _on_long_completions(config: RunConfig, train: Sequence[Example]) -> Iterator[str]:
@@ -227,8 +243,20 @@ def load_rows(config: RunConfig, source: str, limit: int | None, renderer: Rende
     Raises:
         QspinError: it can't be read, or too many of its rows are malformed.
     """
+    dataset = _load(config, source, limit)
+    # before anything is made of the good rows: a file of bad ones should be called that, not too short
+    try:
+        _all_rejects(config, (source, dataset, []))
+    except LeftOut:
+        if renderer is not None:
+            _all_rejects(config, (source, dataset, _render(renderer, dataset.records)[1]))
+        raise
+    return dataset
+
+
+def _load(config: RunConfig, source: str, limit: int | None) -> Dataset:
     data = config.data
-    dataset = load_records(
+    return load_records(
         source,
         split=data.split,
         config=data.config,
@@ -237,14 +265,6 @@ def load_rows(config: RunConfig, source: str, limit: int | None, renderer: Rende
         turns=data.turns,
         limit=limit,
     )
-    # before anything is made of the good rows: a file of bad ones should be called that, not too short
-    try:
-        check_rejects(source, dataset, strict=data.strict, max_malformed_share=data.max_malformed_share)
-    except LeftOut:
-        if renderer is not None:
-            _all_rejects(config, source, dataset, _render(renderer, dataset.records)[1])
-        raise
-    return dataset
 
 
 def write_rejects(path: Path, rejects: Sequence[tuple[str, Reject]]) -> None:
@@ -252,19 +272,23 @@ def write_rejects(path: Path, rejects: Sequence[tuple[str, Reject]]) -> None:
     write_jsonl(path, ({"source": source, **reject.to_json()} for source, reject in rejects))
 
 
-def _all_rejects(
-    config: RunConfig, source: str, dataset: Dataset, rendering: Sequence[Reject]
-) -> list[tuple[str, Reject]]:
-    """The rows of a source that reading or rendering left out; raises if they are too many."""
-    rejects = tuple(sorted((*dataset.rejects, *rendering), key=lambda reject: reject.place))
+def _all_rejects(config: RunConfig, *sources: tuple[str, Dataset, Sequence[Reject]]) -> list[tuple[str, Reject]]:
+    """The rows that reading or rendering left out of sources, each of which is named with what was read of it and what
+    rendering left out; raises if they are too many of any, with those of all."""
     data = config.data
-    check_rejects(
-        source,
-        replace(dataset, rejects=rejects),
-        strict=data.strict,
-        max_malformed_share=data.max_malformed_share,
-    )
-    return [(source, reject) for reject in rejects]
+    rejects: list[tuple[str, Reject]] = []
+    refusals = []
+    for source, dataset, rendering in sources:
+        found = of_source(source, [*dataset.rejects, *rendering])
+        rejects += found
+        judged = replace(dataset, rejects=tuple(reject for _, reject in found))
+        try:
+            check_rejects(source, judged, strict=data.strict, max_malformed_share=data.max_malformed_share)
+        except LeftOut as error:
+            refusals.append(str(error))
+    if refusals:
+        raise LeftOut("; ".join(refusals), rejects)
+    return rejects
 
 
 def _on_control_tokens(source: str, renderer: Renderer, records: Sequence[Record]) -> list[str]:
@@ -328,7 +352,7 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
             limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
             more = "raise data.limit" if rows.cut and source == config.data.source else "add rows"
             message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}{more}"
-            raise LeftOut(message, str(source), reasons) if reasons else QspinError(message)
+            raise LeftOut(message, rows.rejects) if reasons else QspinError(message)
 
 
 def _check_context(config: RunConfig, examples: Sequence[Example], context: int) -> None:

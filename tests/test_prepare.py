@@ -218,6 +218,39 @@ def test_strict_is_for_held_out_rows_too(ready: Prepare, tmp_path: Path) -> None
     assert len(ready(write(path, *good(8)), **changes).heldout) == 4, "where none is left out, it is as without"
 
 
+def test_rows_of_both_sources_are_listed_where_either_stops_a_run(ready: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *good(9), "{\n", *good(1))
+    other = write(tmp_path / "other.jsonl", *good(12)[8:], LONG, {"prompt": "Why?", "completion": ""})
+    changes = {"data.heldout_source": str(other), "data.max_prompt_tokens": 64, "data.heldout_rows": 10}
+    with pytest.raises(LeftOut) as caught:
+        ready(path, **changes, **{"data.strict": True})
+    assert re.fullmatch(
+        rf"{path}: 2 of 11 rows can't be used, and --strict .* the first is line 10, broken-json: .*; mend them, or go "
+        rf"on without; {other}: 3 of 6 rows can't be used, and --strict .* the first is line 1, trained-on: .*",
+        str(caught.value),
+    )
+    rows = [(source, reject.place.number, reject.code) for source, reject in caught.value.rejects]
+    assert rows == [
+        (str(path), 10, "broken-json"),
+        (str(path), 11, "duplicate"),
+        (str(other), 1, "trained-on"),
+        (str(other), 5, "long-prompt"),
+        (str(other), 6, "empty-completion"),
+    ]
+    with pytest.raises(LeftOut, match=rf"^{other}: 1 of 6 rows are malformed[^;]*; mend them, or raise it$") as caught:
+        ready(path, **changes, **{"data.max_malformed_share": 0.1})
+    assert [(source, reject.place.number, reject.code) for source, reject in caught.value.rejects] == rows
+
+
+def test_rows_that_are_too_few_to_split_are_listed_with_those_that_are_too_long(ready: Prepare, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *good(7), LONG, good(1)[0])
+    with pytest.raises(LeftOut) as caught:
+        ready(path, **{"data.max_prompt_tokens": 64})
+    assert re.fullmatch(r".*: 8 good rows .*; left out: 1 long-prompt .*, 1 duplicate \(line 9 .*", str(caught.value))
+    rows = [(reject.place.number, reject.code) for _, reject in caught.value.rejects]
+    assert rows == [(8, "long-prompt"), (9, "duplicate")]
+
+
 def test_one_prompt_with_several_completions_is_kept_on_one_side(ready: Prepare, tmp_path: Path) -> None:
     found = ready(write(tmp_path / "rows.jsonl", *good(30, per_prompt=3)), **{"data.heldout_rows": 6})
     assert (len(found.train), len(found.heldout), found.rejects) == (24, 6, ())
