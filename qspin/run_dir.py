@@ -31,7 +31,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from qspin.errors import QspinError
 from qspin.files import (
@@ -52,6 +50,7 @@ from qspin.files import (
     remove_temporaries,
     write_json,
 )
+from qspin.holder import LETS_ON, is_name, is_paused, may_live, process_name
 from qspin.records import Pair
 
 
@@ -250,7 +249,14 @@ class RunDir:
         """Raises a QspinError: this is not the folder of a run."""
         self.check_there()
         if not self.record.is_file():
-            raise QspinError(f"{self.path}: not the folder of a run, it has no {self.record.name}")
+            raise self.no_run()
+
+    def no_run(self) -> QspinError:
+        """What is said of a folder that is none of a run: which around it, or in it, is one."""
+        near = (*self.path.parents, *sorted(self.path.iterdir()))
+        run = next((folder for folder in near if os.path.isfile(folder / self.record.name)), None)  # noqa: PTH113
+        hint = "" if run is None else f"; {run} is one"
+        return QspinError(f"{self.path}: not the folder of a run, it has no {self.record.name}{hint}")
 
     def check_there(self) -> None:
         """Raises a QspinError: this is not a folder."""
@@ -322,7 +328,7 @@ class RunDir:
         """Whoever has just been found to hold the lock, which it had to take before it could write its name."""
         for _ in range(_NAME_TRIES):
             name = self._last_holder()
-            if _named(name) and _may_live(name):
+            if is_name(name) and may_live(name):
                 return name
             time.sleep(_NAME_SECONDS / _NAME_TRIES)
         return "another process"
@@ -330,7 +336,7 @@ class RunDir:
     def holder(self) -> str | None:
         """The process that works in the folder now, named as by `process_name`; None if there is none."""
         name = self._last_holder()
-        if not self._lock.is_file() or not _may_live(name):
+        if not self._lock.is_file() or not may_live(name):
             return None
         # A lock can't be looked at, only tried. This is done only where a live process is named, which most likely
         # holds it: a process that starts at this very moment would be refused.
@@ -377,34 +383,6 @@ def _leads_nowhere(path: Path) -> bool:
     return False
 
 
-def process_name() -> str:
-    """This process, as others are told of it."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def is_paused(name: str) -> bool:
-    """Whether a named process of this machine was paused, as Ctrl-Z does: it holds its lock and does nothing."""
-    found = _named(name)
-    if found is None or found[2] != socket.gethostname():
-        return False
-    try:
-        return bool(psutil.Process(int(found[1])).status() == psutil.STATUS_STOPPED)
-    except psutil.Error:  # it ended meanwhile
-        return False
-
-
-LETS_ON = "fg in its terminal, or kill -CONT with its number, lets it go on"  # a paused process
-
 # what only a run makes: all of it is a function of run.json
 _MADE = ("base", "warm-start", "iteration-*", "supervised", "mt-bench")
 _NAME_SECONDS, _NAME_TRIES = 1.0, 50
-
-
-def _named(text: str) -> re.Match[str] | None:
-    return re.fullmatch(r"process (\d+) on (.*)", text)
-
-
-def _may_live(name: str) -> bool:
-    """Whether a named process may be alive; of another machine's this can't be known."""
-    found = _named(name)
-    return found is not None and (found[2] != socket.gethostname() or psutil.pid_exists(int(found[1])))

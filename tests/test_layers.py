@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "qspin"
 MODULES = {path.stem: path for path in PACKAGE.rglob("*.py") if path.stem != "__init__"}
 
 LAYERS = [  # each may import what stands above it
-    {"errors", "targets", "units", "nf4_levels"},
+    {"errors", "targets", "units", "nf4_levels", "holder"},
     {"safe_text", "config_errors", "config_files", "main_memory", "nf4_product"},
     {"records", "config", "loss", "sampling", "progress", "stopping", "markdown", "panel", "kernels", "flash"},
     {"files", "sources", "presets", "shape", "judge", "suites", "chat_template"},

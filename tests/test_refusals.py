@@ -178,6 +178,13 @@ def test_a_status_of_no_run(tmp_path: Path) -> None:
     assert refusal("status", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 
+@pytest.mark.parametrize("command", ["status", "chat", "report"])
+def test_a_folder_in_a_run_or_of_runs_is_told_the_run(command: str, played_run: RunDir) -> None:
+    for folder in (played_run.iteration(0).adapter, played_run.path.parent):
+        said = f"{folder}: not the folder of a run, it has no run.json; {played_run.path} is one"
+        assert refusal(command, folder) == said
+
+
 def test_json_of_a_dry_run() -> None:
     said = "--json tells how a run goes on, and --dry-run does none; leave one of them out"
     assert refusal("run", "quickstart", "--out", "x", "--dry-run", "--json") == said

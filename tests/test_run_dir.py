@@ -185,7 +185,7 @@ LATE = """
 import sys, time
 from pathlib import Path
 import filelock
-from qspin.run_dir import process_name
+from qspin.holder import process_name
 
 folder = Path(sys.argv[1])
 with filelock.FileLock(folder / ".lock"):

@@ -21,7 +21,8 @@ from pages import blocks
 from qspin.config import dump_config, load_config
 from qspin.errors import QspinError
 from qspin.files import read_json, write_json, write_text
-from qspin.run_dir import RunDir, process_name
+from qspin.holder import process_name
+from qspin.run_dir import RunDir
 from qspin.watch.lines import standing_lines
 from qspin.watch.meter import Meter
 from qspin.watch.status import Standing, StatusFile, look

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.text import Text
 
-from qspin.run_dir import LETS_ON, RunDir
+from qspin.holder import LETS_ON
+from qspin.run_dir import RunDir
 from qspin.safe_text import breaks_shown, visible
 from qspin.units import GIB
 from qspin.watch.meter import Status

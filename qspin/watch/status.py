@@ -20,7 +20,8 @@ import yaml
 from qspin.config_files import NOT_YAML
 from qspin.errors import QspinError, one_line
 from qspin.files import read_json, write_json
-from qspin.run_dir import RunDir, is_paused, process_name
+from qspin.holder import is_paused, process_name
+from qspin.run_dir import RunDir
 from qspin.watch.meter import Meter, Status, aged
 
 SECONDS_APART = 1.0  # between two writes, but for those that end something
@@ -83,7 +84,7 @@ def look(run_dir: RunDir) -> Standing:
     if not run_dir.record.is_file():
         others = sorted(path.name for path in run_dir.path.iterdir() if path.name not in {".lock", ".holder"})
         if others:
-            raise QspinError(f"{run_dir.path}: not the folder of a run, it has no {run_dir.record.name}")
+            raise run_dir.no_run()
         return Standing("paused" if paused else "starting" if process else "not started", process, 0, None, None)
 
     done = run_dir.iterations_done()
