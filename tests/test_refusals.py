@@ -178,6 +178,11 @@ def test_a_status_of_no_run(tmp_path: Path) -> None:
     assert refusal("status", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
 
+def test_of_one_finished_iteration_no_range_is_named(exact: RunDir) -> None:
+    said = f"--iterations: '5' is not finished in {exact.path}; last, best or 0 are"
+    assert refusal("compare", exact.path, "--iterations", "5") == said
+
+
 @pytest.mark.parametrize("command", ["status", "chat", "report"])
 def test_a_folder_in_a_run_or_of_runs_is_told_the_run(command: str, played_run: RunDir) -> None:
     for folder in (played_run.iteration(0).adapter, played_run.path.parent):
