@@ -14,6 +14,7 @@ from conftest import ROOT, SHARED_DATA
 
 from qspin.config import load_config
 from qspin.fitting.footprint import Batch, Footprint
+from qspin.fitting.work import training_work
 from qspin.planning.plan import DECODING, PASSES
 
 SHORT = "256+256+256"
@@ -59,7 +60,7 @@ def work(share: str, recomputed: int) -> float:
     model = load_config(gpu_cases.MODELS["mistral-7b"]).model.architecture
     assert model is not None
     footprint = Footprint(model, 16, None, "cuda", 2, recomputed=recomputed)
-    return footprint.training_work(Batch.of([(256, 256, 256)] * 16)) / 16 * rate(OURS[share], SHORT) / 989e12
+    return training_work(footprint, Batch.of([(256, 256, 256)] * 16)) / 16 * rate(OURS[share], SHORT) / 989e12
 
 
 def test_training_beside_the_peer() -> None:
