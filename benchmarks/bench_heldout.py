@@ -3,8 +3,9 @@
     benchmarks/.venv/bin/python benchmarks/bench_heldout.py --data more.jsonl runs/mine/iteration-1 \
       runs/mine/supervised/lr-0.0002/round-1
 
-Each is compared with the base, which the runs must have in common. Rows whose prompts one of them was trained on are
-left out. All rows are reported, since nothing is chosen here, and the random numbers are the same for every player.
+Each is compared with the base, which the runs must have in common, and those after the first with the first. Rows whose
+prompts one of them was trained on are left out. All rows are reported, since nothing is chosen here, and the random
+numbers are the same for every player.
 """
 
 from __future__ import annotations
@@ -84,16 +85,23 @@ def main() -> None:
     base = measure(loaded, prepared)
     content: dict[str, Any] = {"rows": len(prepared.heldout), "real": real_panel(base, "report", seed=SEED)}
     content["players"] = {}
+    others: dict[str, Evaluation] = {}  # the base and the first player: whom those after them are compared with
     for folder in (None, *options.folders):
         if folder is not None:
             loaded.model.set_adapter(load_own(folder / "adapter"))
-        player = measure(loaded, prepared) if folder else base
+        player = base if folder is None else measure(loaded, prepared)
+        name = "base" if folder is None else folder.relative_to(run_of(folder).path.parents[1]).as_posix()
         figures = panel(player, "report", seed=SEED)
-        changes = {key: change(base, player, key, "report", seed=SEED) for key in FIGURES} if folder else {}
-        name = folder.relative_to(run_of(folder).path.parents[1]).as_posix() if folder else "base"
+        changes = {
+            other: {key: change(before, player, key, "report", seed=SEED) for key in FIGURES}
+            for other, before in others.items()
+        }
         content["players"][name] = {"figures": {key: figures[key] for key in FIGURES}, "changes": changes}
         say(f"{name}: " + ", ".join(f"{key} {figures[key].told(spec)}" for key, spec in FIGURES.items()))
-        say("  change: " + ", ".join(f"{key} {figure.told('+.3f')}" for key, figure in changes.items()))
+        for other, found in changes.items():
+            say(f"  from {other}: " + ", ".join(f"{key} {figure.told('+.3f')}" for key, figure in found.items()))
+        if len(others) < 2:
+            others[name] = player
         if options.out:
             options.out.write_text(json.dumps(made_by("heldout") | content, indent=2) + "\n")
 

@@ -181,7 +181,7 @@ def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
             [nll] = [line.split(" | ")[2] for line in likelihood if line.startswith(f"| {player} |")]
             [others] = [line.split(" | ")[1:3] for line in changes if line.startswith(f"| {player} |")]
             assert f"| {seed} | {name} | {nll} | {' | '.join(others)} |" in page
-    for name in ("two-iterations", "two-turns", "rows-1024", "damaged"):
+    for name in ("two-iterations", "two-turns", "rows-1024", "damaged", "warm-start-4", "qwen-0.5b"):
         written = (ROOT / "docs" / "experiments" / f"{name}.md").read_text(encoding="utf-8")
         for title in ("Held-out rows: likelihood, and the game", "Held-out rows: what it writes"):
             assert written.partition(f"## {title}\n\n")[2].partition("\n\n")[0] in page
@@ -200,7 +200,7 @@ def test_the_table_of_more_held_out_rows_is_what_was_measured() -> None:
     assert f"NLL {nll}, two-sample AUC {auc}, F1 {f1}," in " ".join(page.split())
     assert {name.split("/")[1] for name in result["players"]} == {"seed=0", "seed=1", "seed=2"}
     for name, player in result["players"].items():
-        change = {key: Figure(*values) for key, values in player["changes"].items()}
+        change = {key: Figure(*values) for key, values in player["changes"]["base"].items()}
         if "iteration" in name:  # what the page says of all of them
             assert change["nll"].high < 0
             assert change["two_sample_auc"].high < 0
@@ -209,6 +209,22 @@ def test_the_table_of_more_held_out_rows_is_what_was_measured() -> None:
         who = "iteration 1" if "iteration" in name else "supervised, as long"
         tokens = Figure(*player["figures"]["tokens"]).told(".0f")
         assert f"| {name.split('seed=')[1][0]} | {who} | {changes} | {tokens} |" in page
+
+
+def test_another_model_on_more_rows_is_what_was_measured() -> None:
+    page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "docs" / "experiments" / "heldout-qwen.json").read_text(encoding="utf-8"))
+    base, played, trained = result["players"].values()
+    named = "nll", "two_sample_auc", "f1"
+    nll, auc, f1 = (Figure(*base["figures"][name]).told(".3f") for name in named)
+    assert f"untouched NLL {nll}, two-sample AUC {auc}, F1 {f1};" in " ".join(page.split())
+    for player, name in ((played, "iteration 0"), (trained, "supervised, as long")):
+        changes = " | ".join(Figure(*player["changes"]["base"][key]).told("+.3f") for key in named)
+        assert f"| {name} | {changes} | {Figure(*player['figures']['tokens']).told('.0f')} |" in page
+    against = [Figure(*trained["changes"]["qwen/iteration-0"][name]) for name in named]
+    assert [figure.high < 0 or figure.low > 0 for figure in against] == [True, False, True]
+    for figure in against:
+        assert figure.told("+.3f").replace("-", "−") in page
 
 
 def test_the_benchmark_on_the_page_is_what_was_computed() -> None:
