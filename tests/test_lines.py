@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Clock
-from made import PROMPT, meter_of_a_run, play, status_of
+from made import PROMPT, meter_of_a_run, midway, play, status_of
+from pages import blocks
 from rich.cells import cell_len
 
-from qspin.watch.lines import panel, plain_line, span
+from qspin.run_dir import RunDir
+from qspin.watch.lines import panel, plain_line, span, standing_lines
 from qspin.watch.meter import Meter
+from qspin.watch.status import Standing
 
 
 @pytest.fixture
@@ -132,3 +136,77 @@ def test_a_line_of_a_log_has_the_figures(meter: Meter, clock: Clock) -> None:
         "iteration 1 (2 of 3) · train: 3600/6000 pairs  ? left  run ? left  memory 5.2 of 15.5 GiB  loss 0.483  "
         "margin +0.840  real reward +0.300  generated reward -0.540  accuracy 77%"
     )
+
+
+# --- of a run from outside ---
+
+
+def shown(standing: Standing) -> list[str]:
+    return [line.plain for line in standing_lines(standing, RunDir(Path("runs/mine")), 80)]
+
+
+@pytest.mark.parametrize(
+    ("state", "process", "first"),
+    [
+        ("not started", None, "runs/mine: not started; nothing has been done here yet"),
+        ("starting", "process 7 on here", "runs/mine: starting (process 7 on here); it has begun no phase yet"),
+        ("running", "process 7 on here", "runs/mine: running (process 7 on here), as of 12 s ago"),
+        (
+            "paused",
+            "process 7 on here",
+            "runs/mine: paused (process 7 on here), as of 12 s ago; fg in its terminal, or kill -CONT with its number, "
+            "lets it go on",
+        ),
+        (
+            "stopped",
+            None,
+            "runs/mine: stopped 12 s ago; the command that started it goes on from the last finished piece",
+        ),
+        ("finished", None, "runs/mine: finished, 3 iterations"),
+    ],
+)
+def test_what_is_seen_of_a_run_from_outside(state: Any, process: str | None, first: str) -> None:
+    status = midway() if state not in {"not started", "starting"} else None
+    standing = Standing(state, process, 3, status, 12.0 if status else None, 2 if state == "finished" else None)
+    lines = shown(standing)
+    assert lines[0] == first
+    text = "\n".join(lines)
+    assert ("3600/6000 pairs" in text) == (status is not None)
+    assert ("left" in text) == (state == "running"), "a run that does nothing has no time left"
+    assert ("adapter: runs/mine/iteration-2/adapter" in text) == (state == "finished")
+
+
+def test_the_page_shows_what_status_shows() -> None:
+    standing = Standing("running", "process 4711 on laptop", 1, midway(), 2.0)
+    lines = [line.rstrip() for line in shown(standing)]
+    assert blocks("watching.md", "From another terminal")[-1] == "$ qspin status runs/mine\n" + "\n".join(lines) + "\n"
+
+
+def test_a_baseline_is_told_from_its_run() -> None:
+    own = midway()
+    round_of_it = replace(own, baseline=True, iterations=2)
+    standing = Standing("running", "process 7 on here", 3, round_of_it, 12.0)
+    first, panel_of_it, *_ = shown(standing)
+    assert first == "runs/mine: its baseline is running (process 7 on here), as of 12 s ago"
+    assert panel_of_it.startswith("supervised round 1 (2 of 2) · train  ━")
+    standing = Standing("finished", None, 3, own, 500.0, 2, (round_of_it, 12.0))
+    *before, last = shown(standing)
+    assert last == "baseline, 12 s ago: supervised round 1 (2 of 2) · train, 3600/6000 pairs"
+    assert before[2].startswith("iteration 1 (2 of 3) · train  ━")
+
+
+def test_a_run_that_was_paused_as_it_loaded_says_no_time() -> None:
+    [line] = shown(Standing("paused", "process 7 on here", 0, None, None))
+    advice = "fg in its terminal, or kill -CONT with its number, lets it go on"
+    assert line == f"runs/mine: paused (process 7 on here); {advice}"
+
+
+def test_a_run_that_stopped_before_its_first_phase_says_no_time() -> None:
+    standing = Standing("stopped", None, 0, None, None)
+    [line] = shown(standing)
+    assert line == "runs/mine: stopped; the command that started it goes on from the last finished piece"
+
+
+def test_one_iteration_is_one() -> None:
+    standing = Standing("finished", None, 1, None, None, 0)
+    assert shown(standing)[0] == "runs/mine: finished, 1 iteration"
