@@ -332,11 +332,17 @@ def test_two_at_once_and_a_run_that_goes_on_do_not_disturb_one_another(
     ready = prepare(config, datetime.date(2026, 1, 2))
     run(ready, alone.path, Silent())
     command = "eval", beside.path, "--tasks", ALL, "--include", tasks, "--iteration", "base,0"
-    with process(*command) as first, process(*command) as second:
-        for child in (first, second):
-            assert child.stdout.readline() == f"1 of 3: {CHOICES}\n"  # type: ignore[union-attr]
-        run(ready, beside.path, Silent())
-        ends = [child.communicate(timeout=300) for child in (first, second)]
+    with process(*command) as first:
+        try:
+            assert first.stdout.readline() == f"1 of 3: {CHOICES}\n"  # type: ignore[union-attr]
+            first.send_signal(signal.SIGSTOP)  # so that the second begins before the first has kept anything
+            second = process(*command)
+            assert second.stdout.readline() == f"1 of 3: {CHOICES}\n"  # type: ignore[union-attr]
+        finally:
+            first.send_signal(signal.SIGCONT)
+        with second:
+            run(ready, beside.path, Silent())
+            ends = [child.communicate(timeout=300) for child in (first, second)]
     shown = evaluated.out[evaluated.out.index("Benchmarks") :]
     for child, (out, err) in zip((first, second), ends, strict=True):
         assert child.returncode == 0, err

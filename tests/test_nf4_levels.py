@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import os
-import random
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
+from ptx import carried_out
 
 from qspin.layers.kernels import compiles, few, multipliable
 from qspin.layers.nf4_levels import look_up
 
 
-def carried_out(instructions: str, given: int) -> dict[str, int]:
-    """What the registers hold in the end, of PTX as its manual describes it; `given` is in $4."""
-    registers = {"$4": given}
-    for line in filter(None, map(str.strip, instructions.strip("{} ").split(";"))):
-        name, _, rest = line.partition(" ")
-        target, *operands = map(str.strip, rest.split(","))
-        if name == ".reg":
-            continue
-        values = [registers[operand] if operand in registers else int(operand, 0) for operand in operands]
-        assert all(0 <= value < 2**32 for value in values)
-        match name:
-            case "and.b32":
-                found = values[0] & values[1]
-            case "or.b32":
-                found = values[0] | values[1]
-            case "shr.b32":
-                found = values[0] >> values[1]
-            case "prmt.b32":
-                pool = [value >> 8 * byte & 255 for value in values[:2] for byte in range(4)]
-                chosen = [values[2] >> 4 * byte & 15 for byte in range(4)]
-                assert max(chosen) < 8, "a selector's highest bit means something else"
-                found = sum(pool[choice] << 8 * byte for byte, choice in enumerate(chosen))
-            case _:
-                raise AssertionError(line)
-        registers[target] = found
-    return registers
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_levels_are_those_of_bitsandbytes(dtype: torch.dtype) -> None:
-    levels = [level & 0xFFFF for level in bnb.get_4bit_type("nf4", device="cpu").to(dtype).view(torch.int16).tolist()]
-    chance = random.Random(0)
-    for _ in range(500):
-        packed = [chance.randrange(256) for _ in range(4)]
-        found = carried_out(look_up(dtype), sum(byte << 8 * place for place, byte in enumerate(packed)))
-        halves = [found[f"${register}"] >> shift & 0xFFFF for register in range(4) for shift in (0, 16)]
-        assert halves[:4] == [levels[byte >> 4] for byte in packed]
-        assert halves[4:] == [levels[byte & 15] for byte in packed]
+    levels = bnb.get_4bit_type("nf4", device="cpu").to(dtype).view(torch.int16).numpy().view(np.uint16)
+    packed = np.random.default_rng(0).integers(0, 256, (500, 4), np.uint8)
+    registers = carried_out(look_up(dtype), packed.view("<u4").ravel())
+    high, low = (
+        np.stack([registers[name] for name in names], 1).astype("<u4").view("<u2")
+        for names in (("$0", "$1"), ("$2", "$3"))
+    )
+    assert (high == levels[packed >> 4]).all()
+    assert (low == levels[packed & 15]).all()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from qspin.base import find_base
 from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.model import SlotModel
+from qspin.packing import pack_row
 from qspin.records import Pair
+from qspin.scoring import pair_logps
 
 ON_CUDA = [
     pytest.mark.gpu,
@@ -34,8 +37,25 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def load(folder: Path, backend: BackendName, *, dtype: str = "bfloat16", seed: int = 3, rank: int = 4) -> SlotModel:
+def load(
+    folder: Path,
+    backend: BackendName,
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 3,
+    rank: int = 4,
+    device: torch.device = CUDA,
+) -> SlotModel:
     config, slot = ModelConfig(id=str(folder), dtype=dtype), LoraConfig(rank=rank, alpha=2 * rank)  # type: ignore[arg-type]
-    model = SlotModel.load(find_base(config), config, slot, seed=0, device=CUDA, backend=backend)
+    model = SlotModel.load(find_base(config), config, slot, seed=0, device=device, backend=backend)
     model.set_adapter(moved_adapter(model, seed=seed))
     return model
+
+
+def computed(model: SlotModel, recomputed: int, pairs: Sequence[Pair] = PAIRS) -> tuple[Tensor, Tensor]:
+    """Log-probs of both sides of pairs, and the adapter's gradient."""
+    model.use_gradient_checkpointing(recomputed)
+    real, generated = pair_logps(model, pack_row(pairs, model.device, prefix=4))
+    (real - generated).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
+    return torch.cat([real, generated]).detach(), gradients

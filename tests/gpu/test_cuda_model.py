@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import moved_adapter
-from on_cuda import BACKENDS, CUDA, ON_CUDA, PAIRS, ROUNDING, load, relative
+from on_cuda import BACKENDS, CUDA, ON_CUDA, PAIRS, ROUNDING, computed, load, relative
 from torch import Tensor
 
 from qspin.config import BackendName
@@ -23,15 +23,6 @@ from qspin.packing import pack_row
 from qspin.scoring import pair_logps, score_pairs
 
 pytestmark = ON_CUDA
-
-
-def computed(model: SlotModel, recomputed: int) -> tuple[Tensor, Tensor]:
-    """Log-probs of both sides of PAIRS, and the adapter's gradient."""
-    model.use_gradient_checkpointing(recomputed)
-    real, generated = pair_logps(model, pack_row(PAIRS, CUDA, prefix=4))
-    (real - generated).sum().backward()
-    gradients = torch.cat([p.grad.flatten() for p in model.parameters.values() if p.grad is not None])
-    return torch.cat([real, generated]).detach(), gradients
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,129 @@
+"""What can be known of a GPU's kernels without one: what we call of Unsloth exists, with the arguments we give; what
+kernels in Triton compute; that ours compiles.
+
+Unsloth and Triton can be imported without a GPU. They are installed into a folder of their own for this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# what it imports, beside what qspin itself needs
+NEEDS = (
+    "unsloth_zoo", "trl<=1.15.0", "tyro", "docstring-parser", "shtab", "typeguard", "torchao", "cut_cross_entropy",
+    "hf_transfer", "msgspec", "json5", "structlog", "nest-asyncio", "einops", "sentencepiece", "protobuf", "wheel",
+    "triton==3.7.1",  # whose interpreter tests/gpu/interpreted.py completes
+)  # fmt: skip
+SIGNATURES = """
+import inspect, json
+from qspin.layers.backends import unsloth_kernels
+unsloth_kernels()
+import unsloth.kernels as kernels
+print(json.dumps({name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}))
+"""
+COMPILE = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from qspin.layers import nf4_product
+from qspin.layers.nf4_levels import look_up
+generation, dtype = int(sys.argv[1]), sys.argv[2]
+kernel = nf4_product._product
+short = {"bfloat16": "*bf16", "float16": "*fp16"}[dtype]
+pointers = {"packed": "*u8", "constants": "*u8", "codes": "*fp32", "groups": "*fp32", "offset": "*fp32", "y": "*fp32"}
+pointers |= dict.fromkeys(("x", "low", "b", "bias"), short)
+made = {}
+for rows in (32, 128):
+    outs, blocks, warps, _ = nf4_product._tile(rows)
+    fixed = {"NESTED": True, "BIASED": True, "ROWS": rows, "OUTS": outs, "RANK": 64, "BLOCK": 64, "BLOCKS": blocks}
+    fixed |= {"NESTED_BLOCK": 256, "LOOK_UP": look_up(getattr(torch, dtype))}
+    types = {name: "constexpr" if name in fixed else pointers.get(name, "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
+    source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=places)
+    options = {"num_warps": warps, "num_stages": nf4_product.STAGES}
+    done = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    multiplier = next(name for name in ("tcgen05.mma", "wgmma", "mma.sync", "none") if name in done.asm["ptx"] + "none")
+    made[rows] = {"shared": done.metadata.shared, "multiplier": multiplier, "code": len(done.asm["cubin"])}
+print(json.dumps(made))
+"""
+CALLED = {
+    "fast_dequantize": ["W", "quant_state", "use_global_buffer"],
+    "fast_rms_layernorm": ["layernorm", "X", "gemma"],
+    "fast_rope_embedding": ["Q", "K", "cos", "sin"],
+    "swiglu_fg_kernel": ["e", "g"],
+    "swiglu_DWf_DW_dfg_kernel": ["DW", "e", "g"],
+    "geglu_exact_forward_kernel": ["gate", "up"],
+    "geglu_exact_backward_kernel": ["DW", "e", "g"],
+    "geglu_approx_forward_kernel": ["gate", "up"],
+    "geglu_approx_backward_kernel": ["DW", "e", "g"],
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the oldest Unsloth that qspin allows."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (needed,) = extras["unsloth"]
+    folder = tmp_path_factory.mktemp("unsloth")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    done = subprocess.run(
+        [*install, needed.replace(">=", "=="), *NEEDS], capture_output=True, text=True, timeout=600, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"Unsloth is not to be had: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+def python(site: Path, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A process that has the packages of `site`."""
+    path = os.pathsep.join([str(ROOT), str(site), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | {"PYTHONPATH": path, "UNSLOTH_ALLOW_CPU": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        cwd=folder,
+        check=False,
+    )
+
+
+def test_what_we_call_is_there(site: Path, tmp_path: Path) -> None:
+    done = python(site, tmp_path, "-c", SIGNATURES % list(CALLED))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not list(tmp_path.iterdir()), "it leaves its own files where the user works"
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, arguments in CALLED.items():
+        assert [argument for argument in found[name] if argument in arguments] == arguments, name
+    assert found["fast_dequantize"][:2] == ["W", "quant_state"]  # given by position
+
+
+def test_kernels_compute_what_they_should(site: Path, tmp_path: Path) -> None:
+    """Those written in Triton, ours and Unsloth's, carried out by its interpreter."""
+    tests = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "made")]
+    done = python(site, tmp_path, "-m", "pytest", *options, tests, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("generation", "multiplier"), [(90, "wgmma"), (100, "tcgen05.mma")])
+def test_ours_compiles(generation: int, multiplier: str, dtype: str, site: Path, tmp_path: Path) -> None:
+    """For the GPUs that it is the fastest on: into what they run, by their own multipliers, in the memory they have."""
+    done = python(site, tmp_path, "-c", COMPILE, str(generation), dtype, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    made = json.loads(done.stdout)
+    assert made["32"]["multiplier"] == "mma.sync"  # the others are for 64 outputs or more
+    assert made["128"]["multiplier"] == multiplier
+    for kernel in made.values():
+        assert kernel["code"] > 0
+        assert kernel["shared"] < 227 * 1024
