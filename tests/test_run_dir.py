@@ -57,7 +57,7 @@ def test_a_second_process_is_refused_at_once_and_told_who_works_there(
 ) -> None:
     started = time.monotonic()
     message = refusal(tmp_path / "run")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     by = f"process {holder.pid} on {socket.gethostname()}"
     assert message == f"{tmp_path / 'run'}: {by} is working here; wait for it or choose another --out"
     # nor has it written its own name over the holder's
@@ -205,7 +205,7 @@ def test_whoever_has_just_taken_the_lock_is_waited_for_to_give_its_name(tmp_path
     assert late.stdout.readline() == "held\n"
     started = time.monotonic()
     message = refusal(tmp_path)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     late.kill()
     late.communicate()
     assert f"process {late.pid} on " in message

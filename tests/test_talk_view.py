@@ -58,9 +58,10 @@ def test_two_columns_show_the_ends_while_they_grow_and_then_all() -> None:
         for number in range(30):
             piece(0, f"left {number}\n")
             piece(1, f"right {number}\n")
-        time.sleep(3 / talk_view.FRAMES)
-        live = console.file.getvalue()
-    assert "left 29" in live
+        deadline = time.monotonic() + BUSY
+        while "left 29" not in (live := console.file.getvalue()):
+            assert time.monotonic() < deadline
+            time.sleep(1 / talk_view.FRAMES)
     assert "left 5 " not in live, "more than the screen has room for"
     final = console.file.getvalue()[len(live) :].splitlines()
     for number in range(30):
