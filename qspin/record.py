@@ -149,7 +149,7 @@ def load_recorded(run_dir: RunDir, base: Base, config: RunConfig, device: torch.
     """
     record = run_dir.read_record()
     torch.set_num_threads(record["threads"])  # 16-bit rounding and the constants of NF4 depend on it
-    backend = record.get("backend", "transformers")  # the only one when runs did not tell
+    backend = record.get("backend", "transformers")  # a run that was cut off before it chose has none
     if unsloth_missing(device):  # another machine's kernels: the same within rounding
         backend = "transformers"
     try:

@@ -142,7 +142,7 @@ def _lineage(record: dict[str, Any]) -> list[tuple[str, str]]:
         "format": data["format"],
         "rows left out": data["rejected_rows"],
         "qspin": record["qspin"],
-        "kernels": record.get("backend", "transformers"),
+        "kernels": record["backend"],
         **record["versions"],
     }
     return [(name, visible(str(value))) for name, value in told.items()]

@@ -165,12 +165,7 @@ def _backend(config: RunConfig, run_dir: RunDir, device: torch.device, progress:
         QspinError: it can't be had here, or another is asked for now.
     """
     asked = config.model.backend
-
-    def choose() -> BackendName:
-        began = "base_hash" in run_dir.read_record()  # before runs told: there was one backend
-        return "transformers" if began else choose_backend(asked, device)[0]
-
-    backend: BackendName = remembered(run_dir, "backend", choose)
+    backend: BackendName = remembered(run_dir, "backend", lambda: choose_backend(asked, device)[0])
     if asked not in {"auto", backend}:
         raise QspinError(
             f"model.backend: {run_dir.path} began with {backend}, and other kernels round differently; go on with "
