@@ -58,7 +58,7 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise QspinError(f"{path}: no such file; check the path{where}")
     if path.suffix.lower() not in READERS:
         known = ", ".join(READERS)
-        ending = f"{path.suffix} is not" if path.suffix else "has no extension, which must be"
+        ending = f"{path.suffix} is not" if path.suffix else "no extension, which must be"
         raise QspinError(f"{path}: {ending} one of {known}; unpack, convert or rename it")
     return READERS[path.suffix.lower()](path)
 

@@ -184,7 +184,7 @@ FATAL_FILES = [
     ("e.csv", b"prompt,completion,prompt\na,b,c\n", "two columns are called 'prompt'; rename one"),
     ("e.parquet", b"", "cannot be read after row 0 (Parquet file size is 0 bytes); write it anew"),
     ("e.txt", b"Hi", ".txt is not one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
-    ("rows", b"{}", "has no extension, which must be one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
+    ("rows", b"{}", "no extension, which must be one of .jsonl, .json, .csv, .parquet; unpack, convert or rename it"),
 ]  # fmt: skip
 
 
