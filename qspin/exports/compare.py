@@ -57,7 +57,7 @@ def _only_rounding(check: dict[str, Any]) -> bool:
     """Whether the weights are those that were trained, unrounded, and the run computed with them in 16 bits: its own
     rounding is all that the figures can differ by, which may be more than a merge onto other weights changes."""
     exact = check.get("onto") == "dequantised" and check["dtype"] in UNROUNDED
-    return exact and check.get("trained_in", "float32") != "float32"  # before it was written down, it was not known
+    return exact and check["trained_in"] != "float32"
 
 
 def summary(check: dict[str, Any]) -> str:

@@ -14,8 +14,6 @@ from qspin.layers.attention import Lengths, Packed, Rules, _SpanAttention
 from qspin.layers.kernels import Kernels
 
 pytestmark = ON_CUDA
-if torch.cuda.is_available():
-    pass
 
 
 @pytest.mark.parametrize("prefix", [0, 17])

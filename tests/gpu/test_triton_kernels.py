@@ -107,7 +107,7 @@ def test_norm_kernel(one_plus: bool) -> None:
 
 
 @unsloth_only
-def test_rotary_kernel() -> None:
+def test_rotary_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     q, k = (torch.randn(1, 60, heads, 64, device=DEVICE, dtype=DTYPES[0]).transpose(1, 2) for heads in (6, 2))
     # of either half of a head the same
@@ -117,7 +117,9 @@ def test_rotary_kernel() -> None:
     own = getattr(modeling_llama.apply_rotary_pos_emb, "own", modeling_llama.apply_rotary_pos_emb)
     kernel = unsloth_kernels().rotary(own)
     assert kernel is not None
+    monkeypatch.setattr(Tensor, "is_cuda", True)  # else the model's own rotates
     wanted, found = own(*leaves, cos, sin), kernel(*(x * 1 for x in ours), cos, sin)
+    assert type(found[0].grad_fn) is not type(wanted[0].grad_fn), "it was not the kernel"
     for one, other in zip(found, wanted, strict=True):
         assert relative(one, other) < CLOSE[DTYPES[0]]
     for one, other in zip(
