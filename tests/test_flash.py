@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import plain_flash
 import pytest
 import torch
 from torch import Tensor
@@ -45,46 +45,12 @@ def test_gradients_go_to_the_places_that_were_read(prefix: int) -> None:
     assert torch.equal(spans.gather_backward(rounded), wanted.bfloat16()), "rounded more than once"
 
 
-def attention(
-    query: Tensor, key: Tensor, value: Tensor, ends: tuple[Tensor, Tensor], scale: float, left: int
-) -> Tensor:  # (T, H, D), (S, Hkv, D), (S, Hkv, D) → (T, H, D)
-    """What the kernel says that it computes: a sequence's last query sees its last key."""
-    repeats, outputs = query.shape[1] // key.shape[1], []
-    for (q_start, q_end), (k_start, k_end) in zip(*map(itertools.pairwise, ends), strict=True):
-        q, k, v = (x.transpose(0, 1) for x in (query[q_start:q_end], key[k_start:k_end], value[k_start:k_end]))
-        scores = scale * q @ k.repeat_interleave(repeats, 0).transpose(1, 2)  # (H, t, s)
-        apart = torch.arange(k.shape[1] - q.shape[1], k.shape[1])[:, None] - torch.arange(k.shape[1])
-        seen = (apart >= 0) & ((apart <= left) | (left < 0))
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        outputs.append((weights @ v.repeat_interleave(repeats, 0)).transpose(0, 1))
-    return torch.cat(outputs)
-
-
 @pytest.fixture
 def kernel() -> Iterator[None]:
-    """A CPU has none: one in its place, of plain products."""
-
-    def forward(
-        query: Tensor, key: Tensor, value: Tensor, query_ends: Tensor, key_ends: Tensor, *_: Any,
-        scale: float, window_size_left: int, window_size_right: int,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        assert window_size_right == 0
-        output = attention(query, key, value, (query_ends, key_ends), scale, window_size_left)
-        return output, *torch.zeros(4, 1).unbind()
-
-    def backward(
-        grad: Tensor, query: Tensor, key: Tensor, value: Tensor, _output: Tensor, _sums: Tensor, query_ends: Tensor,
-        key_ends: Tensor, *_: Any, scale: float, window_size_left: int, window_size_right: int,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        assert window_size_right == 0
-        leaves = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-        with torch.enable_grad():
-            output = attention(*leaves, (query_ends, key_ends), scale, window_size_left)
-        return torch.autograd.grad(output, leaves, grad)
-
+    """A CPU has none: one in its place."""
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_flash_attention_forward", forward, "AutogradCPU")
-        library.impl("_flash_attention_backward", backward, "AutogradCPU")
+        library.impl("_flash_attention_forward", plain_flash.forward, "AutogradCPU")
+        library.impl("_flash_attention_backward", plain_flash.backward, "AutogradCPU")
         yield
 
 

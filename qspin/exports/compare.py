@@ -205,7 +205,8 @@ def read_exported(model: Any, trained: Trained) -> Reading:
         eos_token_id=stops,
         pad_token_id=stops[0],
     )
-    device = trained.device if hasattr(model, "hf_device_map") else torch.device("cpu")
+    embeddings = model.get_input_embeddings().weight
+    device = trained.device if embeddings.is_meta else embeddings.device  # meta: copied over when it is needed
     reading = Reading()
     for row in trained.rows:
         reading.add(_logits(model, row, device), row.real_ids)

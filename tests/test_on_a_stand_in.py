@@ -1,0 +1,87 @@
+"""Code for a GPU where there is none, on a device that stands in for one (stand_in/): tests for a GPU, and commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+HERE = Path(__file__).parent
+PLACES = [HERE / "stand_in", HERE]
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+Python = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Python:
+    """A process that has the device."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        pytest.skip("there is no g++ on Linux to build the device with (tests/stand_in/device.cpp)")
+    built = tmp_path_factory.mktemp("stand-in") / "device.so"
+    torch_home = Path(torch.__file__).parent
+    includes = [f"-I{torch_home / 'include' / sub}" for sub in ("", "torch/csrc/api/include")]
+    libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-lc10", "-ltorch_cpu"]
+    build = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *includes, str(HERE / "stand_in" / "device.cpp")]
+    done = subprocess.run([*build, "-o", str(built), *libraries], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = os.pathsep.join([*map(str, PLACES), os.environ.get("PYTHONPATH", "")])
+
+    def python(*arguments: str | Path, memory: float = 4) -> subprocess.CompletedProcess[str]:
+        environment = {"PYTHONPATH": path, "STAND_IN": str(built), "STAND_IN_GIB": str(memory), "COLUMNS": "200"}
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env=os.environ | environment,
+            cwd=ROOT,
+            check=False,
+        )
+
+    return python
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu/test_cuda_kernels", "gpu/test_cuda_model", "gpu/test_cuda_out_of_memory", "gpu/test_cuda_runs"]
+)
+def test_as_on_a_gpu(name: str, on_stand_in: Python, tmp_path: Path) -> None:
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "made"]
+    done = on_stand_in("-m", "pytest", *options, HERE / f"{name}.py")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
+    skips = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert all(line.endswith("no Unsloth here") for line in skips)
+
+
+def test_commands_after_a_run(on_stand_in: Python, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = tmp_path / "run"
+
+    def qspin(*arguments: str | Path) -> str:
+        done = on_stand_in("-m", "qspin", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    settings = ["data.heldout_rows=4", "generation.max_new_tokens=8", "train.batch_size=4", "sft.epochs=1"]
+    qspin(
+        "run", "smollm2-135m", "--model", tiny_folder("llama"), "--data", tmp_path / "rows.jsonl", "--out", run,
+        "--iterations", "1", *(part for setting in settings for part in ("--set", setting)),
+    )  # fmt: skip
+    assert "stand-in" in json.loads((run / "run.json").read_text())["quantised_by"]
+    qspin("baseline", run)
+    for to in ("merged-16bit", "merged-4bit"):
+        assert "exported: " in qspin("export", run, "--to", to, "--out", tmp_path / to)
+    exact = ("--onto", "dequantised", "--dtype", "float32")
+    qspin("export", run, "--to", "merged-16bit", *exact, "--out", tmp_path / "exact")
+    check = json.loads((tmp_path / "exact" / "merge-check.json").read_text())
+    assert abs(check["nll_difference"]) < 0.02  # bfloat16's rounding
