@@ -206,7 +206,9 @@ def small_run(model: Path, data: Path, rows: int, aside: str = "") -> dict[str, 
 
 def played_small(model: Path, folder: Path) -> RunDir:
     """Two iterations of a `small_run`, to its end."""
-    config = load_config(None, small_run(model, folder / "rows.jsonl", rows=18) | {"iterations": 2})
+    # of one type, or what it says would depend on the processor
+    settings = {"iterations": 2, "model.dtype": "bfloat16"}
+    config = load_config(None, small_run(model, folder / "rows.jsonl", rows=18) | settings)
     run(prepare(config, datetime.date(2026, 1, 2)), folder / "run", Silent())
     return RunDir(folder / "run")
 

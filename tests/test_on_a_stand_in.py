@@ -1,4 +1,4 @@
-"""Code for a GPU where there is none, on a device that stands in for one (stand_in/): tests for a GPU, and commands."""
+"""Code for a GPU where there is none, on a device that stands in for one (stand_in/): its tests, and commands."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from stand_in.device import environment
 
 HERE = Path(__file__).parent
-PLACES = [HERE / "stand_in", HERE]
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,23 +26,15 @@ def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Python:
     """A process that has the device."""
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("there is no g++ on Linux to build the device with (tests/stand_in/device.cpp)")
-    built = tmp_path_factory.mktemp("stand-in") / "device.so"
-    torch_home = Path(torch.__file__).parent
-    includes = [f"-I{torch_home / 'include' / sub}" for sub in ("", "torch/csrc/api/include")]
-    libraries = [f"-L{torch_home / 'lib'}", f"-Wl,-rpath,{torch_home / 'lib'}", "-lc10", "-ltorch_cpu"]
-    build = ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", *includes, str(HERE / "stand_in" / "device.cpp")]
-    done = subprocess.run([*build, "-o", str(built), *libraries], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    path = os.pathsep.join([*map(str, PLACES), os.environ.get("PYTHONPATH", "")])
+    given = environment(tmp_path_factory.mktemp("stand-in"), gib=4)
 
-    def python(*arguments: str | Path, memory: float = 4) -> subprocess.CompletedProcess[str]:
-        environment = {"PYTHONPATH": path, "STAND_IN": str(built), "STAND_IN_GIB": str(memory), "COLUMNS": "200"}
+    def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=900,
-            env=os.environ | environment,
+            env=os.environ | given | {"COLUMNS": "200"},
             cwd=ROOT,
             check=False,
         )
@@ -78,7 +70,6 @@ def test_commands_after_a_run(on_stand_in: Python, tiny_folder: Callable[[str], 
         "--iterations", "1", *(part for setting in settings for part in ("--set", setting)),
     )  # fmt: skip
     assert "stand-in" in json.loads((run / "run.json").read_text())["quantised_by"]
-    qspin("baseline", run)
     for to in ("merged-16bit", "merged-4bit"):
         assert "exported: " in qspin("export", run, "--to", to, "--out", tmp_path / to)
     exact = ("--onto", "dequantised", "--dtype", "float32")

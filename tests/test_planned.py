@@ -39,7 +39,8 @@ def test_the_engine_chooses_what_was_planned(
 ) -> None:
     """For rows of one length and the same room, where a measurement is what was predicted."""
     lengths = Lengths(20, 60, 50)
-    config = load_config(None, {"model.id": str(tiny_folder("llama")), "generation.max_new_tokens": 50})
+    model_settings = {"model.id": str(tiny_folder("llama")), "model.dtype": "bfloat16"}  # HERE's
+    config = load_config(None, model_settings | {"generation.max_new_tokens": 50})
     rows = Rows(((20, 60),) * 64, 0, "made up")
     monkeypatch.setitem(A_PASS, "cpu", a_pass)
     monkeypatch.setattr(Footprint, "holes", lambda *_: 0)  # which show in measurements alone
