@@ -42,6 +42,23 @@ def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Python:
     return python
 
 
+# what is wrong on a GPU, and what is said of it
+WRONG = {
+    "torch.ones(3, device='cuda').index_select(0, torch.tensor([0]))": "at least two devices",
+    "torch.full((2,), 1.0, device='cuda') @ torch.ones(2)": "at least two devices",
+    "torch.empty(2**31, device='cuda')": "CUDA out of memory",
+    "assert not torch.empty(9, device='cuda').isnan().any()": "AssertionError",
+    "x = torch.ones(1, device='cuda'); torch.cuda.graph(torch.cuda.CUDAGraph()).__enter__(); x.item()": "capturing",
+}
+
+
+@pytest.mark.parametrize("code", WRONG)
+def test_control_what_is_wrong_on_a_gpu_fails(code: str, on_stand_in: Python) -> None:
+    done = on_stand_in("-c", f"import torch; {code}")
+    assert done.returncode == 1
+    assert WRONG[code] in done.stderr
+
+
 @pytest.mark.parametrize(
     "name", ["gpu/test_cuda_kernels", "gpu/test_cuda_model", "gpu/test_cuda_out_of_memory", "gpu/test_cuda_runs"]
 )

@@ -203,16 +203,14 @@ struct Recorded {
   std::vector<std::pair<size_t, Tensor>> made; // by its number among the results
 };
 
-struct Recording {
-  std::vector<Recorded> steps;
-};
+using Recording = std::vector<Recorded>;
 
 std::unordered_map<int64_t, Recording> recordings;
 Recording* under_way = nullptr;
 
 void replay(int64_t number) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  for (auto& step : recordings.at(number).steps) {
+  for (auto& step : recordings.at(number)) {
     Stack stack(step.arguments.begin(), step.arguments.end());
     step.op.callBoxed(&stack);
     for (auto& [index, target] : step.made) {
@@ -269,7 +267,7 @@ class Call {
       for (auto& given : given_) {
         kept.push_back(given.original);
       }
-      under_way->steps.push_back({op_, std::move(arguments), std::move(kept), std::move(made_)});
+      under_way->push_back({op_, std::move(arguments), std::move(kept), std::move(made_)});
     }
   }
 
