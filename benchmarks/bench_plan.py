@@ -46,12 +46,13 @@ ROOMY = Machine("made up", "cpu", 8 * GIB, 2, 1e12, 1e10, measured=True)
 TENSORS = ("gradients", "optimiser (adamw)", "activations kept", "a layer's backward pass, or the head")
 HOLES = "holes in the heap"
 ROWS, HELDOUT = 32, 8
+LAYERS = 16  # all of Llama 3.2 1B's
 
 
 class Case(NamedTuple):
     """Training to measure: steps of two micro-batches, of pairs of one length (prompt, real, generated)."""
 
-    billion: bool  # Llama 3.2 1B's shape with random weights, else SmolLM2-135M
+    layers: int | None  # so many of Llama 3.2 1B's, of random weights; None: SmolLM2-135M
     lengths: tuple[int, int, int]
     pairs: int  # a micro-batch
     checkpointing: bool
@@ -67,10 +68,10 @@ class Bytes(NamedTuple):
 
 
 CASES = {
-    "SmolLM2-135M, 1,500 tokens at once": Case(False, (40, 220, 240), 3, checkpointing=False, steps=4),
-    "the same with gradient checkpointing": Case(False, (40, 220, 240), 3, checkpointing=True, steps=4),
-    "Llama 3.2 1B's shape, 280 tokens at once": Case(True, (20, 120, 140), 1, checkpointing=False, steps=4),
-    "Llama 3.2 1B's shape with gradient checkpointing": Case(True, (20, 120, 140), 1, checkpointing=True, steps=4),
+    "SmolLM2-135M, 1,500 tokens at once": Case(None, (40, 220, 240), 3, checkpointing=False, steps=4),
+    "the same with gradient checkpointing": Case(None, (40, 220, 240), 3, checkpointing=True, steps=4),
+    "Llama 3.2 1B's shape, 280 tokens at once": Case(LAYERS, (20, 120, 140), 1, checkpointing=False, steps=4),
+    "Llama 3.2 1B's shape with gradient checkpointing": Case(LAYERS, (20, 120, 140), 1, checkpointing=True, steps=4),
 }
 
 
@@ -117,10 +118,10 @@ def _config(case: Case, scratch: Path) -> RunConfig:
         "train.gradient_checkpointing": case.checkpointing,
         "train.epochs": case.steps,
     }
-    if not case.billion:
+    if case.layers is None:
         return load_config("smollm2-135m", settings)
     folder = scratch / "model"
-    save_random(A_BILLION, folder)
+    save_random(shaped(case.layers), folder)
     return load_config(None, {**settings, "model.id": str(folder)})
 
 
@@ -208,16 +209,18 @@ def some_pairs(lengths: Sequence[tuple[int, int, int]]) -> list[Pair]:
     return [Pair(str(n), 0, *(tokens(count) for count in group), ended=True) for n, group in enumerate(lengths)]
 
 
-A_BILLION = transformers.LlamaConfig(
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    tie_word_embeddings=True,
-)
+def shaped(layers: int) -> transformers.LlamaConfig:
+    """Llama 3.2 1B's shape, of so many of its 16 layers."""
+    return transformers.LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
 
 
 def save_random(config: Any, folder: Path) -> None:

@@ -29,7 +29,6 @@ PROMPTS, NEW_TOKENS = 5, 12  # benchmarks/bench_export.py has more of both, and 
 KINDS = [  # target, onto, dtype, whether its answers must be the trained model's
     ("merged-16bit", "dequantised", "float32", True),
     ("gguf", "dequantised", "f32", True),
-    ("merged-16bit", "dequantised", None, False),
     ("merged-16bit", "original", None, False),
     ("merged-4bit", "original", None, False),
     ("ollama", "original", "q8_0", False),

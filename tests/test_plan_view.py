@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bench_plan import A_BILLION
+from bench_plan import LAYERS, shaped
 from command_line import call
 from conftest import HOUSE_STYLE, ROOT
 
@@ -107,9 +107,9 @@ def test_a_mixture_of_experts_is_not_planned_for(experts: str, tmp_path: Path) -
     """Its experts aren't in 4 bits, so that what would be planned is a small part of what it takes."""
     config = tmp_path / "mine.yaml"
     config.write_text(f"model:\n  id: {tmp_path}\n")
-    (tmp_path / "config.json").write_text(json.dumps({**A_BILLION.to_dict(), experts: 0}))
+    (tmp_path / "config.json").write_text(json.dumps({**shaped(LAYERS).to_dict(), experts: 0}))
     assert call("plan", config, "--vram", "8").code == 0
-    (tmp_path / "config.json").write_text(json.dumps({**A_BILLION.to_dict(), experts: 8}))
+    (tmp_path / "config.json").write_text(json.dumps({**shaped(LAYERS).to_dict(), experts: 8}))
     answer = call("plan", config, "--vram", "8")
     assert answer.code == 1
     assert answer.err.startswith(f"error: {tmp_path}/config.json: a mixture of experts")

@@ -6,9 +6,12 @@ that was never written, asks for more than there is, or looks at numbers while a
 GPU's own kernels compute, and how fast, is not seen.
 """
 
+import contextlib
 import ctypes
 import itertools
 import os
+import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 LIBRARY = ctypes.CDLL(os.environ["STAND_IN"], ctypes.RTLD_GLOBAL)  # before torch asks who is there
@@ -28,6 +31,21 @@ class Stream:
     """Nothing waits for anything."""
 
 
+@contextlib.contextmanager
+def signals_after() -> Iterator[None]:
+    """As a GPU replays a graph in one call, while some operations here are Python."""
+    came: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
 class Graph:
     """What was recorded, carried out again in the same memory."""
 
@@ -41,7 +59,8 @@ class Graph:
         LIBRARY.end()
 
     def replay(self) -> None:
-        LIBRARY.play(self._number)
+        with signals_after():
+            LIBRARY.play(self._number)
 
     def pool(self) -> tuple[int, int]:
         return 0, 0
