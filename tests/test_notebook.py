@@ -11,7 +11,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "selfplay.ipynb"
 # what makes it a matter of seconds
-SMALL = {"data.limit": 10, "data.heldout_rows": 6, "generation.max_new_tokens": 8, "iterations": 1}
+SMALL = {"data.limit": 7, "data.heldout_rows": 4, "generation.max_new_tokens": 8, "iterations": 1}
 
 
 def tagged(cell: Any, tag: str) -> bool:
