@@ -45,6 +45,7 @@ from gpu_cases import (
     computed_tokens,
     make_rows,
     measure_lengths,
+    planned_training,
     read_pairs,
     with_models,
 )
@@ -56,7 +57,6 @@ from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
 from qspin.config import LoraConfig, ModelConfig, TrainConfig
 from qspin.errors import QspinError
-from qspin.fitting.footprint import Batch
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.generation import Request, generate
 from qspin.machine import copy_rate, product_rate
@@ -270,10 +270,8 @@ def training(model: SlotModel, pairs: list[Pair], share: Share) -> dict[str, Any
             model, task, config, snapshots=Path(snapshots), on_step=lambda _m, _p: ends.append(time.perf_counter())
         )
     found["train"] = _peaks(started)
-    longest = max((m for b in batches for m in b), key=lambda m: sum(tokens[i] for i in m))
-    held = Batch.of([(lengths[i].prompt, lengths[i].real, lengths[i].generated) for i in longest])
-    planned = model.footprint.gradients() + model.footprint.optimizer(config.optimizer)
-    found["train"]["planned, GiB"] = (loaded + planned + model.footprint.activations(held)) / GIB
+    planned = planned_training(model, pairs, batches, config.optimizer)
+    found["train"]["planned, GiB"] = (loaded + planned) / GIB
     sizes = [sum(map(len, batch)) for batch in batches]
     work = [sum(tokens[i] for m in batch for i in m) for batch in batches]
     seconds = [after - before for before, after in itertools.pairwise(ends)]

@@ -9,16 +9,20 @@ import os
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
 from harness import say
-from table import FIXED_STEPS
+from table import FIXED, FIXED_STEPS
 
 from qspin.config import Architecture, Auto, load_config
 from qspin.errors import QspinError
+from qspin.fitting.footprint import Batch
+from qspin.model import SlotModel
+from qspin.packing import Plan, lengths_of
 from qspin.records import Pair
 
 MODELS = {  # as results call them → the preset whose shape they have
@@ -69,7 +73,7 @@ class Peer:
     fused_loss: bool = False  # Unsloth's own, a part of the logits at a time
 
 
-FIXED, LONG, REAL = "256+256+256", "1024+512+512", "real"
+LONG, REAL = "1024+512+512", "real"
 BOTH = "both"  # a peer's: some of FIXED, then REAL
 # 4.7, 6.7, 10.7 and 14.7 GiB: cards of 6, 8, 12 and 16 less 0.8 for CUDA's context, as measured, and 0.5 for a desktop
 CASES = {
@@ -126,7 +130,7 @@ PEERS = {
 
 def model_config(shape: Architecture) -> Any:
     """A transformers configuration of this shape; what the shape does not tell is the family's default."""
-    return transformers.AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         shape.family,
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -136,7 +140,12 @@ def model_config(shape: Architecture) -> Any:
         head_dim=shape.head_size,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied_embeddings,
+        max_position_embeddings=32768,
+        dtype="bfloat16",
     )
+    if shape.family == "mistral":
+        config.sliding_window = None  # as from version 0.2 on
+    return config
 
 
 def make_model(name: str, folder: Path) -> float:
@@ -153,9 +162,6 @@ def make_model(name: str, folder: Path) -> float:
     if free < need:
         raise QspinError(f"{folder}: {need / 1e9:.0f} GB are needed there, and {free / 1e9:.0f} are free")
     config = model_config(shape)
-    config.dtype, config.max_position_embeddings = "bfloat16", 32768
-    if shape.family == "mistral":
-        config.sliding_window = None  # as from version 0.2 on
     with torch.device("cuda"):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -196,6 +202,15 @@ def make_rows(kind: str, lengths: Path, scratch: Path, batch: int = BATCH) -> st
             sides = ([chance.randrange(5, 32000) for _ in range(count)] for count in shape)
             file.write(json.dumps(dict(zip(("prompt", "real", "generated"), sides, strict=True))) + "\n")
     return str(path)
+
+
+def planned_training(model: SlotModel, pairs: Sequence[Pair], batches: Plan, optimizer: str) -> float:
+    """Bytes above the loaded model that training is planned to take."""
+    longest = max((m for b in batches for m in b), key=lambda m: sum(lengths_of(pairs[i]).total for i in m))
+    lengths = [lengths_of(pairs[i]) for i in longest]
+    held = Batch.of([(length.prompt, length.real, length.generated) for length in lengths])
+    footprint = model.footprint
+    return footprint.gradients() + footprint.optimizer(optimizer) + footprint.activations(held)
 
 
 def measure_lengths(data: Path) -> list[tuple[int, int, int]]:

@@ -13,13 +13,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
+FIXED = "256+256+256"  # tokens of prompt, real and generated completion
 FIXED_STEPS = 5  # of a peer on a GPU, on rows of one length: seven, less two that compile kernels
 
 
 def peer_rates(peer: dict[str, Any]) -> dict[str, float]:
     """Pairs a second on the kinds of rows that it trained on, three steps left out where new lengths begin."""
     batch, seconds = peer["batch"], peer["measured"]["training"]["each_step_seconds"]  # the first two left out
-    timed = {"256+256+256": seconds[:FIXED_STEPS], "real": seconds[FIXED_STEPS + 3 :]}
+    timed = {FIXED: seconds[:FIXED_STEPS], "real": seconds[FIXED_STEPS + 3 :]}
     if peer["rows"] == "real":
         timed = {"real": seconds}
     return {kind: batch * len(steps) / sum(steps) for kind, steps in timed.items()}
@@ -154,8 +155,8 @@ def gpu() -> str:
     measured, peers = cases["qspin"]["measured"], settings(cases)
     rows = [("", "qspin", "GiB", "TRL on Unsloth", "GiB", "ratio"), ("---",) * 6]
     trained = {
-        "256 + 256 + 256 tokens, all layers recomputed": ("22 GiB", "256+256+256"),
-        "256 + 256 + 256 tokens, `auto`": ("22 GiB, auto", "256+256+256"),
+        "256 + 256 + 256 tokens, all layers recomputed": ("22 GiB", FIXED),
+        "256 + 256 + 256 tokens, `auto`": ("22 GiB, auto", FIXED),
         "real lengths, all layers recomputed": ("22 GiB", "real"),
         "real lengths, `auto`": ("22 GiB, auto", "real"),
     }
@@ -190,7 +191,7 @@ def gpu_peers() -> str:
         rows.append(
             (
                 label,
-                *(_three(rates[kind]) if kind in rates else "" for kind in ("256+256+256", "real")),
+                *(_three(rates[kind]) if kind in rates else "" for kind in (FIXED, "real")),
                 f"{found['training']['peak_allocated_bytes'] / GIB:.1f}",
                 _three(generated["new_tokens_a_second"]) if generated else "",
             )
@@ -203,12 +204,32 @@ def gpu_memory() -> str:
     rows = [("model's shape", "cap on the allocator", "phase", "planned, GiB", "measured", "reserved"), ("---",) * 6]
     for name, case in _read("gpu", "cuda")["cases"].items():
         if name.startswith("qspin") and case["backend"] == "unsloth":
-            model = case["model"] if case["rank"] == 16 else f"{case['model']}, rank {case['rank']}"
             for share in case["shares"]:
                 for phase, found in _phases(case["measured"].get(share, {})):  # not all need have been asked for
                     figures = (found[key] for key in ("planned, GiB", "allocated, GiB", "reserved, GiB"))
-                    rows.append((model, share, phase, *(f"{size:.2f}" for size in figures)))
+                    rows.append((_shape(case), share, phase, *(f"{size:.2f}" for size in figures)))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def gpu_counted() -> str:
+    """What was counted without a GPU beside what one took for the same, for docs/fitting.md."""
+    cases = _read("gpu", "cuda")["cases"]
+    rows = [("model's shape", "cap on the allocator", "", "counted, GiB", "measured"), ("---",) * 5]
+    for name, counted in _read("gpu_memory")["cases"].items():
+        case = cases[name]
+        for share in counted.keys() & case["shares"].keys():
+            found, there = case["measured"], case["measured"].get(share, {}).get(FIXED)
+            figures = {
+                "loaded": (counted["load"]["left, GiB"], found["load"]["left, GiB"]),
+                f"train, {FIXED}": (counted[share][FIXED]["train, GiB"], there and there["train"]["allocated, GiB"]),
+            }
+            for what, (here, other) in figures.items():  # what could not be trained there was loaded otherwise
+                rows.append((_shape(case), share, what, f"{here:.2f}", f"{other:.2f}" if there else ""))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def _shape(case: dict[str, Any]) -> str:
+    return case["model"] if case["rank"] == 16 else f"{case['model']}, rank {case['rank']}"
 
 
 def _phases(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -264,5 +285,6 @@ if __name__ == "__main__":
         gpu(),
         gpu_peers(),
         gpu_memory(),
+        gpu_counted(),
         sep="\n\n",
     )

@@ -93,3 +93,37 @@ def test_commands_after_a_run(on_stand_in: Python, tiny_folder: Callable[[str], 
     qspin("export", run, "--to", "merged-16bit", *exact, "--out", tmp_path / "exact")
     check = json.loads((tmp_path / "exact" / "merge-check.json").read_text())
     assert abs(check["nll_difference"]) < 0.02  # bfloat16's rounding
+
+
+COUNT = """
+import json, sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path[:0] = ["benchmarks", "tests"]
+import bench_gpu_memory as bench
+from conftest import TINY
+from gpu_cases import Case, Share
+
+bench.LIKE, bench.PROMPT, bench.NEW = 4, 40, 8
+bench.MODELS["tiny"] = "tiny"
+bench.load_config = lambda _name: SimpleNamespace(model=SimpleNamespace(architecture=TINY))
+share = Share(0.02, ("30+20+10", "real"), checkpointing=True, generate=True, optimizer="paged_adamw_8bit")
+case = Case("tiny", "unsloth", {"small": share, "auto": Share(1.0, (), checkpointing="auto")})
+options = SimpleNamespace(scratch=Path(sys.argv[1]), shares=None, out=Path(sys.argv[1]) / "counted.json")
+bench.make_model("tiny", options.scratch / "tiny")
+for _ in range(2):
+    bench.count(case, options)
+    print(json.dumps(json.loads(options.out.read_text())))
+    bench.compute_nothing()
+"""
+
+
+def test_memory_hangs_on_no_number(on_stand_in: Python, tmp_path: Path) -> None:
+    """What benchmarks/bench_gpu_memory.py counts, whose products compute nothing."""
+    done = on_stand_in("-c", COUNT, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    computed, counted = map(json.loads, done.stdout.splitlines())
+    assert computed["small"].keys() == {"generate", "30+20+10"}
+    assert computed["small"]["generate"]["width"] > 1
+    assert computed["small"]["30+20+10"]["train, GiB"] > computed["load"]["left, GiB"] > 0
+    assert counted == computed
