@@ -219,12 +219,12 @@ def gpu_counted() -> str:
         case = cases[name]
         for share in counted.keys() & case["shares"].keys():
             found, there = case["measured"], case["measured"].get(share, {}).get(FIXED)
-            figures = {
-                "loaded": (counted["load"]["left, GiB"], found["load"]["left, GiB"]),
-                f"train, {FIXED}": (counted[share][FIXED]["train, GiB"], there and there["train"]["allocated, GiB"]),
-            }
-            for what, (here, other) in figures.items():  # what could not be trained there was loaded otherwise
-                rows.append((_shape(case), share, what, f"{here:.2f}", f"{other:.2f}" if there else ""))
+            here = counted[share][FIXED]
+            loaded = f"{found['load']['left, GiB']:.2f}" if there else ""  # else it was loaded otherwise
+            trained = f"{there['train']['allocated, GiB']:.2f}, {there['budget']['tokens']:,} tokens" if there else ""
+            rows.append((_shape(case), share, "loaded", f"{counted['load']['left, GiB']:.2f}", loaded))
+            at_most = f"{here['train, GiB']:.2f}, {here['tokens']:,} tokens at once"
+            rows.append((_shape(case), share, f"train, {FIXED}", at_most, trained))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 

@@ -130,6 +130,22 @@ def test_what_small_cards_have() -> None:
     )
 
 
+def test_memory_that_was_counted() -> None:
+    counted = results("gpu_memory-cpu")["cases"]
+    gemma = counted.pop("qspin, Gemma 2 9B")["6.7 GiB"]
+    more = [CASES[name]["measured"]["load"]["left, GiB"] - case["load"]["left, GiB"] for name, case in counted.items()]
+    training, decoding = gemma[SHORT], gemma["generate"]
+    assert_said(
+        "fitting",
+        f"a loaded model has up to {max(more):.1f} GiB more there",
+        f"Gemma's {training['tokens']:,} tokens at once are five such pairs, and {decoding['width']} rows of 512 were",
+        f"decoded side by side, in {decoding['most, GiB']:.2f} GiB",
+    )
+    assert training["tokens"] // (3 * 256) == 5
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"its tensors come to {training['train, GiB']:.1f} of 6.7 GiB, counted without a GPU" in readme
+
+
 # --- on a CPU ---
 
 
