@@ -45,6 +45,7 @@ from qspin.units import GIB
 LIKE = 140  # GiB of the GPU that a case of bench_gpu.py has a share of
 RATIO = f"counted over measured GiB at most in training, {FIXED} tokens, median of what was measured on a GPU too"
 TILE = (1 << 24) + 3  # weights, of which a model is made again and again
+PRODUCTS = torch.library.Library("aten", "IMPL")  # those that compute nothing, for as long as it is there
 
 
 def main() -> None:
@@ -104,10 +105,10 @@ def make_model(name: str, folder: Path) -> None:
     half.mkdir(parents=True)
     tile = (0.02 * torch.randn(TILE, generator=torch.Generator().manual_seed(0))).bfloat16()
     files: dict[str, str] = {}
-    for number, (name_, parameter) in enumerate(model.named_parameters()):
-        files[name_] = f"model-{number}.safetensors"
+    for number, (weight, parameter) in enumerate(model.named_parameters()):
+        files[weight] = f"model-{number}.safetensors"
         whole = tile.repeat(-(-parameter.numel() // TILE))[: parameter.numel()]
-        save_file({name_: whole.view(parameter.shape)}, half / files[name_], metadata={"format": "pt"})
+        save_file({weight: whole.view(parameter.shape)}, half / files[weight], metadata={"format": "pt"})
     (half / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     config.architectures = [type(model).__name__]
     config.save_pretrained(half)
@@ -157,17 +158,12 @@ def compute_nothing() -> None:
     operations.quantize_4bit.default = quantised
     operations.dequantize_4bit.default = dequantised
     operations.dequantize_4bit.out = lambda *_, **_out: None
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("mm", lambda a, b: a.new_zeros(len(a), b.shape[1]), "CPU")
-    library.impl("bmm", lambda a, b: a.new_zeros(*a.shape[:2], b.shape[2]), "CPU")
-    library.impl("addmm", lambda c, a, b, **_: c.expand(len(a), b.shape[1]).clone(), "CPU")
-    library.impl("mm.out", lambda _a, _b, *, out: out.zero_(), "CPU")
-    library.impl("bmm.out", lambda _a, _b, *, out: out.zero_(), "CPU")
-    library.impl("addmm.out", lambda c, _a, _b, *, out, **_: out.copy_(c.expand(out.shape)), "CPU")
-    KEPT.append(library)
-
-
-KEPT: list[torch.library.Library] = []  # or its operations would be taken back
+    PRODUCTS.impl("mm", lambda a, b: a.new_zeros(len(a), b.shape[1]), "CPU")
+    PRODUCTS.impl("bmm", lambda a, b: a.new_zeros(*a.shape[:2], b.shape[2]), "CPU")
+    PRODUCTS.impl("addmm", lambda c, a, b, **_: c.expand(len(a), b.shape[1]).clone(), "CPU")
+    PRODUCTS.impl("mm.out", lambda _a, _b, *, out: out.zero_(), "CPU")
+    PRODUCTS.impl("bmm.out", lambda _a, _b, *, out: out.zero_(), "CPU")
+    PRODUCTS.impl("addmm.out", lambda c, _a, _b, *, out, **_: out.copy_(c.expand(out.shape)), "CPU")
 
 
 def most() -> float:

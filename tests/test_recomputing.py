@@ -6,6 +6,7 @@ import ctypes
 import datetime
 import itertools
 import platform
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,10 +137,12 @@ def choices(folder: Path) -> list[tuple[int, float]]:
 # --- runs
 
 
-@pytest.fixture
-def prepared(deep_folder: Path, tmp_path: Path) -> Callable[..., Prepared]:
+@pytest.fixture(scope="module")
+def prepared(deep_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Prepared]:
+    rows = tmp_path_factory.mktemp("data") / "rows.jsonl"
+
     def make(**changes: Any) -> Prepared:
-        settings = small_run(deep_folder, tmp_path / "rows.jsonl", rows=18)
+        settings = small_run(deep_folder, rows, rows=18)
         settings |= {"model.dtype": "float32", "train.tokens_per_micro_batch": 100, "iterations": 1}
         return prepare(load_config(None, settings | {f"train.{key}": value for key, value in changes.items()}), DAY)
 
@@ -159,6 +162,11 @@ def play(prepared: Prepared, out: Path) -> tuple[RunDir, list[str]]:
     progress = Notes()
     spin.run(prepared, out, progress)
     return RunDir(out), progress.notes
+
+
+@pytest.fixture(scope="module")
+def played(prepared: Callable[..., Prepared], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    return play(prepared(), tmp_path_factory.mktemp("runs") / "run")[0]
 
 
 def adapter(run: RunDir) -> bytes:
@@ -215,11 +223,12 @@ def test_a_kept_plan_is_gone_on_with_and_nothing_is_tried_again(
     setting: Any,
     expected: int,
     prepared: Callable[..., Prepared],
+    played: RunDir,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, _ = play(prepared(), tmp_path / "run")
-    expected_bytes, folder = adapter(whole), whole.iteration(0)
+    run = RunDir(shutil.copytree(played.path, tmp_path / "run"))
+    folder = run.iteration(0)
     for path in (folder.adapter, folder.metrics, folder.evaluation):
         remove(path)
     plan = read_json(folder.training_plan)
@@ -228,9 +237,9 @@ def test_a_kept_plan_is_gone_on_with_and_nothing_is_tried_again(
         write_json(folder.training_plan, plan | {"recomputed": kept})
     watch = Watch(monkeypatch)
     monkeypatch.setattr(learning, "token_budget", None)
-    play(prepared(gradient_checkpointing=setting), tmp_path / "run")
+    play(prepared(gradient_checkpointing=setting), run.path)
     assert set(watch.seen) == {expected}
-    assert adapter(whole) == expected_bytes
+    assert adapter(run) == adapter(played)
 
 
 @pytest.mark.usefixtures("some")
