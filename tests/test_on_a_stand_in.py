@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import hearing_interrupts
 from conftest import ROOT
 from stand_in.device import environment
 
@@ -22,11 +25,16 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Python:
-    """A process that has the device."""
+def variables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of a process that has the device."""
     if sys.platform != "linux" or shutil.which("g++") is None:
         pytest.skip("there is no g++ on Linux to build the device with (tests/stand_in/device.cpp)")
-    given = environment(tmp_path_factory.mktemp("stand-in"), gib=4)
+    return os.environ | environment(tmp_path_factory.mktemp("stand-in"), gib=4) | {"COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def on_stand_in(variables: dict[str, str]) -> Python:
+    """A process that has it."""
 
     def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -34,7 +42,7 @@ def on_stand_in(tmp_path_factory: pytest.TempPathFactory) -> Python:
             capture_output=True,
             text=True,
             timeout=900,
-            env=os.environ | given | {"COLUMNS": "200"},
+            env=variables,
             cwd=ROOT,
             check=False,
         )
@@ -71,22 +79,47 @@ def test_as_on_a_gpu(name: str, on_stand_in: Python, tmp_path: Path) -> None:
     assert all(line.endswith("no Unsloth here") for line in skips)
 
 
-def test_commands_after_a_run(on_stand_in: Python, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+def run_command(model: Path, folder: Path, *settings: str) -> list[str]:
+    """In `folder`, of its rows, which are written there."""
     rows = [{"prompt": f"What is {n}?", "completion": f"It is {n * 7}, I say."} for n in range(16)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [part for setting in ("data.heldout_rows=4", *settings) for part in ("--set", setting)]
+    named = ["--model", str(model), "--data", str(folder / "rows.jsonl"), "--out", str(folder / "run")]
+    return ["-m", "qspin", "run", "smollm2-135m", "--iterations", "1", *named, *options]
+
+
+def test_ctrl_c_between_replays(variables: dict[str, str], tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    command = run_command(tiny_folder("llama"), tmp_path, "generation.max_new_tokens=400", "generation.width=1")
+    with hearing_interrupts():
+        child = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+        )
+    assert any("generate" in line for line in iter(child.stdout.readline, "")), child.communicate()  # type: ignore[union-attr]
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert said.splitlines()[-1] == "stopped; the same command goes on from the last finished piece"
+
+
+def test_commands_after_a_run(on_stand_in: Python, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    command = run_command(
+        tiny_folder("llama"), tmp_path, "generation.max_new_tokens=8", "train.batch_size=4", "sft.epochs=1"
+    )
+    done = on_stand_in(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
+    assert "stand-in" in json.loads((run / "run.json").read_text())["quantised_by"]
 
     def qspin(*arguments: str | Path) -> str:
         done = on_stand_in("-m", "qspin", *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
 
-    settings = ["data.heldout_rows=4", "generation.max_new_tokens=8", "train.batch_size=4", "sft.epochs=1"]
-    qspin(
-        "run", "smollm2-135m", "--model", tiny_folder("llama"), "--data", tmp_path / "rows.jsonl", "--out", run,
-        "--iterations", "1", *(part for setting in settings for part in ("--set", setting)),
-    )  # fmt: skip
-    assert "stand-in" in json.loads((run / "run.json").read_text())["quantised_by"]
     for to in ("merged-16bit", "merged-4bit"):
         assert "exported: " in qspin("export", run, "--to", to, "--out", tmp_path / to)
     exact = ("--onto", "dequantised", "--dtype", "float32")
