@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import transformers.utils.logging
+from bench_plan import save_random
 from gpu_cases import BATCH, CASES, FIXED, MODELS, NEW, PROMPT, REAL, Case, Share, model_config, planned_training
 from harness import RESULTS, say, write
-from safetensors.torch import save_file
 
 from qspin.base import find_base
 from qspin.budget import rows_at_once, token_budget
@@ -43,8 +43,7 @@ from qspin.training import Task, train
 from qspin.units import GIB
 
 LIKE = 140  # GiB of the GPU that a case of bench_gpu.py has a share of
-RATIO = f"counted over measured GiB at most in training, {FIXED} tokens, median of what was measured on a GPU too"
-TILE = (1 << 24) + 3  # weights, of which a model is made again and again
+RATIO = f"counted over measured GiB at most in training, {FIXED} tokens, median of those with as many at once on a GPU"
 PRODUCTS = torch.library.Library("aten", "IMPL")  # those that compute nothing, for as long as it is there
 
 
@@ -87,31 +86,20 @@ def over_measured(results: dict[str, Any]) -> float | None:
         for name, case in results.items()
         for share, counted in case.items()
         if FIXED in counted and FIXED in (there := measured.get(name, {}).get("measured", {}).get(share, {}))
+        if counted[FIXED]["tokens"] == there[FIXED]["budget"]["tokens"]
     ]
     return statistics.median(ratios) if ratios else None
 
 
 def make_model(name: str, folder: Path) -> None:
-    """As bench_gpu.py's, quickly: of a tile of random weights."""
+    """As bench_gpu.py's, if it is not there."""
     if folder.is_dir():
         return
     shape = load_config(MODELS[name]).model.architecture
     assert shape is not None
-    config = model_config(shape)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     half = folder.with_name(f".{folder.name}")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    tile = (0.02 * torch.randn(TILE, generator=torch.Generator().manual_seed(0))).bfloat16()
-    files: dict[str, str] = {}
-    for number, (weight, parameter) in enumerate(model.named_parameters()):
-        files[weight] = f"model-{number}.safetensors"
-        whole = tile.repeat(-(-parameter.numel() // TILE))[: parameter.numel()]
-        save_file({weight: whole.view(parameter.shape)}, half / files[weight], metadata={"format": "pt"})
-    (half / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(half)
+    shutil.rmtree(half, ignore_errors=True)  # of a process that was cut off
+    save_random(model_config(shape), half)
     half.rename(folder)
 
 

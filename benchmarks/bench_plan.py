@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -224,20 +225,20 @@ def shaped(layers: int) -> transformers.LlamaConfig:
 
 
 def save_random(config: Any, folder: Path) -> None:
-    """A model of random bf16 weights, quickly: one small block over and over."""
+    """A model of random bf16 weights, quickly and in little memory: one block over and over, a file a weight."""
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in transformers.AutoModelForCausalLM.from_config(config).named_parameters()}
+        model = transformers.AutoModelForCausalLM.from_config(config)
     block = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
-    folder.mkdir()
-    weights = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
-        for name, shape in shapes.items()
-    }
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.bfloat16
+    folder.mkdir(parents=True)
+    files = {}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        files[name], shape = f"model-{number}.safetensors", parameter.shape
+        weight = block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
+        save_file(
+            {name: torch.ones_like(weight) if len(shape) == 1 else weight}, folder / files[name], {"format": "pt"}
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    config.architectures, config.dtype = [type(model).__name__], torch.bfloat16
     config.save_pretrained(folder)
 
 

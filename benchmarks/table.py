@@ -217,7 +217,7 @@ def gpu_counted() -> str:
     rows = [("model's shape", "cap on the allocator", "", "counted, GiB", "measured"), ("---",) * 5]
     for name, counted in _read("gpu_memory")["cases"].items():
         case = cases[name]
-        for share in counted.keys() & case["shares"].keys():
+        for share in (share for share in case["shares"] if FIXED in counted.get(share, {})):
             found, there = case["measured"], case["measured"].get(share, {}).get(FIXED)
             here = counted[share][FIXED]
             loaded = f"{found['load']['left, GiB']:.2f}" if there else ""  # else it was loaded otherwise

@@ -17,7 +17,7 @@ from qspin.fitting.footprint import Batch, Footprint
 from qspin.fitting.work import training_work
 from qspin.planning.plan import DECODING, PASSES
 
-SHORT = "256+256+256"
+SHORT = table.FIXED
 
 
 def page(name: str) -> str:
