@@ -7,7 +7,7 @@ READY := .venv/.ready
 # two processes of one thread each, a file's tests in one of them, as they share what they make; a test that hangs is
 # ended after so many seconds and shows where it was, and the others go on; one that hangs in a library's C, where no
 # signal is heard, ends its process and all the tests a minute later
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --timeout 1200 --max-worker-restart 0 \
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder --timeout 1200 --max-worker-restart 0 \
 	--override-ini faulthandler_timeout=1260 --override-ini faulthandler_exit_on_timeout=true
 
 # what a library's release most easily breaks: arithmetic beside transformers and PEFT, tokens, files, the command line

@@ -173,6 +173,12 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
     return written
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests begin first, so that none of them is still at work when all others have ended."""
+    first = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in first)
+
+
 def config_refusal(source: str | Path | None, overrides: dict[str, Any] | None = None) -> str:
     """What is said of settings that do not fit."""
     with pytest.raises(QspinError) as caught:

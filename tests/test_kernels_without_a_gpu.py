@@ -81,6 +81,7 @@ def test_what_we_call_is_there(site: Path, tmp_path: Path) -> None:
     assert found["fast_dequantize"][:2] == ["W", "quant_state"]  # given by position
 
 
+@pytest.mark.slow
 def test_kernels_compute_what_they_should(site: Path, tmp_path: Path) -> None:
     """Those written in Triton, ours and Unsloth's, carried out by its interpreter."""
     tests = str(ROOT / "tests" / "gpu" / "test_triton_kernels.py")

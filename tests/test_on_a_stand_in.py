@@ -20,7 +20,10 @@ from stand_in.device import environment
 
 HERE = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
+]
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -94,6 +94,7 @@ def kill_when(appears: str, out: Path, run: list[str]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_it_ends_in_the_same_bytes(
     tiny_folder: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:

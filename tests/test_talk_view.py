@@ -275,6 +275,7 @@ def test_ctrl_c_stops_a_reply_and_then_leaves(played_run: RunDir) -> None:
     assert terminal.end() == 0
 
 
+@pytest.mark.slow
 def test_two_players_stand_side_by_side_where_there_is_room(played_run: RunDir) -> None:
     for columns, side_by_side in ((120, True), (60, False)):
         terminal = Terminal(played_run, "--iteration", "0", "--versus", "base", columns=columns)

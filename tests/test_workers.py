@@ -336,6 +336,7 @@ def test_a_stop_is_heard_while_a_helper_is_at_work() -> None:
 # --- a real launcher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["a killed helper", pytest.param("SIGTERM", marks=pytest.mark.nightly)])
 def test_a_launch_that_is_cut_off_ends_and_one_process_goes_on(
     ending: str, prepared: Callable[..., Prepared], one: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
