@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 from command_line import call
-from conftest import small_run
+from conftest import flip_byte, small_run
 
 from qspin import api, spin
 from qspin.config import RunConfig, load_config, parse_vary
 from qspin.errors import QspinError
-from qspin.experiments.sweep import PLOT, TABLE, Cell, grid, play_cell, results, write_results
+from qspin.experiments.sweep import OF_SELF_PLAY, PLOT, TABLE, Cell, grid, play_cell, results, write_results
 from qspin.files import read_json, read_jsonl, remove
 from qspin.phases.answering import answer
 from qspin.phases.game import under_way
+from qspin.phases.learning import warm_start
 from qspin.prepare import Prepared, prepare
 from qspin.run_dir import RunDir
 from qspin.watch.progress import Silent
@@ -135,6 +136,64 @@ def test_warm_starts_are_opponents_of_their_own(
     assert set(second.base.seconds()) == {"evaluate"}
     assert first.base.evaluation.read_bytes() == second.base.evaluation.read_bytes()
     assert first.base.times.read_bytes() == second.base.times.read_bytes(), "it was measured again"
+
+
+OTHERWISE = {  # of self-play, one of each
+    "loss": "hinge",
+    "beta": 1.0,
+    "sft_weight": 0.5,
+    "lr": 0.01,
+    "epochs": 1,
+    "mix_previous": 0,
+    "max_real_logp_drop": 50.0,
+    "snapshot_minutes": 0.0,
+}
+
+
+def test_a_warm_start_is_trained_once_for_all_that_play_on_from_it(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert set(OTHERWISE) == OF_SELF_PLAY
+    other = {f"train.{key}": value for key, value in OTHERWISE.items()}
+    configs = [load_config(None, {**settings, "sft.epochs": 1} | changed) for changed in ({}, other)]
+    assert all(getattr(configs[0].train, key) != value for key, value in OTHERWISE.items())
+    cells = [Cell(name, {}, config) for name, config in zip("ab", configs, strict=True)]
+    first, second = swept(cells, tmp_path)
+    assert set(second.iteration(0).seconds()) == {"train", "evaluate"}
+    assert files_of(second.warm_start.path) == files_of(first.warm_start.path)
+    alone = RunDir(tmp_path / "alone")
+    spin.run(ready(cells[1].config), alone.path, Silent())
+    of_their_own = {"seconds.json", "memory.json"}
+    for folder in ("warm-start", "iteration-0"):
+        there, here = (
+            {name: data for name, data in files_of(run.path / folder).items() if name not in of_their_own}
+            for run in (alone, second)
+        )
+        assert there == here
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_warm_start_that_came_out_otherwise_is_kept(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A run's own, of other micro-batches say: its opponent is not theirs."""
+    cells = grid(None, {**settings, "sft.epochs": 1}, {"train.beta": [0.1, 1]})
+    first, second = (cell.run_dir(tmp_path) for cell in cells)
+    other = load_config(None, {**changes(cells[1]), "train.tokens_per_micro_batch": 64})
+    with under_way(ready(other), second.path, Silent()) as game:
+        warm_start(game)
+    own = files_of(second.warm_start.adapter)
+    swept(cells, tmp_path)
+    assert files_of(second.warm_start.adapter) == own != files_of(first.warm_start.adapter)
+    assert set(second.iteration(0).seconds()) == {"generate", "score", "train", "evaluate"}
+
+
+def test_a_damaged_warm_start_is_not_copied(settings: dict[str, Any], tmp_path: Path) -> None:
+    cells = grid(None, {**settings, "sft.epochs": 1}, {"train.beta": [0.1, 1]})
+    swept(cells[:1], tmp_path)
+    sentence = flip_byte(cells[0].run_dir(tmp_path).warm_start.adapter)
+    with pytest.raises(QspinError, match=f"^{re.escape(sentence)}$"):
+        play_cell(cells[1], ready(cells[1].config), tmp_path, cells, Silent())
+    assert not cells[1].run_dir(tmp_path).warm_start.path.exists()
 
 
 def test_a_run_without_a_warm_start_takes_nothing_but_the_base_from_one_with_it(

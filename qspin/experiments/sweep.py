@@ -6,8 +6,8 @@
     write_results(Path("sweeps/beta"), cells)
 
 A run whose settings differ from an earlier one's in training alone, supervised or by self-play, takes over what that
-does not change: how the base measures and, where it is the first opponent, iteration 0's completions and their scores.
-Each run is one like any other, in a folder of its own.
+does not change: how the base measures, the warm start if both train it alike, and, where both begin with the same
+opponent, iteration 0's completions and their scores. Each run is one like any other, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from qspin.figures import plots
 from qspin.figures.evaluation import panel
 from qspin.figures.players import kept, players
 from qspin.figures.report import GAME, WRITING, Column, Results, markdown
-from qspin.files import copy_file, read_json, write_text
+from qspin.files import MANIFEST, check_folder, commit_folder, copy_file, read_json, write_text
 from qspin.phases.game import Game, under_way
 from qspin.prepare import Prepared
-from qspin.run_dir import RunDir
+from qspin.run_dir import IterationDir, RunDir
 from qspin.safe_text import check_path
 from qspin.spin import play
 from qspin.watch.progress import Progress
@@ -40,6 +40,8 @@ PLAYER = Column(
     "base: what the run began with; sft: after a supervised warm start; a number: what that iteration ended with; "
     "*: the one that is kept",
 )
+# settings of `train` that a warm start does not hang on
+OF_SELF_PLAY = {"loss", "beta", "sft_weight", "lr", "epochs", "mix_previous", "max_real_logp_drop", "snapshot_minutes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,9 @@ def _take_over(game: Game, other: Cell, source: RunDir) -> None:
         return
     for piece in ("evaluation", "times", "memory"):
         _copy(getattr(source.base, piece), getattr(game.dir.base, piece))
-    if game.config.sft.epochs or other.config.sft.epochs:  # a warm start is trained too: it may be another opponent
+    if _warm_start(game.config) != _warm_start(other.config):
+        return
+    if game.config.sft.epochs and not _take_over_warm_start(game.dir.warm_start, source.warm_start):
         return
     first, ours = source.iteration(0), game.dir.iteration(0)
     _copy_under_a_plan(first.generation_plan, ours.generation_plan, first.generated(0), ours.generated(0))
@@ -116,6 +120,34 @@ def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     ours, theirs = game.dir.read_record(), source.read_record()
     alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
     return all(ours.get(key) == theirs.get(key) for key in alike)
+
+
+def _warm_start(config: RunConfig) -> Any:
+    """What the first opponent hangs on, beside what `_same_but_for_training` compares."""
+    return config.sft.epochs and (config.sft, config.train.model_dump(exclude=OF_SELF_PLAY))
+
+
+def _take_over_warm_start(ours: IterationDir, theirs: IterationDir) -> bool:
+    """Whether it is theirs now, to the byte. One that was trained here may have been rounded otherwise.
+
+    Raises:
+        QspinError: their adapter is not as it was written.
+    """
+    if not theirs.adapter.is_dir():
+        return False
+    check_folder(theirs.adapter)
+    files = read_json(theirs.adapter / MANIFEST)
+    if not ours.adapter.is_dir():
+        for piece in ("training_plan", "metrics"):
+            _copy(getattr(theirs, piece), getattr(ours, piece))
+        with commit_folder(ours.adapter, need=sum(entry["bytes"] for entry in files.values())) as temporary:
+            for name in files:
+                copy_file(theirs.adapter / name, temporary / name)
+    if read_json(ours.adapter / MANIFEST) != files:
+        return False
+    for piece in ("evaluation", "times", "memory"):
+        _copy(getattr(theirs, piece), getattr(ours, piece))
+    return True
 
 
 def _copy_under_a_plan(plan: Path, our_plan: Path, shard: Path, our_shard: Path) -> None:
