@@ -15,6 +15,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,17 +33,20 @@ from qspin.config import BackendName, LoraConfig, ModelConfig
 from qspin.errors import QspinError, one_line
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.fitting.footprint import Footprint
-from qspin.fitting.memory import free_bytes, refusals_told
+from qspin.fitting.memory import free_bytes
 from qspin.fitting.shape import read_shape
 from qspin.four_bits import compute_dtype, load_in_4_bits
-from qspin.layers.attention import Layout, Packed
-from qspin.layers.attention import Lengths as GroupLengths
+from qspin.layers.attention import Layout
 from qspin.layers.backends import check_kernels, unsloth_kernels
 from qspin.layers.flash import has_flash
 from qspin.layers.head import Head
 from qspin.layers.kernels import Kernels
 from qspin.layers.lora import FusedLayers
-from qspin.layers.refit import SLOT, in_one_mode, refit
+from qspin.layers.probe import check_logits, own_logits
+from qspin.layers.refit import SLOT, refit
+
+# it replaces some families' layers, Gemma 3's say, as it is imported
+REWRITTEN = "; Unsloth rewrites some families: --set model.backend=transformers may play this one"
 
 
 class SlotModel:
@@ -58,7 +62,8 @@ class SlotModel:
         self._causal_lm = peft_model.get_base_model()
         self._decoder = self._causal_lm.get_decoder()
         self._embeddings = self._causal_lm.get_input_embeddings()
-        softcap: float | None = getattr(self._causal_lm.config, "final_logit_softcapping", None)
+        # of a model that takes images as well it stands in the part for texts
+        softcap: float | None = getattr(self._causal_lm.config.get_text_config(), "final_logit_softcapping", None)
         self.head = Head(self._causal_lm.get_output_embeddings(), softcap, device)
         self._layers = layers
 
@@ -88,12 +93,13 @@ class SlotModel:
         dtype = compute_dtype(model, device)
         kernels = unsloth_kernels() if backend == "unsloth" else Kernels()
         causal_lm = load_in_4_bits(base, model, device, dtype)
-        reference = _own_logits(causal_lm, device)
+        reference = own_logits(causal_lm, base.name, device)
         torch.manual_seed(seed)
         slot = peft.LoraConfig(
             r=lora.rank,
             lora_alpha=lora.alpha,
             target_modules=lora.targets,
+            exclude_modules=_beside_the_decoder(causal_lm),
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -107,7 +113,8 @@ class SlotModel:
         layers = refit(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._set_aside()
-        loaded._check_logits(reference)
+        advice = REWRITTEN if backend == "unsloth" else ""
+        check_logits(reference, loaded._row_logits, causal_lm.config, base.name, dtype, device, advice)
         return loaded
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -183,6 +190,9 @@ class SlotModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, D) → (N, V) fp32, without a graph."""
         return self.head.logits(hidden)
+
+    def _row_logits(self, input_ids: Tensor, position_ids: Tensor, layout: Layout) -> Tensor:
+        return self.logits(self.hidden(self.embed(input_ids), position_ids, layout))
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -268,58 +278,18 @@ class SlotModel:
         """The decoder's layers."""
         return [module for module in self._decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
-    def _check_logits(self, reference: Tensor) -> None:
-        """What we compute must be what the model computes: some families scale, cap or mix in a way of theirs."""
-        if not bool(torch.isfinite(reference).all()):
-            raise QspinError(
-                f"model.id: {self.base.name}'s own logits are not finite numbers in {self.dtype}; set model.dtype to a "
-                "type of larger range, or take another base"
-            )
-        ids, count = _some_ids(self.vocabulary), len(reference)
-        row = torch.cat([ids, ids.flip(0), ids])  # the same text at a row's beginning, and after another one
-        positions = torch.arange(count, device=self.device).repeat(3)
-        family = self._causal_lm.config.model_type
-        try:
-            with torch.no_grad(), refusals_told():
-                layout = Packed([GroupLengths(count)] * 3, self.device)
-                ours = self.logits(self.hidden(self.embed(row), positions, layout))
-        except torch.AcceleratorError:  # the GPU itself
-            raise
-        except (RuntimeError, AttributeError, TypeError) as error:  # a decoder that ours does not fit into
-            raise QspinError(
-                f"model.id: {self.base.name} ({family}) has layers that qspin can't compute (keys and values of two "
-                f"sizes, or an attention of their own): {one_line(error)}"
-            ) from None
-        first, _, later = ours.chunk(3)
-        # 16-bit rounding adds up over layers; a wrong scale or formula is far beyond it
-        known = apart = 1e-3 if self.dtype == torch.float32 else 0.1
-        if self.device.type == "cpu":  # where a text's place in a row does not change how its sums are rounded
-            apart /= 2
-        largest = reference.abs().max()
-        if not bool((first - reference).abs().max() <= known * largest):
-            raise QspinError(
-                f"model.id: {self.base.name} ({family}) computes its logits in a way that qspin does not know; please "
-                "report the model"
-            )
-        if not bool((later - first).abs().max() <= apart * largest):
-            raise QspinError(
-                f"model.id: {self.base.name} ({family}) carries something from one text to the next in a row, as "
-                "recurrent and convolutional layers do, and qspin packs texts side by side; take a model whose layers "
-                "mix tokens by attention alone"
-            )
 
-
-def _own_logits(causal_lm: Any, device: torch.device) -> Tensor:
-    """(8, V) fp32: logits of the model as it came, on 8 tokens."""
-    in_one_mode(causal_lm)
-    with torch.no_grad():
-        ids = _some_ids(causal_lm.get_output_embeddings().weight.shape[0])
-        logits: Tensor = causal_lm(input_ids=ids[None].to(device), use_cache=False).logits[0]
-    return logits.float()
-
-
-def _some_ids(vocabulary: int) -> Tensor:
-    return torch.arange(8) * 37 % vocabulary
+def _beside_the_decoder(causal_lm: Any) -> str | None:
+    """A pattern for what takes in images or sound, which no text reaches: weights there would never learn."""
+    decoder = causal_lm.get_decoder()
+    path = next(name for name, module in causal_lm.named_modules() if module is decoder).split(".")
+    beside = set()
+    for name, module in causal_lm.named_modules():
+        parts = name.split(".")
+        if hasattr(getattr(module, "weight", None), "quant_state") and parts[: len(path)] != path:
+            shared = next(index for index, (ours, its) in enumerate(zip(path, parts, strict=False)) if ours != its)
+            beside.add(".".join(parts[: shared + 1]))
+    return rf"({'|'.join(map(re.escape, sorted(beside)))})(\..*)?" if beside else None
 
 
 def _check_targets(peft_model: Any, base: Base) -> None:

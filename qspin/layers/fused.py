@@ -125,7 +125,10 @@ def fuse_rotary(attention: nn.Module, kernels: Kernels) -> None:
 def _rotates_halves(rotary: Rotate) -> bool:
     """Whether it is x·cos + (−x₂, x₁)·sin, of x = (x₁, x₂) halves of a head."""
     q, k, cos, sin = torch.randn(4, 1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
-    found = rotary(q, k, cos[:, 0], sin[:, 0])
+    try:
+        found = rotary(q, k, cos[:, 0], sin[:, 0])
+    except (TypeError, RuntimeError):  # it takes other arguments, as Gemma 4's, or heads of another shape
+        return False
     turned = [torch.cat([-x[..., 4:], x[..., :4]], -1) for x in (q, k)]
     wanted = [x * cos[:, :1] + turn * sin[:, :1] for x, turn in zip((q, k), turned, strict=True)]
     return all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, wanted, strict=True))

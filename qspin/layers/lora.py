@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qspin.errors import QspinError
 from qspin.layers.kernels import Kernels
 
 Linear = Callable[[Tensor], Tensor]
@@ -152,12 +151,16 @@ class FusedLayers:
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         outputs = []
         for matrix, bias, part, b in zip(self.matrices(), self.biases, _parts(low, self.ranks, 1), bs, strict=True):
-            bias = None if bias is None else bias.to(x.dtype)  # noqa: PLW2901
-            if x.is_cuda:  # what is written first is read where the large product is computed, and costs no time there
-                y = (part @ b.t() if bias is None else torch.addmm(bias, part, b.t())).addmm_(flat, matrix.t())
+            y = x.new_empty(*x.shape[:-1], len(b))  # no view: a family may write into it, as OLMo to clip it
+            rows = y.view(-1, len(b))
+            # on a GPU what is written first is read where the large product is computed, and costs no time there
+            first, then = ((part, b), (flat, matrix)) if x.is_cuda else ((flat, matrix), (part, b))
+            if bias is None:
+                torch.mm(first[0], first[1].t(), out=rows)
             else:
-                y = functional.linear(flat, matrix, bias).addmm_(part, b.t())
-            outputs.append(y.view(*x.shape[:-1], -1))
+                torch.addmm(bias.to(x.dtype), first[0], first[1].t(), out=rows)
+            rows.addmm_(then[0], then[1].t())
+            outputs.append(y)
         return tuple(outputs)
 
     def _differentiable_product(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -311,12 +314,6 @@ def _stacked(weights: Sequence[Any]) -> list[tuple[Tensor, Any, range]]:
     states = [weight.quant_state for weight in weights]
     if weights[0].device.type != "cpu":
         return [(weight.data, weight.quant_state, range(i, i + 1)) for i, weight in enumerate(weights)]
-    for state in states:
-        if state.shape[1] % state.blocksize:
-            raise QspinError(
-                f"model.id: a layer has {state.shape[1]} inputs, no multiple of {state.blocksize}; bitsandbytes "
-                "dequantises such layers wrongly on a CPU: play with this model on a GPU"
-            )
     data = torch.cat([weight.data for weight in weights])
     for weight, part in zip(weights, torch.split(data, [len(weight) for weight in weights]), strict=True):
         weight.data = part

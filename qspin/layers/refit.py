@@ -8,6 +8,7 @@ import peft
 import transformers
 from torch import nn
 
+from qspin.errors import QspinError
 from qspin.layers.attention import IMPLEMENTATION, attend
 from qspin.layers.fused import fuse_gated_mlp, fuse_norm, fuse_rotary
 from qspin.layers.kernels import Kernels
@@ -20,8 +21,13 @@ transformers.AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 def refit(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:
-    """Change how a model in NF4 with LoRA in SLOT computes; gives its adapted layers."""
+    """Change how a model in NF4 with LoRA in SLOT computes; gives its adapted layers.
+
+    Raises:
+        QspinError: 4-bit layers are of a width that this device gets wrong.
+    """
     fused = []
+    _check_widths(peft_model.get_base_model().get_decoder())
     peft_model.get_base_model().config._attn_implementation = IMPLEMENTATION
     in_one_mode(peft_model)
     for module in peft_model.modules():
@@ -39,6 +45,16 @@ def refit(peft_model: Any, kernels: Kernels) -> list[FusedLayers]:
     return fused
 
 
+def _check_widths(decoder: nn.Module) -> None:
+    for parameter in decoder.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None and parameter.device.type == "cpu" and state.shape[1] % state.blocksize:
+            raise QspinError(
+                f"model.id: a layer has {state.shape[1]} inputs, no multiple of {state.blocksize}; bitsandbytes "
+                "dequantises such layers wrongly on a CPU: play with this model on a GPU"
+            )
+
+
 def in_one_mode(model: nn.Module) -> None:
     """One mode for generating, scoring and training: no dropout anywhere, and no repacking of the base, which
     bitsandbytes does in eval mode on CPUs."""
@@ -46,7 +62,8 @@ def in_one_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # handed to the attention function
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in list(vars(module).items()):  # which a layer hands to a function
+            if isinstance(value, float) and name.endswith(("dropout", "layerdrop")):
+                setattr(module, name, 0.0)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
