@@ -27,6 +27,13 @@ def test_the_shape_is_read_from_config_json(architecture: str, tiny_folder: Call
         assert shape == TINY
 
 
+def test_what_a_file_leaves_out_is_its_familys_own() -> None:
+    """The hub's gemma-3-1b-it says nothing of its head, which is its embeddings."""
+    names = ("num_attention_heads", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
+    for family, tied in {"gemma2": True, "gemma3_text": True, "llama": False}.items():
+        assert read_shape({**dict.fromkeys(names, 4), "model_type": family}, "x").tied_embeddings is tied
+
+
 def test_what_is_no_configuration_is_one_line() -> None:
     with pytest.raises(QspinError, match=r"^x/config.json: 'num_attention_heads' is missing; set model\.architecture"):
         read_shape({"model_type": "llama"}, "x/config.json")
