@@ -29,8 +29,10 @@ from qspin.errors import QspinError
 from qspin.files import at_home, commit_folder, full_disk_told, make_folder, sha256_of
 from qspin.safe_text import redact_logs
 
-# what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError
-_LOAD_ERRORS = (OSError, ValueError)
+# what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError. The others
+# are of files that hold something else than what they are named for.
+_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +139,26 @@ def _load_described(base: Base, kind: Any) -> Any:
 
 
 def stop_tokens(base: Base) -> tuple[int, ...]:
-    """The stop tokens of the model's generation_config; the rest of that file is not ours to follow."""
+    """The stop tokens of the model's generation_config; the rest of that file is not ours to follow.
+
+    Raises:
+        QspinError: the file is damaged.
+    """
     if base.gguf is not None:
         return ()
     try:
         generation = transformers.GenerationConfig.from_pretrained(base.location, revision=base.revision)
-    except OSError:  # most local folders have none
-        return ()
-    return token_ids(generation.eos_token_id)
+    except _LOAD_ERRORS as error:
+        if isinstance(error, OSError) and not Path(base.location, GENERATION_CONFIG).is_file():  # many have none
+            return ()
+        raise unreachable(base, error) from None
+    found = token_ids(generation.eos_token_id)
+    if not all(isinstance(token, int) for token in found):
+        raise QspinError(
+            f"model.id: {base.location}: eos_token_id in {GENERATION_CONFIG} is {generation.eos_token_id!r}, no number "
+            "of a token; mend the file"
+        )
+    return found
 
 
 def token_ids(found: int | list[int] | None) -> tuple[int, ...]:

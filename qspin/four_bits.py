@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from qspin.base import Base, unreachable
 from qspin.config import ModelConfig
+from qspin.errors import QspinError, some
 
 
 def compute_dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
@@ -40,7 +41,7 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
         QspinError: it can't be loaded.
     """
     try:
-        causal_lm: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
             base.weights(),
             revision=base.revision,
             trust_remote_code=False,  # else transformers may ask on the terminal whether to run it
@@ -49,9 +50,11 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
             device_map={"": device},
             attn_implementation="eager",  # for the reference, then ours
             quantization_config=nf4(model, dtype),
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise unreachable(base, error) from None
+    _check_loaded(causal_lm, report, base)
     for parameter in causal_lm.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:  # W is made in its type, which of a base that came quantised is that of its maker
@@ -59,3 +62,25 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
         elif device.type == "cpu":  # it would lie in the mapped file, all of whose pages that were read count as ours
             parameter.data = parameter.data.clone()
     return causal_lm
+
+
+def _check_loaded(causal_lm: Any, report: dict[str, Any], base: Base) -> None:
+    """transformers puts random numbers where a file has none, keeps what a model came quantised in, and an adapter that
+    lies beside it."""
+    lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    if lacking:
+        raise QspinError(
+            f"model.id: {base.name}: its files have no {some(lacking)} of the shape that config.json asks for; bring "
+            "the model's own files and config.json together"
+        )
+    quantised = causal_lm.config.quantization_config
+    kind = getattr(quantised, "bnb_4bit_quant_type", None) if getattr(quantised, "load_in_4bit", False) else None
+    if kind != "nf4":
+        raise QspinError(
+            f"model.id: {base.name} came quantised, and not in NF4; take the 16-bit model that it was made of"
+        )
+    if getattr(causal_lm, "_hf_peft_config_loaded", False):
+        raise QspinError(
+            f"model.id: {base.name} has a PEFT adapter beside the model's own files; take its adapter_config.json "
+            "away, and name it with model.init_adapter if the game is to begin with it"
+        )

@@ -154,6 +154,7 @@ class _Rows(NamedTuple):
     fingerprint: str
     notes: tuple[str, ...]
     cut: bool  # whether data.limit left some unread
+    heldout_cut: bool  # whether data.heldout_rows did, of a source of their own
 
 
 def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
@@ -176,10 +177,12 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         train, train_rejects = _render(renderer, train_records)
         heldout, heldout_rejects = _render(renderer, heldout_records)
         rejects = _all_rejects(config, (source, data, [*train_rejects, *heldout_rejects]))
-        fingerprint = data.fingerprint
+        fingerprint, heldout_cut = data.fingerprint, False
     else:
         other = _load(config, settings.heldout_source, settings.heldout_rows)
-        notes += [f"{settings.heldout_source}: held-out rows, read from there", *other.notes]
+        heldout_cut = other.cut
+        first = f", the first {other.rows}, as data.heldout_rows says" if heldout_cut else ""
+        notes += [f"{settings.heldout_source}: held-out rows, read from there{first}", *other.notes]
         notes += [*_on_control_tokens(settings.heldout_source, renderer, other.records)]
         train_records = data.records
         heldout_records, overlap = remove_overlap(other.records, train_records)
@@ -201,6 +204,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         fingerprint=fingerprint,
         notes=tuple(notes),
         cut=data.cut,
+        heldout_cut=heldout_cut,
     )
 
 
@@ -351,6 +355,8 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
             last = f"the last row left out, {reasons[-1].place}: {reasons[-1].reason}; " if reasons else ""
             limit = "raise that, or " if reasons and reasons[-1].code in {"long-prompt", "long-completion"} else ""
             more = "raise data.limit" if rows.cut and source == config.data.source else "add rows"
+            if rows.heldout_cut and name == "held-out":
+                more = "raise data.heldout_rows, or add rows"
             message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}{more}"
             raise LeftOut(message, rows.rejects) if reasons else QspinError(message)
 

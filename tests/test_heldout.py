@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from data_rows import record
 
+from qspin.config import load_config
 from qspin.data import remove_overlap, split_heldout
 from qspin.errors import QspinError
+from qspin.prepare import Prepared, prepare
 from qspin.records import Place, Record, Reject
 
 
@@ -81,3 +88,27 @@ def test_overlap_is_by_prompt() -> None:
         Reject(Place(7, "row"), "trained-on", "has the prompt of training line 4", malformed=False),
     ]
     assert remove_overlap(heldout, []) == (tuple(heldout), [])
+
+
+def test_a_file_of_held_out_rows_is_read_as_far_as_asked_and_that_is_told(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
+    settings: dict[str, Any] = {"model.id": str(tiny_folder("llama")), "data.heldout_rows": 20}
+    for name, first, last in (("source", 0, 20), ("heldout_source", 0, 40)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[first:last]))
+        settings[f"data.{name}"] = str(path)
+
+    def heldout(count: int) -> Prepared:
+        return prepare(load_config(None, settings | {"data.heldout_rows": count}), datetime.date(2026, 1, 1))
+
+    with pytest.raises(
+        QspinError, match=r"heldout_source\.jsonl: 0 held-out rows are left, .*; raise data\.heldout_ro"
+    ):
+        heldout(20)
+    some, every = heldout(30), heldout(40)
+    path = settings["data.heldout_source"]
+    assert f"{path}: held-out rows, read from there, the first 30, as data.heldout_rows says" in some.notes
+    assert f"{path}: held-out rows, read from there" in every.notes
+    assert (len(some.heldout), len(every.heldout)) == (10, 20)

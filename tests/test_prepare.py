@@ -275,7 +275,7 @@ REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
      "prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source; left "
      "out: 2 duplicate (line 2 says the same as line 1)"),
     (good(9), good(9), {}, f"other.jsonl: 0 held-out rows are left, {LAST} 4: has the prompt of training line 4; "
-     "add rows"),
+     "raise data.heldout_rows, or add rows"),
     ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "
      "data.max_prompt_tokens is 64; raise that, or add rows"),
     (good(9), good(20)[9:], {"data.limit": 1}, "rows.jsonl: 1 training rows are left, and 2 are needed; raise "

@@ -149,6 +149,7 @@ class _Export:
 
     def write(self, folder: Path) -> None:
         trained = self.trained
+        self._check_mergeable()
         gguf = self._describe_gguf() if self.to in {"gguf", "ollama"} else None
         self.say(f"{self.base.name}, iteration {trained.index}: the trained model on {len(trained.rows)} held-out rows")
         self._check_base()
@@ -169,6 +170,13 @@ class _Export:
         about = {"to": self.to, "iteration": trained.index, "base": trained.record["base"]}
         about |= {"onto": self.onto, "dtype": self.dtype}
         write_json(folder / CHECK, about | compared(trained, reading))
+
+    def _check_mergeable(self) -> None:
+        if getattr(load_model_config(self.base), "quantization_config", None) is not None:
+            raise QspinError(
+                f"--to: {self.base.name} came in 4 bits, which nothing can be merged onto; export the adapter "
+                "(--to adapter), which fits the 16-bit model that it was made of"
+            )
 
     def _check_base(self) -> None:
         if self.trained.weights.base_hash == self.trained.record["base_hash"]:
@@ -224,6 +232,7 @@ class _Export:
             device_map={"": self.trained.device},
             quantization_config=nf4(self.trained.config.model, merged.main_dtype),
         )
+        model.generation_config = transformers.GenerationConfig()  # the base's may be refused, and is written below
         model.save_pretrained(folder)
         del model
         shutil.rmtree(whole)

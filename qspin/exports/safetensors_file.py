@@ -54,10 +54,10 @@ class Stored:
 def read_folder(folder: Path) -> dict[str, dict[str, Stored]]:
     """File name → its tensors in the order of their data."""
     index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(read_plain_json(index)["weight_map"].values()))
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # as transformers looks: an index beside it is of shards that were there before
         files = [SINGLE]
+    elif index.is_file():
+        files = sorted(set(read_plain_json(index)["weight_map"].values()))
     else:
         raise QspinError(f"{folder} holds neither {SINGLE} nor {INDEX}; merging reads a base's safetensors alone")
     return {name: read_header(folder / name) for name in files}
