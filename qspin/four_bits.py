@@ -65,13 +65,19 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
 
 
 def _check_loaded(causal_lm: Any, report: dict[str, Any], base: Base) -> None:
-    """transformers puts random numbers where a file has none, keeps what a model came quantised in, and an adapter that
-    lies beside it."""
+    """transformers puts random numbers where a file has none, leaves out what config.json has no place for, keeps what a
+    model came quantised in, and puts in an adapter that lies beside it."""
     lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lacking:
         raise QspinError(
             f"model.id: {base.name}: its files have no {some(lacking)} of the shape that config.json asks for; bring "
             "the model's own files and config.json together"
+        )
+    layers = causal_lm.config.get_text_config().num_hidden_layers
+    if any(f".layers.{layers}." in name for name in report["unexpected_keys"]):
+        raise QspinError(
+            f"model.id: {base.name}: its files have more layers than the {layers} of config.json, which would be left "
+            "out; bring the model's own files and config.json together"
         )
     quantised = causal_lm.config.quantization_config
     kind = getattr(quantised, "bnb_4bit_quant_type", None) if getattr(quantised, "load_in_4bit", False) else None

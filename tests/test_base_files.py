@@ -83,6 +83,12 @@ def test_weights_that_the_files_lack_are_not_made_up(what: str, folder: Path) ->
         load(folder)
 
 
+def test_layers_that_config_json_has_no_place_for_are_not_left_out(folder: Path) -> None:
+    settle(folder / "config.json", num_hidden_layers=2)
+    with pytest.raises(QspinError, match=r"^model\.id: base: its files have more layers than the 2 of config\.json"):
+        load(folder)
+
+
 @pytest.mark.parametrize("kind", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}])
 def test_a_base_that_came_quantised_otherwise_is_refused(kind: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     settings = transformers.BitsAndBytesConfig(**kind)
