@@ -65,8 +65,8 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
 
 
 def _check_loaded(causal_lm: Any, report: dict[str, Any], base: Base) -> None:
-    """transformers puts random numbers where a file has none, leaves out what config.json has no place for, keeps what a
-    model came quantised in, and puts in an adapter that lies beside it."""
+    """transformers puts random numbers where a file has none, leaves out what config.json has no place for, keeps what
+    a model came quantised in, and puts in an adapter that lies beside it."""
     lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lacking:
         raise QspinError(
