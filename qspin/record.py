@@ -18,7 +18,7 @@ from qspin.base import Base
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
-from qspin.files import write_json, write_text
+from qspin.files import remove, write_json, write_text
 from qspin.fitting.memory import OutOfMemory, refusals_told
 from qspin.layers.backends import unsloth_missing
 from qspin.model import SlotModel
@@ -95,10 +95,13 @@ def check_input(run_dir: RunDir, name: str, found: str) -> None:
 def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     """Record a new run, or check that an old one is continued as what it is; the number of threads to compute with.
 
+    Much shows only as the base is loaded: a setting that it has no use for, too little memory or disk. A run that made
+    nothing is as good as none, so the record is written anew, and the setting may be put right in the same folder.
+
     Raises:
         QspinError: settings that define the result, or the data, differ from the record.
     """
-    if run_dir.record.is_file():
+    if run_dir.record.is_file() and run_dir.made():
         record = run_dir.read_record()
         _refuse_changes(record, prepared, run_dir)
     else:
@@ -107,6 +110,8 @@ def open_run(prepared: Prepared, run_dir: RunDir) -> int:
     if prepared.config.chat.template is not None:
         write_text(run_dir.template, prepared.renderer.template)
     write_text(run_dir.config, dump_config(_from_anywhere(prepared.config, prepared.base, run_dir)))
+    if prepared.config.chat.template is None:  # one that made nothing may have had a template
+        remove(run_dir.template)
     write_rejects(run_dir.rejects, prepared.rejects)
     threads: int = record["threads"]
     return threads

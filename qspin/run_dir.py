@@ -245,6 +245,10 @@ class RunDir:
         folders += map(IterationDir, sorted(self.path.glob("supervised/lr-*/round-*")))
         return [folder for folder in folders if folder.path.is_dir()]
 
+    def made(self) -> list[str]:
+        """The folders here that only a run makes; while there are none, nothing is lost where it becomes another."""
+        return sorted(path.name for pattern in _MADE for path in self.path.glob(pattern) if path.is_dir())
+
     def check_run(self) -> None:
         """Raises a QspinError: this is not the folder of a run."""
         self.check_there()
@@ -282,7 +286,7 @@ class RunDir:
         ours = self.record, self._lock, self._holder  # Windows takes a lock's file away with it
         if self.path.is_dir() and any(self.path.iterdir()) and not any(path.is_file() for path in ours):
             raise QspinError(f"--out: {self.path} holds other things; name a new folder or one of an earlier run")
-        made = sorted(path.name for pattern in _MADE for path in self.path.glob(pattern) if path.is_dir())
+        made = self.made()
         if made and not self.record.is_file():
             raise QspinError(
                 f"--out: {self.path} has {', '.join(made[:3])} of a run, but no {self.record.name}, which says what "

@@ -8,9 +8,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from command_line import Played, contents, summary_tables
 from conftest import CHATML, Notes, small_run
 
@@ -24,6 +26,7 @@ from qspin.run_dir import RunDir
 from qspin.spin import run
 from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
+from qspin.watch.status import look
 
 # --- the same folder again ---
 
@@ -134,6 +137,51 @@ def test_a_damaged_record_is_named(played: Played, tmp_path: Path) -> None:
     assert answer.code == 1
     assert answer.err.startswith(f"error: {out / 'run.json'}: damaged or unreadable (")
     assert answer.err.count("\n") == 1
+
+
+# --- a run that made nothing ---
+
+
+def test_what_only_the_base_refuses_can_be_put_right_in_the_same_folder(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A name that the base lacks, and an optimiser that the device lacks, which shows after the base has its hash."""
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"iterations": 1}
+    (tmp_path / "own.jinja").write_text(CHATML)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"lora.targets": ["q_prj"], "chat.template": str(tmp_path / "own.jinja")}, "^lora.targets: "),
+    ]
+    if not torch.cuda.is_available():
+        wrong.append(({"train.optimizer": "paged_adamw_8bit"}, "^train.optimizer: "))
+    run_dir, fresh = RunDir(tmp_path / "run"), RunDir(tmp_path / "fresh")
+    for changes, said in wrong:
+        with pytest.raises(QspinError, match=said):
+            play(settings | changes, run_dir)
+        assert run_dir.record.is_file()
+        assert look(run_dir).state == "stopped"
+    for folder in (run_dir, fresh):
+        play(settings, folder)
+        assert look(folder).state == "finished"
+    passing = ("status.json", "seconds.json", "memory.json", "SUMMARY.md", "verdict.json")
+    ours, theirs = (
+        {name: told for name, told in contents(folder.path).items() if not name.endswith(passing)}
+        for folder in (run_dir, fresh)
+    )
+    assert ours == theirs
+
+
+def test_what_was_begun_is_no_other_run(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    settings = small_run(tiny_folder("llama"), tmp_path / "rows.jsonl", rows=18) | {"lora.targets": ["q_prj"]}
+    run_dir = RunDir(tmp_path / "run")
+    with pytest.raises(QspinError, match=r"^lora.targets: "):
+        play(settings, run_dir)
+    run_dir.base.path.mkdir()
+    with pytest.raises(QspinError, match="is a run with other settings"):
+        play(settings | {"lora.targets": ["q_proj"]}, run_dir)
+
+
+def play(settings: dict[str, Any], run_dir: RunDir) -> None:
+    run(prepare_run(load_config(None, settings), run_dir, keep_rejects=True), run_dir.path, Silent())
 
 
 # --- the same base, and the same tokens ---
