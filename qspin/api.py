@@ -23,6 +23,7 @@ from qspin.config import RunConfig, load_kept
 from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
 from qspin.run_dir import RunDir
+from qspin.safe_text import check_path
 
 if TYPE_CHECKING:  # what is heavy is imported by the function that needs it
     from qspin.figures.panel import Figure
@@ -39,7 +40,7 @@ class Results:
     @permission_told()
     def __init__(self, path: Path | str) -> None:
         """Raises a QspinError: this is not the folder of a run."""
-        self._dir = RunDir(Path(path))
+        self._dir = RunDir(_path(path))
         self._dir.check_run()
         self.path = self._dir.path
 
@@ -111,7 +112,7 @@ def run(config: RunConfig, out: Path | str, *, progress: Progress | None = None)
     from qspin.watching import watch_run
 
     _check_config(config)
-    run_dir = RunDir(Path(out))
+    run_dir = RunDir(_path(out, "--out"))
     run_dir.check_usable()
     _quiet_libraries()
     prepared = prepare_run(config, run_dir, keep_rejects=True)
@@ -131,7 +132,7 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
     from qspin.record import prepare_run
     from qspin.watching import watch_baseline
 
-    run_dir = RunDir(Path(path))
+    run_dir = RunDir(_path(path))
     run_dir.check_run()
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
@@ -162,14 +163,15 @@ def sweep(
     from qspin.experiments.sweep import grid
     from qspin.watching import watch_sweep
 
+    folder = _path(out, "--out")
     cells = grid(source, overrides or {}, vary)
-    if RunDir(Path(out)).record.is_file():
-        raise QspinError(f"--out: {out} is a run, and a sweep is a folder of runs; name another folder")
+    if RunDir(folder).record.is_file():
+        raise QspinError(f"--out: {folder} is a run, and a sweep is a folder of runs; name another folder")
     for cell in cells:
-        cell.run_dir(Path(out)).check_usable()
+        cell.run_dir(folder).check_usable()
     _quiet_libraries()
-    watch_sweep(cells, Path(out))
-    return {cell.name: Results(cell.run_dir(Path(out)).path) for cell in cells}
+    watch_sweep(cells, folder)
+    return {cell.name: Results(cell.run_dir(folder).path) for cell in cells}
 
 
 def results(path: Path | str) -> Results:
@@ -190,7 +192,7 @@ def load(
     from qspin.trials.loaded import Loaded
 
     _quiet_libraries()
-    return Loaded.open(RunDir(Path(path)), player, say)
+    return Loaded.open(RunDir(_path(path)), player, say)
 
 
 @permission_told()
@@ -231,9 +233,9 @@ def report(path: Path | str, out: Path | str | None = None, *, say: Callable[[st
     from qspin.files import check_place, write_text
     from qspin.record import heldout_prompts
 
-    run_dir = RunDir(Path(path))
+    run_dir = RunDir(_path(path))
     run_dir.check_run()
-    target = run_dir.path / "report.html" if out is None else Path(out)
+    target = run_dir.path / "report.html" if out is None else _path(out, "--out")
     if target.is_dir():
         raise QspinError(f"--out: {target} is a folder; name a file")
     if target.suffix not in {".html", ".htm"}:  # no slip of the keys writes over a run's record, or somebody's rows
@@ -266,9 +268,9 @@ def export(
     from qspin.figures.players import chosen_iteration
 
     _quiet_libraries()
-    run_dir = RunDir(Path(path).resolve())
+    run_dir, target = RunDir(_path(path).resolve()), _path(out, "--out")
     index = chosen_iteration(run_dir, _told(iteration))
-    return exporting.export(Trained(run_dir, index), to=to, out=Path(out), onto=onto, dtype=dtype)
+    return exporting.export(Trained(run_dir, index), to=to, out=target, onto=onto, dtype=dtype)
 
 
 @permission_told()
@@ -284,8 +286,13 @@ def push(
     from qspin.exports.push import make_upload, send
 
     _quiet_libraries()
-    upload = make_upload(RunDir(Path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)
+    upload = make_upload(RunDir(_path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)
     return send(upload, private=private)
+
+
+def _path(path: Path | str, option: str = "RUN") -> Path:
+    """As the command line takes one."""
+    return check_path(path, option)
 
 
 def _check_config(config: RunConfig) -> None:

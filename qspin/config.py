@@ -8,6 +8,7 @@ Free of torch. A field marked `_FREE` does not define the result: it may change 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from qspin.config_errors import explain, groups_of
 from qspin.config_files import NOT_YAML, PATHS, read_layers, read_yaml, together
 from qspin.errors import QspinError, one_line
-from qspin.safe_text import check_path, secret_keys, texts
+from qspin.safe_text import check_name, check_utf8, secret_keys, texts
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
         raise QspinError(f"the configuration does not fit:\n{problems}") from None
     for key in PATHS:
         group, name = key.split(".")
-        check_path(getattr(getattr(config, group), name) or "", key)
+        check_name(getattr(getattr(config, group), name) or "", key)
     settings = config.model_dump(mode="json")
     for key, text in texts(settings):
         if _SURROGATE.search(text):
@@ -282,6 +283,11 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
                 f"{key}: {one_line(text)} is not UTF-8, in which settings are kept in the run's folder; write it, or "
                 "rename what it names, in that"
             )
+    for key in PATHS:
+        group, name = key.split(".")
+        path = getattr(getattr(config, group), name)
+        if path and os.path.exists(path):  # noqa: PTH110 (Path.exists raises); else it may be a hub id
+            check_utf8(path, key)
     for key in secret_keys(settings):
         raise QspinError(
             f"{key}: holds a token or a password, and settings are kept in the run's folder and published with it; "

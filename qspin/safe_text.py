@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from types import TracebackType
 
-from qspin.errors import QspinError
+from qspin.errors import QspinError, one_line
 
 # variables whose values are shown nowhere
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "QSPIN_JUDGE_KEY", "OPENAI_API_KEY")
@@ -44,8 +44,15 @@ def check_path(path: str | Path, setting: str) -> Path:
     """The path. Told at once, since a path is asked about in many places, each of which would fail in its own way.
 
     Raises:
-        QspinError: no file can have this name.
+        QspinError: as `check_name` and `check_utf8`.
     """
+    check_name(path, setting)
+    check_utf8(path, setting)
+    return Path(path)
+
+
+def check_name(path: str | Path, setting: str) -> None:
+    """Raises a QspinError: no file can have this name."""
     said = f"{setting}: {_shown(str(path))}"
     if "\0" in str(path):
         raise QspinError(f"{said} has a NUL character in it; no file's name has")
@@ -53,7 +60,19 @@ def check_path(path: str | Path, setting: str) -> Path:
         raise QspinError(f"{said} is too long for a file's name; take a shorter one")
     if os.name == "nt" and PureWindowsPath(path).is_reserved():
         raise QspinError(f"{said} is a device on Windows; take another name")
-    return Path(path)
+
+
+def check_utf8(path: str | Path, setting: str) -> None:
+    """Raises a QspinError: the name, or that of a folder above it, is no text. It could not be written down in a run's
+    files, and safetensors opens no such file, which would show only after the training."""
+    whole = str(Path(path).absolute())
+    try:
+        whole.encode()
+    except UnicodeEncodeError:  # Python has a half of a character in place of a byte that is not UTF-8
+        raise QspinError(
+            f"{setting}: {one_line(whole)} is not UTF-8, as the names of a run's files and folders have to be; rename "
+            "the part that is not, or take another folder"
+        ) from None
 
 
 def _shown(text: str) -> str:

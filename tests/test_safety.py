@@ -23,6 +23,7 @@ from hub_server import TOKEN, HubServer
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+import qspin
 from qspin.base import find_base, quiet_libraries
 from qspin.chat import PieceKind
 from qspin.config import ModelConfig, load_config
@@ -265,6 +266,52 @@ def test_a_setting_that_no_file_can_hold(option: tuple[str, str], key: str, said
     assert answer.err.startswith(f"error: {key}: {said} is not UTF-8, in which settings are kept in the run's folder; ")
     assert answer.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+LATIN = "nu\udce9"  # a name in Latin 1, as Python has it
+ADVICE = "is not UTF-8, as the names of a run's files and folders have to be; "
+no_such_names = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+
+
+@no_such_names
+def test_a_folder_whose_name_is_no_text_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    config, out = load_config("quickstart"), tmp_path / LATIN
+    commands: list[tuple[str | Path, ...]] = [
+        ("run", "quickstart", "--out", out),
+        ("sweep", "quickstart", "--vary", "seed=1,2", "--out", out),
+        ("init", "quickstart", "--output", out),
+        ("status", out),
+    ]
+    for command, option in zip(commands, ["--out", "--out", "-o", "RUN"], strict=True):
+        answer = call(*command)
+        assert (answer.code, answer.out) == (1, "")
+        assert answer.err.startswith(f"error: {option}: {tmp_path}/nu\\udce9 {ADVICE}")
+        assert answer.err.count("\n") == 1
+    calls: list[Callable[[], object]] = [
+        lambda: qspin.run(config, out, progress=qspin.Silent()),
+        lambda: qspin.sweep("quickstart", {"seed": [1]}, out),
+        lambda: qspin.results(out),
+        lambda: qspin.load(out),
+        lambda: qspin.export(tmp_path, to="adapter", out=out),
+    ]
+    for work in calls:
+        with pytest.raises(QspinError, match=re.escape(f"nu\\udce9 {ADVICE}")):
+            work()
+    assert list(tmp_path.iterdir()) == []
+
+
+@no_such_names
+def test_nor_can_a_run_be_in_such_a_folder_or_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / LATIN
+    here.mkdir()
+    (here / "rows.jsonl").write_text("{}")
+    monkeypatch.chdir(here)
+    for option, name, out in (("--out", "mine", Path("mine")), ("data.source", "rows.jsonl", tmp_path / "run")):
+        answer = call("run", "quickstart", "--data", "rows.jsonl", "--out", out)
+        assert (answer.code, answer.out) == (1, "")
+        assert answer.err.startswith(f"error: {option}: {tmp_path}/nu\\udce9/{name} {ADVICE}")
+    assert load_config("quickstart", {"data.source": "owner/name"}).data.source == "owner/name", "of the hub"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [LATIN, "rows.jsonl"]
 
 
 def test_names_that_are_only_odd_are_names() -> None:

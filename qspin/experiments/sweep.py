@@ -29,7 +29,7 @@ from qspin.files import MANIFEST, check_folder, commit_folder, copy_file, read_j
 from qspin.phases.game import Game, under_way
 from qspin.prepare import Prepared
 from qspin.run_dir import IterationDir, RunDir
-from qspin.safe_text import check_path
+from qspin.safe_text import check_name
 from qspin.spin import play
 from qspin.watch.progress import Progress
 
@@ -69,7 +69,7 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     for values in itertools.product(*varied.values()):
         settings = dict(zip(varied, values, strict=True))
         name = "_".join(f"{short[key]}={_in_a_name(value)}" for key, value in settings.items())
-        check_path(name, "--vary")
+        check_name(name, "--vary")
         cells.append(Cell(name, settings, load_config(source, {**overrides, **settings})))
     if len({cell.name for cell in cells}) < len(cells):
         raise QspinError("--vary: two combinations would have one folder's name; give values that differ in letters")
