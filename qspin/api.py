@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qspin.config import RunConfig, load_kept
 from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
+from qspin.files import at_home
 from qspin.run_dir import RunDir
 from qspin.safe_text import check_path
 
@@ -292,7 +293,7 @@ def push(
 
 def _path(path: Path | str, option: str = "RUN") -> Path:
     """As the command line takes one."""
-    return check_path(path, option)
+    return check_path(at_home(str(path)), option)
 
 
 def _check_config(config: RunConfig) -> None:

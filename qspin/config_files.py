@@ -144,7 +144,7 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
 
 
 def _file_of(source: str | Path) -> Path:
-    path = Path(source)
+    path = Path(os.path.expanduser(source))  # noqa: PTH111 (Path.expanduser raises)
     if path.suffix in SUFFIXES:
         return path
     path = presets_dir() / f"{source}.yaml"

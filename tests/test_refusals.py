@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from command_line import call, process, refusal
 from conftest import HOUSE_STYLE, ROOT, as_nobody
 
 from qspin import api
-from qspin.errors import NoPermission
+from qspin.config import load_config
+from qspin.errors import NoPermission, QspinError
 from qspin.files import read_jsonl
 from qspin.run_dir import RunDir
 
@@ -203,6 +205,51 @@ def test_a_tracker_that_is_not_there(tmp_path: Path) -> None:
     said = f"--track {absent[0]}: it is not installed; pip install {absent[0]}"
     assert refusal("run", "quickstart", "--out", tmp_path / "run", "--track", absent[0]) == said
     assert not (tmp_path / "run").exists()
+
+
+# --- ~, as a shell leaves it in --out=~/runs ---
+
+
+def test_a_home_is_found_by_every_command_and_function(
+    played_run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    shutil.copytree(played_run.path, home / "run")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))  # of Windows
+    for command in (
+        ("status", "~/run"),
+        ("report", "~/run", "--out=~/a.html"),
+        ("export", "~/run", "--to", "adapter", "--out=~/a"),
+        ("init", "quickstart", "--output=~/mine.yaml"),
+        ("presets", "show", "~/mine.yaml"),
+    ):
+        answer = call(*command)
+        assert (answer.code, answer.err) == (0, "")
+    assert api.report("~/run", "~/b.html") == home / "b.html"
+    assert api.export("~/run", to="adapter", out="~/b") == home / "b"
+    config = load_config("~/mine.yaml")
+    (home / "full").mkdir()
+    (home / "full" / "seed=1").touch()
+    full = f"--out: {home / 'full'} holds other things; name a new folder or one of an earlier run"
+    assert refusal("run", "quickstart", "--out=~/full", "--dry-run") == full
+    with pytest.raises(QspinError, match=f"^{re.escape(full)}$"):
+        api.run(config, "~/full")
+    cell = f"--out: {home / 'full' / 'seed=1'} is a file; name a folder"
+    assert refusal("sweep", "quickstart", "--vary", "seed=1", "--out=~/full") == cell
+    with pytest.raises(QspinError, match=f"^{re.escape(cell)}$"):
+        api.sweep("quickstart", {"seed": [1]}, "~/full")
+    for work in (
+        api.results,
+        api.load,
+        lambda path: api.baseline(path, [1e-3]),
+        lambda path: api.push(path, "me/mine"),
+    ):
+        with pytest.raises(QspinError, match=f"^{re.escape(str(home / 'full'))}:? "):
+            work("~/full")
+    assert list(here.iterdir()) == []
 
 
 # --- folders that are closed to the user ---
