@@ -284,10 +284,13 @@ def push(
     private: bool = False,
 ) -> str:
     """Publish a run's adapter, merged model or pairs on the Hugging Face Hub with a card; where it can be seen."""
-    from qspin.exports.push import make_upload, send
+    from qspin.exports.push import check_login, make_upload, send
 
+    run_dir = RunDir(_path(path))
+    run_dir.check_run()
     _quiet_libraries()
-    upload = make_upload(RunDir(_path(path)), repo, content=content, iteration=_told(iteration), say=lambda _text: None)
+    check_login(repo)
+    upload = make_upload(run_dir, repo, content=content, iteration=_told(iteration), say=lambda _text: None)
     return send(upload, private=private)
 
 

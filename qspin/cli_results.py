@@ -129,10 +129,12 @@ def push(
     heed_stops(GOES_ON)
     from rich.console import Console
 
-    from qspin.exports.push import Content, make_upload, send
+    from qspin.exports.push import Content, check_login, make_upload, send
     from qspin.run_dir import RunDir
 
     quiet_libraries()
+    if not dry_run:
+        check_login(repo)
     console = Console()
     content: Content = "dataset" if dataset else what
     upload = make_upload(RunDir(run), repo, content=content, iteration=iteration, say=lambda text: tell(console, text))

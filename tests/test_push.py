@@ -22,7 +22,7 @@ from pusher import Pusher
 
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
-from qspin.exports.push import Content, _explain, make_upload, send
+from qspin.exports.push import Content, _explain, check_login, make_upload, send
 from qspin.exports.recipe import recorded_config
 from qspin.files import read_json, read_jsonl, sha256_of, write_json
 from qspin.prepare import prepare
@@ -184,10 +184,15 @@ def refusal(done: Answer) -> str:
     return done.err.removeprefix("error: ").strip()
 
 
-def test_nobody_is_logged_in(run: RunDir, hub: HubServer, push: Pusher) -> None:
-    said = refusal(push(run, "me/mine", token=""))
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+def test_nobody_is_logged_in(what: str, run: RunDir, hub: HubServer, push: Pusher, tmp_path: Path) -> None:
+    """It is told before anything is made; a look at what would be uploaded needs no login."""
+    copy = RunDir(Path(shutil.copytree(run.path, tmp_path / "run")))
+    said = refusal(push(copy, "me/mine", "--what", what, token=""))
     assert said == "me/mine: not logged in to the Hub; run `hf auth login`, or set HF_TOKEN"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert hub.repos == {}
+    assert push(copy, "me/mine", "--dry-run", token="").code == 0
 
 
 def test_a_token_that_the_hub_does_not_know_is_not_shown(run: RunDir, push: Pusher) -> None:
@@ -246,11 +251,12 @@ def test_offline(run: RunDir) -> None:
     upload = make_upload(run, "me/mine", content="adapter", iteration="last", say=lambda _: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", TOKEN)
-        with pytest.raises(QspinError) as caught:
-            send(upload, private=False)
-    assert str(caught.value) == (
-        "me/mine: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look with --dry-run"
-    )
+        for ask in (lambda: send(upload, private=False), lambda: check_login("me/mine")):
+            with pytest.raises(QspinError) as caught:
+                ask()
+            assert str(caught.value) == (
+                "me/mine: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or look with --dry-run"
+            )
 
 
 def test_what_a_server_says_is_one_line_without_signatures() -> None:

@@ -130,6 +130,18 @@ def make_upload(run_dir: RunDir, repo: str, *, content: Content, iteration: str 
     return Upload(repo, kind, content, folder, tuple(sorted({*files, *ours})))
 
 
+def check_login(repo: str) -> None:
+    """Asked before what is uploaded is written: merged weights take minutes, and as much disk as the base.
+
+    Raises:
+        QspinError: nobody is logged in, or the client may not go to the Hub.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise QspinError(f"{repo}: {_explain(OfflineModeIsEnabled())}")
+    if huggingface_hub.get_token() is None:
+        raise QspinError(f"{repo}: {_explain(LocalTokenNotFoundError())}")
+
+
 def send(upload: Upload, *, private: bool) -> str:
     """Create the repository if need be, and commit the files; the repository's address.
 
