@@ -19,6 +19,13 @@ from typing import Any
 from qspin.errors import QspinError, one_line
 from qspin.records import Place
 
+PACKED = {  # how a file begins that a program has packed
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+}
 LONGEST = 2**24  # bytes of a line of JSON, characters of a record of CSV: a row is no library
 
 
@@ -110,10 +117,19 @@ def _lines(path: Path, longest: int = -1) -> Iterator[tuple[int, str | None]]:
                     yield number, text.removeprefix("\ufeff") if offset == 0 else text
                 offset = file.tell()
     except UnicodeDecodeError as error:
+        if packed := _packed_by(path):
+            raise QspinError(f"{path}: is compressed ({packed}); unpack it") from None
         where = f"line {number}, byte offset {offset + error.start}"
         raise QspinError(f"{path}: {where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+def _packed_by(path: Path) -> str | None:
+    """What compressed a file, whatever its name says."""
+    with path.open("rb") as file:
+        head = file.read(max(map(len, PACKED)))
+    return next((name for magic, name in PACKED.items() if head.startswith(magic)), None)
 
 
 def _begins_with_a_bracket(path: Path) -> bool:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +153,14 @@ def test_nested_columns_of_parquet(tmp_path: Path) -> None:
 # --- files ---
 
 
+def zipped(content: bytes) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", content)
+    return stream.getvalue()
+
+
+PAIRS = b"".join(b'{"prompt": "What is %d?", "completion": "%d"}\n' % (n, 7 * n) for n in range(50))
 FATAL_FILES = [
     ("e.jsonl", b"", "holds no rows; check that it was written to its end"),
     ("e.jsonl", b"\xef\xbb\xbf\n \n", "holds no rows; check that it was written to its end"),
@@ -172,6 +185,13 @@ FATAL_FILES = [
      "line 2, byte offset 14: not UTF-8 (invalid start byte); save the file as UTF-8"),
     ("e.csv", b"prompt,completion\n\xe9t\xe9,x\n",
      "line 2, byte offset 18: not UTF-8 (invalid continuation byte); save the file as UTF-8"),
+    ("e.jsonl", gzip.compress(PAIRS), "is compressed (gzip); unpack it"),
+    ("e.json", zipped(PAIRS), "is compressed (zip); unpack it"),
+    ("e.jsonl", b"\x28\xb5\x2f\xfd\x04\x58\xa9\x00", "is compressed (zstd); unpack it"),
+    ("e.csv", lzma.compress(PAIRS), "is compressed (xz); unpack it"),
+    ("e.jsonl", bz2.compress(PAIRS), "is compressed (bzip2); unpack it"),
+    ("e.csv", b"prompt,completion\nBZh,\xff\n",
+     "line 2, byte offset 22: not UTF-8 (invalid start byte); save the file as UTF-8"),
     ("e.json", b'[{"prompt": "Hi"', "is broken JSON: Expecting ',' delimiter: column 17; "
      "write it anew, or mend it there"),
     ("e.json", b'{\n "data": [\n  {"prompt": "Hi"}\n ],\n "n": 1\n}\n',
