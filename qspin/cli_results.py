@@ -17,7 +17,7 @@ def compare(
     folder: RunFolder,
     *,
     iterations: Annotated[
-        str | None, typer.Option(help="numbers, as 0,2; by default the one that the run keeps")
+        str | None, typer.Option(help="numbers, as 0,2, beside the base; by default the one that the run keeps")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="held-out prompts to show")] = 5,
 ) -> None:
@@ -32,8 +32,10 @@ def compare(
     from qspin.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    names = [None] if iterations is None else [name.strip() for name in iterations.split(",")]
-    chosen = {str(chosen_iteration(run_dir, name, "--iterations")) for name in names}
+    kept = chosen_iteration(run_dir, None)  # which refuses a run that has none yet
+    names = [str(kept)] if iterations is None else [name.strip() for name in iterations.split(",")]
+    # the base is shown in any case
+    chosen = {str(chosen_iteration(run_dir, name, "--iterations")) for name in names if name not in {"", "base"}}
     config = recorded_config(run_dir)
     quiet_libraries()
     prompts = heldout_prompts(run_dir, config, _note)

@@ -191,9 +191,14 @@ def test_completions_side_by_side(run: RunDir, tmp_path: Path) -> None:
         "iteration 1",
     ]
     assert answer.out.count("What is ") == 2
+    for also in ("1,0,base", "1,,0,"):
+        assert call("compare", run.path, "--iterations", also, "--rows", "2", columns=300).out == answer.out
+    alone = call("compare", run.path, "--iterations", "base", "--rows", "2", columns=300)
+    assert (alone.code, alone.err) == (0, "")
+    assert "the base" in alone.out and "iteration" not in alone.out
     kept = call("compare", run.path, columns=300).out
     assert ("iteration 0" in kept) != ("iteration 1" in kept)
-    for wrong in ("7", "0,,1"):
+    for wrong in ("7", "0,x"):
         assert refusal("compare", run.path, "--iterations", wrong).startswith("--iterations: '")
     assert refusal("compare", tmp_path) == f"{tmp_path}: not the folder of a run, it has no run.json"
 
