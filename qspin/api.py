@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qspin.config import RunConfig, load_kept
+from qspin.config import RunConfig, by_their_names, load_kept
 from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
 from qspin.files import at_home
@@ -135,6 +136,8 @@ def baseline(path: Path | str, rates: Sequence[float], *, progress: Progress | N
 
     run_dir = RunDir(_path(path))
     run_dir.check_run()
+    if not isinstance(rates, list | tuple) or not all(isinstance(rate, Real) for rate in rates):
+        raise QspinError(f"rates: a list of learning rates is wanted, as [1e-4]; got {rates!r:.80}")
     if not rates or not all(0 < rate < 1 for rate in rates):
         raise QspinError("--lr: a learning rate is between 0 and 1, as 1e-4")
     check_writable(run_dir.path)
@@ -165,7 +168,7 @@ def sweep(
     from qspin.watching import watch_sweep
 
     folder = _path(out, "--out")
-    cells = grid(source, overrides or {}, vary)
+    cells = grid(source, by_their_names(overrides), vary)
     if RunDir(folder).record.is_file():
         raise QspinError(f"--out: {folder} is a run, and a sweep is a folder of runs; name another folder")
     for cell in cells:
@@ -296,6 +299,8 @@ def push(
 
 def _path(path: Path | str, option: str = "RUN") -> Path:
     """As the command line takes one."""
+    if not isinstance(path, str | Path):
+        raise QspinError(f"{option}: a path is wanted, as a text or a Path; got {path!r:.80}")
     return check_path(at_home(str(path)), option)
 
 

@@ -266,7 +266,8 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
     Raises:
         QspinError: naming every key that is unknown or out of bounds, and the nearest key that exists.
     """
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
+    named = by_their_names(overrides)
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in named.items()}
     tree = together(read_layers(source) if source is not None else [], plain, groups_of(RunConfig))
     try:
         config = RunConfig.model_validate(tree)
@@ -294,6 +295,15 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
             "take it out, and log in with `hf auth login`, or set HF_TOKEN"
         )
     return config
+
+
+def by_their_names(settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What a program gives as settings; raises a QspinError if that is something else."""
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        raise QspinError(f'settings are wanted by their names, as {{"train.beta": 0.2}}; got {settings!r:.80}')
+    return settings
 
 
 def load_kept(path: Path) -> RunConfig:

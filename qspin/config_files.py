@@ -144,6 +144,8 @@ def together(layers: Sequence[Layer], overrides: Mapping[str, Any], groups: Cont
 
 
 def _file_of(source: str | Path) -> Path:
+    if not isinstance(source, str | Path):
+        raise QspinError(f"a preset's name or a .yaml file is wanted; got {source!r:.80}")
     path = Path(os.path.expanduser(source))  # noqa: PTH111 (Path.expanduser raises)
     if path.suffix in SUFFIXES:
         return path

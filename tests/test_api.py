@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
@@ -56,6 +57,34 @@ def test_a_presets_name_is_no_configuration(tmp_path: Path) -> None:
         with pytest.raises(qspin.QspinError, match=r"^a configuration is wanted, as .*; got 'quickstart'$"):
             call()
     assert not (tmp_path / "run").exists()
+
+
+NAMED = 'settings are wanted by their names, as {"train.beta": 0.2}; got '
+VARIED = "--vary: a sweep varies settings, each over a list: --vary train.beta=0.1,1"
+RATES = "rates: a list of learning rates is wanted, as [1e-4]; got "
+RATE = "--lr: a learning rate is between 0 and 1, as 1e-4"
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda run: qspin.baseline(run, 1e-4), f"{RATES}0.0001"),
+        (lambda run: qspin.baseline(run, ["x"]), f"{RATES}['x']"),
+        (lambda run: qspin.baseline(run, [2]), RATE),
+        (lambda run: qspin.baseline(run, []), RATE),
+        (lambda _: qspin.load_config(None, {3: 1}), f"{NAMED}{{3: 1}}"),
+        (lambda _: qspin.load_config(None, ["seed"]), f"{NAMED}['seed']"),
+        (lambda _: qspin.load_config(3), "a preset's name or a .yaml file is wanted; got 3"),
+        (lambda run: qspin.sweep(None, {3: [1]}, run), VARIED),
+        (lambda run: qspin.sweep(None, ["seed"], run), VARIED),
+        (lambda run: qspin.sweep(None, {"seed": [1]}, run, overrides=[3]), f"{NAMED}[3]"),
+        (lambda _: qspin.results(None), "RUN: a path is wanted, as a text or a Path; got None"),
+    ],
+)
+def test_a_slip_in_an_argument_is_one_line(call: Callable[[Any], object], said: str, results: qspin.Results) -> None:
+    with pytest.raises(qspin.QspinError) as caught:
+        call(results.path)
+    assert str(caught.value) == said
 
 
 def test_what_was_named_from_one_folder_is_found_from_another(

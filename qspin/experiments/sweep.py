@@ -62,7 +62,7 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     Raises:
         QspinError: nothing is varied; a combination is no configuration; two of them would have one folder.
     """
-    if not varied or any(not isinstance(values, list | tuple) or not values for values in varied.values()):
+    if not isinstance(varied, Mapping) or not varied or not all(map(_a_list, varied, varied.values())):
         raise QspinError("--vary: a sweep varies settings, each over a list: --vary train.beta=0.1,1")
     short = _short(varied)
     cells = []
@@ -76,6 +76,10 @@ def grid(source: str | Path | None, overrides: Mapping[str, Any], varied: Mappin
     if len({dump_config(cell.config) for cell in cells}) < len(cells):
         raise QspinError("--vary: two combinations are the same, so that a run would be played twice")
     return cells
+
+
+def _a_list(key: object, values: object) -> bool:
+    return isinstance(key, str) and isinstance(values, list | tuple) and len(values) > 0
 
 
 def _short(keys: Collection[str]) -> dict[str, str]:
