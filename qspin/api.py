@@ -164,11 +164,11 @@ def sweep(
         source, overrides: as for `load_config`.
         vary: setting → its values, as `{"train.beta": [0.1, 1]}`.
     """
-    from qspin.experiments.sweep import grid
+    from qspin.experiments.sweep import as_begun, grid
     from qspin.watching import watch_sweep
 
     folder = _path(out, "--out")
-    cells = grid(source, by_their_names(overrides), vary)
+    cells = as_begun(grid(source, by_their_names(overrides), vary), folder)
     if RunDir(folder).record.is_file():
         raise QspinError(f"--out: {folder} is a run, and a sweep is a folder of runs; name another folder")
     for cell in cells:

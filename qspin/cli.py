@@ -216,7 +216,11 @@ def sweep(
     ] = None,
     *,
     vary: Annotated[
-        list[str], typer.Option(metavar="KEY=VALUE,VALUE", help="a setting and its values; several make a grid")
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="a setting and all values to compare, played before or not; several make a grid",
+        ),
     ],
     data: Annotated[str | None, typer.Option(help="JSONL, JSON, CSV or Parquet file, or a hub id")] = None,
     out: Annotated[

@@ -16,7 +16,17 @@ from conftest import flip_byte, small_run
 from qspin import api, spin
 from qspin.config import RunConfig, load_config, parse_vary
 from qspin.errors import QspinError
-from qspin.experiments.sweep import OF_SELF_PLAY, PLOT, TABLE, Cell, grid, play_cell, results, write_results
+from qspin.experiments.sweep import (
+    OF_SELF_PLAY,
+    PLOT,
+    TABLE,
+    Cell,
+    as_begun,
+    grid,
+    play_cell,
+    results,
+    write_results,
+)
 from qspin.files import read_json, read_jsonl, remove
 from qspin.phases.answering import answer
 from qspin.phases.game import under_way
@@ -333,6 +343,30 @@ def test_a_runs_own_folder_is_no_place_for_a_sweep(settings: dict[str, Any], tmp
     with pytest.raises(QspinError, match=f"^--out: {out} is a run, and a sweep is a folder of runs; name another"):
         api.sweep(None, {"train.beta": [0.1, 1]}, out, overrides=settings)
     assert {*out.rglob("*")} == before
+
+
+def test_another_spelling_of_a_value_is_no_other_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    """And more values add runs; those that are named again stay in the table."""
+    out = tmp_path / "out"
+    options = [part for key, value in settings.items() if key != "train.lr" for part in ("--set", f"{key}={value}")]
+    assert call("sweep", "--out", out, "--vary", "train.lr=1e-3", *options).code == 0
+    adapter = out / "lr=1e-3" / "iteration-0" / "adapter" / WEIGHTS
+    written = adapter.stat().st_mtime_ns
+    answer = call("sweep", "--out", out, "--vary", "train.lr=0.001,2e-3", *options)
+    assert (answer.code, answer.err) == (0, "")
+    assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["lr=1e-3", "lr=2e-3"]
+    assert adapter.stat().st_mtime_ns == written
+    assert "1 of 2: lr=1e-3" in answer.out
+    rows = re.findall(r"^\| (\S+) \| (\S+) \|", (out / TABLE).read_text(encoding="utf-8"), re.MULTILINE)
+    assert {row[0] for row in rows[2:]} == {"0.001", "2e-3"}
+    assert set(api.sweep(None, {"train.lr": [0.001]}, out, overrides=settings)) == {"lr=1e-3"}
+
+
+def test_a_folder_that_is_no_run_of_a_sweep_is_let_be(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "lr=5").mkdir()
+    (tmp_path / "lr=5" / "run.json").write_text("{")
+    cells = grid(None, settings, {"train.lr": [0.001, 0.002]})
+    assert as_begun(cells, tmp_path) == cells
 
 
 def test_the_command_goes_on_where_it_stopped(settings: dict[str, Any], tmp_path: Path) -> None:

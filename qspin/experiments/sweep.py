@@ -12,6 +12,7 @@ opponent, iteration 0's completions and their scores. Each run is one like any o
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -90,6 +91,21 @@ def _short(keys: Collection[str]) -> dict[str, str]:
 
 def _in_a_name(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-")
+
+
+def as_begun(cells: Sequence[Cell], out: Path) -> list[Cell]:
+    """The same, a cell that an earlier command played under another name by that name: 0.001 may be spelled 1e-3."""
+    begun = {}
+    for record in sorted(out.glob("*/run.json")):
+        with contextlib.suppress(QspinError):  # what can't be read is told of where it is to be played
+            begun[record.parent.name] = read_json(record)["config"]
+
+    def named(cell: Cell) -> Cell:
+        config = cell.config.model_dump(mode="json")
+        same = (name for name, theirs in begun.items() if theirs == config)
+        return cell if cell.name in begun else replace(cell, name=next(same, cell.name))
+
+    return [named(cell) for cell in cells]
 
 
 def play_cell(cell: Cell, prepared: Prepared, out: Path, cells: Sequence[Cell], progress: Progress) -> None:
