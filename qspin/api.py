@@ -168,9 +168,10 @@ def sweep(
     from qspin.watching import watch_sweep
 
     folder = _path(out, "--out")
-    cells = as_begun(grid(source, by_their_names(overrides), vary), folder)
+    cells = grid(source, by_their_names(overrides), vary)
     if RunDir(folder).record.is_file():
         raise QspinError(f"--out: {folder} is a run, and a sweep is a folder of runs; name another folder")
+    cells = as_begun(cells, folder)
     for cell in cells:
         cell.run_dir(folder).check_usable()
     _quiet_libraries()
