@@ -127,7 +127,7 @@ def _gradient(
     figures = objective(batch, step, scale)
     if scale != 1:
         for parameter in parameters:
-            if parameter.grad is not None:  # a layer that takes another one's keys and values has its own for nothing
+            if parameter.grad is not None:  # of an expert that no token was sent to there is none
                 parameter.grad.div_(scale)
     return figures, float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
+
 from qspin.layers.attention import Lengths
 from qspin.packing import plan_batches
 from qspin.processes.dealing import deal
+from qspin.processes.workers import _sum_gradients
 
 
 def test_the_largest_goes_to_whoever_has_least() -> None:
@@ -26,3 +30,18 @@ def test_a_batch_is_cut_for_all_workers_and_stays_the_same_batch() -> None:
         tokens = [sum(lengths[index].total for index in micro_batch) for micro_batch in cut]
         shares = [sum(tokens[place] for place in places) for places in deal(tokens, 4)]
         assert max(shares) < 1.1 * sum(shares) / 4
+
+
+@pytest.mark.parametrize("theirs", [0.0, 2.0])
+def test_a_gradient_that_a_helper_alone_has_is_summed_too(theirs: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that tokens of its share alone were sent to; one that none were sent to has none anywhere."""
+    seen, unseen = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2))
+    seen.grad = torch.ones(3)
+
+    def reduce(flat: torch.Tensor, _to: int) -> None:
+        flat[3:] += theirs
+
+    monkeypatch.setattr("torch.distributed.reduce", reduce)
+    _sum_gradients([seen, unseen])
+    assert seen.grad.tolist() == [1.0] * 3
+    assert (unseen.grad is None) if not theirs else unseen.grad is not None and unseen.grad.tolist() == [2.0] * 2

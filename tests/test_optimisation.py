@@ -362,3 +362,16 @@ def test_a_damaged_snapshot_is_named(tiny_model: LoadModel, tmp_path: Path) -> N
     file.write_bytes(damaged)
     with pytest.raises(QspinError, match=r"state\.safetensors: missing or altered"):
         run(again, descend(again), tmp_path)
+
+
+def test_a_weight_without_a_gradient_is_passed_over_where_gradients_are_scaled() -> None:
+    """An expert that no token was sent to."""
+    seen, unseen = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+
+    def objective(_batch: Any, _step: int, scale: float) -> dict[str, float]:
+        seen.grad = torch.full((2,), 3.0 * scale)
+        return {}
+
+    _, norm = optimisation._gradient(objective, [], 0, 4.0, [seen, unseen], 100.0)
+    assert norm == pytest.approx(3 * 2**0.5)
+    assert unseen.grad is None

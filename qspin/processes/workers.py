@@ -266,8 +266,10 @@ def _sum_gradients(slot: Sequence[nn.Parameter]) -> None:
         dist.reduce(flat, 0)
     if rank() == 0:
         for parameter, part in _parts(slot, flat):
-            if parameter.grad is not None:  # one that none of the layers computes with has none anywhere
+            if parameter.grad is not None:
                 parameter.grad.copy_(part)
+            elif bool(part.any()):  # of an expert that a helper's tokens alone were sent to
+                parameter.grad = part.clone()
 
 
 def _parts(slot: Sequence[nn.Parameter], flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
