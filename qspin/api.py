@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from qspin.config import RunConfig, by_their_names, load_kept
 from qspin.errors import QspinError, permission_told
 from qspin.exports.targets import Onto, Target
-from qspin.files import at_home
 from qspin.run_dir import RunDir
 from qspin.safe_text import check_path
 
@@ -302,7 +301,7 @@ def _path(path: Path | str, option: str = "RUN") -> Path:
     """As the command line takes one."""
     if not isinstance(path, str | Path):
         raise QspinError(f"{option}: a path is wanted, as a text or a Path; got {path!r:.80}")
-    return check_path(at_home(str(path)), option)
+    return check_path(path, option)
 
 
 def _check_config(config: RunConfig) -> None:

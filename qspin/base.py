@@ -26,8 +26,8 @@ import transformers
 
 from qspin.config import ModelConfig
 from qspin.errors import QspinError
-from qspin.files import at_home, commit_folder, full_disk_told, make_folder, sha256_of
-from qspin.safe_text import redact_logs
+from qspin.files import commit_folder, full_disk_told, make_folder, sha256_of
+from qspin.safe_text import at_home, redact_logs
 
 # what a hub download raises when it can't be had; transformers wraps most of huggingface_hub's in OSError. The others
 # are of files that hold something else than what they are named for.

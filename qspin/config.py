@@ -276,7 +276,10 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
         raise QspinError(f"the configuration does not fit:\n{problems}") from None
     for key in PATHS:
         group, name = key.split(".")
-        check_name(getattr(getattr(config, group), name) or "", key)
+        path = getattr(getattr(config, group), name) or ""
+        check_name(path, key)
+        if path and os.path.exists(path):  # noqa: PTH110 (Path.exists raises); else it may be a hub id
+            check_utf8(path, key)
     settings = config.model_dump(mode="json")
     for key, text in texts(settings):
         if _SURROGATE.search(text):
@@ -284,11 +287,6 @@ def load_config(source: str | Path | None, overrides: Mapping[str, Any] | None =
                 f"{key}: {one_line(text)} is not UTF-8, in which settings are kept in the run's folder; write it, or "
                 "rename what it names, in that"
             )
-    for key in PATHS:
-        group, name = key.split(".")
-        path = getattr(getattr(config, group), name)
-        if path and os.path.exists(path):  # noqa: PTH110 (Path.exists raises); else it may be a hub id
-            check_utf8(path, key)
     for key in secret_keys(settings):
         raise QspinError(
             f"{key}: holds a token or a password, and settings are kept in the run's folder and published with it; "

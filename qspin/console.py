@@ -14,23 +14,17 @@ if TYPE_CHECKING:
 
 
 def a_name(path: Path | None, parameter: typer.CallbackParam) -> Path | None:
-    """For options that name a path: `~` becomes the home folder, as a shell leaves it in `--out=~/runs`, and what can
-    be no file's name is refused (`check_path`)."""
-    if path is None:
-        return None
-    from qspin.files import at_home
-
-    return check_path(at_home(str(path)), parameter.metavar or parameter.opts[0])
+    """For options that name a path: as `check_path`."""
+    return path if path is None else check_path(path, parameter.metavar or parameter.opts[0])
 
 
 def a_run(path: Path, parameter: typer.CallbackParam) -> Path:
     """As `a_name`, for a run that there must be: told before anything heavy is imported."""
     from qspin.run_dir import RunDir
 
-    named = a_name(path, parameter)
-    assert named is not None
-    RunDir(named).check_run()
-    return named
+    found = check_path(path, parameter.metavar or parameter.opts[0])
+    RunDir(found).check_run()
+    return found
 
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="the run's folder", callback=a_name)]

@@ -57,11 +57,6 @@ def check_place(folder: Path, advice: str) -> None:
         raise QspinError(f"--out: no permission to write in {above}; {advice}")
 
 
-def at_home(name: str) -> Path:
-    """A path as a person writes it, `~` for a home folder; as it is where there is no such home."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content, unless it is the same; its folder is made if need be."""
     _write(path, text.encode())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from qspin.base import Base, unreachable
 from qspin.config import ModelConfig
@@ -67,7 +69,7 @@ def load_in_4_bits(base: Base, model: ModelConfig, device: torch.device, dtype: 
 def _check_loaded(causal_lm: Any, report: dict[str, Any], base: Base) -> None:
     """transformers puts random numbers where a file has none, leaves out what config.json has no place for, keeps what
     a model came quantised in, and puts in an adapter that lies beside it."""
-    lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+    lacking = sorted({*report["missing_keys"], *_of_other_shapes(causal_lm)})
     if lacking:
         raise QspinError(
             f"model.id: {base.name}: its files have no {some(lacking)} of the shape that config.json asks for; bring "
@@ -90,3 +92,18 @@ def _check_loaded(causal_lm: Any, report: dict[str, Any], base: Base) -> None:
             f"model.id: {base.name} has a PEFT adapter beside the model's own files; take its adapter_config.json "
             "away, and name it with model.init_adapter if the game is to begin with it"
         )
+
+
+def _of_other_shapes(causal_lm: Any) -> Iterator[str]:
+    """Matrices that are not as config.json has them: those that are quantised as they are read are not reported."""
+    for name, module in causal_lm.named_modules():
+        asked: tuple[int, int] | None = None
+        if isinstance(module, nn.Linear):
+            asked = module.out_features, module.in_features
+        elif isinstance(module, nn.Embedding):
+            asked = module.num_embeddings, module.embedding_dim
+        if asked is not None:
+            weight = module.weight
+            state = getattr(weight, "quant_state", None)
+            if tuple(weight.shape if state is None else state.shape) != asked:
+                yield f"{name}.weight"

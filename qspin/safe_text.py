@@ -40,15 +40,22 @@ def redacted(text: str) -> str:
     return _TOKEN.sub(_HIDDEN, _LOGIN.sub(f"{_HIDDEN}@", text))
 
 
+def at_home(name: str) -> Path:
+    """A path as a person writes it, `~` for a home folder; as it is where there is no such home."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (Path.expanduser raises)
+
+
 def check_path(path: str | Path, setting: str) -> Path:
-    """The path. Told at once, since a path is asked about in many places, each of which would fail in its own way.
+    """The path, as `at_home`: a shell leaves the `~` in `--out=~/runs`. What is wrong with it is told at once, since a
+    path is asked about in many places, each of which would fail in its own way.
 
     Raises:
         QspinError: as `check_name` and `check_utf8`.
     """
-    check_name(path, setting)
-    check_utf8(path, setting)
-    return Path(path)
+    found = at_home(str(path))
+    check_name(found, setting)
+    check_utf8(found, setting)
+    return found
 
 
 def check_name(path: str | Path, setting: str) -> None:

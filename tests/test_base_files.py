@@ -72,6 +72,9 @@ LACKING: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda base: settle(base / "config.json", num_hidden_layers=5),
         "model.layers.3.",
     ),
+    "a smaller vocabulary": (lambda base: settle(base / "config.json", vocab_size=600), "model.embed_tokens.weight"),
+    "narrower layers": (lambda base: settle(base / "config.json", hidden_size=128), "mlp.down_proj.weight"),
+    "fewer keys": (lambda base: settle(base / "config.json", num_key_value_heads=4), "self_attn.k_proj.weight"),
 }
 
 

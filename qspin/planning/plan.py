@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 from qspin.config import Architecture, RunConfig
 from qspin.errors import QspinError
-from qspin.files import at_home
 from qspin.fitting.at_once import Budget, budgets, choose, spread
 from qspin.fitting.footprint import EVALUATED_ROWS, SHARE, Batch, Footprint
 from qspin.fitting.shape import has_experts, read_shape
 from qspin.fitting.work import LAUNCH, forward_work, step_bytes, step_work, work_with_launches
 from qspin.machine import Machine
 from qspin.planning.plan_rows import Rows
+from qspin.safe_text import at_home
 
 # Shares of a machine's rates that passes over whole rows and decoding steps reach. The CPU's are those of
 # docs/fitting.md, the GPU's are assumed for cards of 8 to 24 GB; on an H200 16 rows reached 15% and 212 rows 74% in
