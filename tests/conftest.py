@@ -336,6 +336,8 @@ def clock() -> Clock:
 def as_nobody() -> Iterator[None]:
     """As a user whom permissions hold for, which they don't for root."""
     root = os.geteuid() == 0
+    if root and not all(folder.stat().st_mode & 0o001 for folder in (ROOT, *ROOT.parents)):
+        pytest.skip(f"{ROOT} is closed to other users, who could not import what is tested")
     if root:
         os.setresuid(65534, 65534, 0)  # os.access asks for the real user
     try:
