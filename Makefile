@@ -14,7 +14,7 @@ SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder --timeou
 FLOOR_TESTS := $(addprefix tests/test_,adapters.py bitsandbytes.py chat.py chat_template.py cli.py config.py \
 	config_errors.py config_files.py control_tokens.py data.py dry_run.py evaluation.py file_types.py formats.py \
 	fused.py fuzz_data.py generation.py gguf_file.py heldout.py hub_rows.py invariants.py json_lines.py lines.py lora.py \
-	loss.py merge.py merge_memory.py model.py optimisation.py packing.py page.py presets.py push.py record.py \
+	loss.py merge.py merge_memory.py model.py names.py optimisation.py packing.py page.py presets.py push.py record.py \
 	refusals.py sampling.py scoring.py status.py track.py training.py upload.py view.py whole_run.py)
 
 .DEFAULT_GOAL := help

@@ -38,7 +38,7 @@ LAYERS = [  # each may import what stands above it
     {"refit"},
     {"probe", "packing", "kv_cache"},
     {"model"},
-    {"decoding", "scoring", "reading", "machine"},
+    {"decoding", "scoring", "reading", "machine", "names"},
     {"generation"},
     {"dealing"},
     {"optimisation", "evaluate", "prepare", "budget"},
@@ -57,7 +57,7 @@ LAYERS = [  # each may import what stands above it
     {"__main__"},
 ]
 HEAVY = {
-    "transformers": {"base", "four_bits", "model", "refit", "compare", "export"},
+    "transformers": {"base", "four_bits", "model", "refit", "names", "compare", "export"},
     "peft": {"model", "refit"},
     "bitsandbytes": {"kernels", "nf4_levels", "lora", "optimisation", "doctor_device", "merge"},
     "triton": {"nf4_product"},

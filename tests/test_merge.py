@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qspin.errors import QspinError
 from qspin.exports import merge
-from qspin.exports.compare import quantised_names, tied_names
 from qspin.exports.merge import Dequantised, Merged, write_safetensors
+from qspin.exports.names import quantised_names, tied_names
 from qspin.exports.safetensors_file import INDEX
 from qspin.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from qspin.model import SlotModel

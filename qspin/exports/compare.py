@@ -22,7 +22,9 @@ from torch import Tensor
 from qspin.adapters import load_adapter
 from qspin.config import RunConfig
 from qspin.errors import QspinError
+from qspin.exports.names import Weights, weights_of
 from qspin.exports.recipe import recorded_config
+from qspin.exports.safetensors_file import read_folder
 from qspin.files import ADAPTER_WEIGHTS, check_folder, sha256_of
 from qspin.generation import Request, generate
 from qspin.machine import computing_device
@@ -92,16 +94,6 @@ class Reading:
         self.tokens += at
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """What merging has to know of the loaded model, by the names of the base's files."""
-
-    quantised: frozenset[str]  # in 4 bits
-    tied: frozenset[str]  # the embedding matrix and the output layer, if they are one
-    dtype: torch.dtype  # computed in
-    base_hash: str
-
-
 class Trained:
     """A finished iteration: the run's record and rows, the 4-bit model, and what that makes of the held-out rows.
     Everything is had when it is first asked for, and once."""
@@ -160,8 +152,8 @@ class Trained:
 
     @functools.cached_property
     def weights(self) -> Weights:
-        model = self.model
-        return Weights(quantised_names(model), tied_names(model), model.dtype, model.base_hash())
+        files = read_folder(self.speech.base.weights_folder())
+        return weights_of(self.model, [name for file in files.values() for name in file])
 
     @functools.cached_property
     def reading(self) -> Reading:
@@ -242,19 +234,3 @@ def compared(trained: Trained, exported: Reading) -> dict[str, Any]:
             for prompt, old, new in zip(trained.prompts, reading.completions, exported.completions, strict=False)
         ],
     }
-
-
-def quantised_names(model: SlotModel) -> frozenset[str]:
-    """Names of the weights that are in 4 bits, as the base's files call them."""
-    named = model.peft_model.get_base_model().named_parameters()
-    found = (name for name, parameter in named if getattr(parameter, "quant_state", None) is not None)
-    return frozenset(name.replace(".base_layer.", ".") for name in found)
-
-
-def tied_names(model: SlotModel) -> frozenset[str]:
-    """Names of the embedding matrix and of the output layer, if they are one."""
-    causal_lm = model.peft_model.get_base_model()
-    ends = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    if ends[0].weight is not ends[1].weight:
-        return frozenset()
-    return frozenset(f"{name}.weight" for name, module in causal_lm.named_modules() if module in ends)

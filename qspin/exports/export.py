@@ -200,6 +200,7 @@ class _Export:
             self.base.weights_folder(),
             self.trained.adapter,
             tied=weights.tied,
+            renamed=weights.renamed,
             onto=onto,
             dtype=torch.float32 if wide else None,
         )
@@ -217,7 +218,7 @@ class _Export:
     def write_16bit(self, merged: Merged, folder: Path) -> Any:
         write_safetensors(merged, folder)
         self._write_config(merged.base, folder)
-        _save_tokenizer(self.speech, folder)
+        self._write_beside(merged.base, folder)
         return _load(folder)
 
     def write_4bit(self, merged: Merged, folder: Path) -> Any:
@@ -237,7 +238,7 @@ class _Export:
         del model
         shutil.rmtree(whole)
         self._write_generation_config(merged.base, folder)
-        _save_tokenizer(self.speech, folder)
+        self._write_beside(merged.base, folder)
         return _load(folder)
 
     def write_gguf(self, merged: Merged, gguf: _Gguf, folder: Path) -> Any:
@@ -285,6 +286,12 @@ class _Export:
         config.pop("_from_model_config", None)  # or transformers would make another
         config["eos_token_id"] = sorted(self.speech.stop_ids)
         write_plain_json(folder / "generation_config.json", config)
+
+    def _write_beside(self, base: Path, folder: Path) -> None:
+        """The tokenizer; and how images become numbers, of a base that takes them."""
+        _save_tokenizer(self.speech, folder)
+        for path in base.glob("*processor_config.json"):
+            shutil.copy(path, folder)
 
     def _vocabulary(self, architecture: Any) -> Vocabulary:
         tokenizer, renderer = load_tokenizer(self.base), self.speech.renderer

@@ -17,6 +17,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -70,10 +71,12 @@ class Merged:
         adapter: Path,
         *,
         tied: Collection[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
         onto: Dequantised | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """`dtype`: of all floating-point tensors, in place of the base's own. `tied`: names of tensors that are one.
+        `renamed`: what the adapter calls a weight → what the base's files do, where that is something else.
 
         Raises:
             QspinError: a file is missing or damaged, or the adapter is of a kind that can't be merged into this base.
@@ -83,7 +86,7 @@ class Merged:
         self._tensors = {name: stored for file in self.files.values() for name, stored in file.items()}
         self._dtype = dtype
         self._onto = onto
-        self._low_rank, self._whole = _read_adapter(adapter, self._tensors, tied=tied)
+        self._low_rank, self._whole = _read_adapter(adapter, self._tensors, tied, renamed)
         if onto is not None:
             for name in sorted(onto.names):
                 _check_dequantisable(self._tensors.get(name), name, onto.device)
@@ -234,7 +237,7 @@ _PREFIX = "base_model.model."
 
 
 def _read_adapter(
-    folder: Path, base: Mapping[str, Stored], *, tied: Collection[str]
+    folder: Path, base: Mapping[str, Stored], tied: Collection[str], renamed: Mapping[str, str]
 ) -> tuple[dict[str, LowRank], dict[str, Stored]]:
     """By the base's names: what is added, and what is replaced as a whole: PEFT saves `modules_to_save` so, and the
     embeddings once an adapter is on one of their ends."""
@@ -245,22 +248,27 @@ def _read_adapter(
     for key, stored in read_header(folder / ADAPTER_WEIGHTS).items():
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
         half = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if (f"{half[1]}.weight" if half else name) in tied:
+        weight = f"{half[1]}.weight" if half else name
+        weight = renamed.get(weight, weight)
+        if weight in tied:
             raise QspinError(
                 f"{stored.path}: {key} changes the embedding matrix or the output layer, which are one matrix in this "
                 "base; changed at one end it would change at the other, so it is not merged"
             )
         if half is not None:
             pairs.setdefault(half[1], {})[half[2]] = stored
-        elif name in base:
-            _check_whole(stored, name, base[name])
-            whole[name] = stored
+        elif weight in base:
+            _check_whole(stored, weight, base[weight])
+            whole[weight] = stored
         else:
             raise QspinError(
                 f"{stored.path}: {key} is neither half of a LoRA pair nor a module saved whole that the base has; "
                 "such an adapter can't be merged"
             )
-    return {f"{module}.weight": _low_rank(module, pair, config, base) for module, pair in pairs.items()}, whole
+    names = {module: renamed.get(f"{module}.weight", f"{module}.weight") for module in pairs}
+    return {
+        names[module]: _low_rank(module, names[module], pair, config, base) for module, pair in pairs.items()
+    }, whole
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
@@ -283,13 +291,16 @@ def _check_whole(stored: Stored, name: str, base: Stored) -> None:
         )
 
 
-def _low_rank(module: str, pair: dict[str, Stored], config: dict[str, Any], base: Mapping[str, Stored]) -> LowRank:
+def _low_rank(
+    module: str, name: str, pair: dict[str, Stored], config: dict[str, Any], base: Mapping[str, Stored]
+) -> LowRank:
+    """`module` as the adapter calls it, `name` the base's for its weight."""
     path = next(iter(pair.values())).path
-    weight = base.get(f"{module}.weight")
+    weight = base.get(name)
     if weight is None or weight.dtype not in MERGEABLE or len(weight.shape) != 2:
         raise QspinError(
             f"{path}: the adapter has a part for {module}, but the base's files hold no 16- or 32-bit matrix "
-            f"{module}.weight to add it to; export the adapter instead (--to adapter)"
+            f"{name} to add it to; export the adapter instead (--to adapter)"
         )
     if len(pair) != 2:
         raise QspinError(f"{path}: {module} has only half of its pair")
