@@ -83,7 +83,7 @@ def main() -> None:
         both = {kind: in_fresh_process(training, case, mapped) for kind, mapped in (("mapped", True), ("kept", False))}
         memory[name] = {kind: found._asdict() for kind, found in both.items()}
         say(f"{name}: {memory[name]}")
-    decoding = in_fresh_process(generation, 64)._asdict()
+    decoding = in_fresh_process(generation, 64, 40)._asdict()
     say(f"SmolLM2-135M decoding 64 rows: {decoding}")
     runs = [in_fresh_process(planned_run, options.data, options.rows) for _ in range(options.repeats)]
     for played in runs:
@@ -157,10 +157,10 @@ def _unheard(_metrics: object, _pairs: int) -> None:
     """Nobody watches."""
 
 
-def generation(rows: int) -> Bytes:
-    """Decoding so many rows side by side."""
+def generation(rows: int, new: int) -> Bytes:
+    """Decoding so many rows side by side, so many tokens of each."""
     _set_malloc(mapped=True)
-    config = load_config("smollm2-135m", {"generation.max_new_tokens": 40, "generation.width": rows})
+    config = load_config("smollm2-135m", {"generation.max_new_tokens": new, "generation.width": rows})
     model = SlotModel.load(find_base(config.model), config.model, config.lora, seed=0, device=CPU)
     lengths = [(100, 1, 1)] * rows
     parts = dict(_plan(config, model, lengths).phases[0].parts)
@@ -171,7 +171,7 @@ def generation(rows: int) -> Bytes:
         generate(
             model,
             [Request(pair.prompt_ids, number) for number, pair in enumerate(some_pairs(lengths))],
-            max_new_tokens=40,
+            max_new_tokens=new,
             temperature=1.0,
             top_p=1.0,
             width=rows,

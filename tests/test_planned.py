@@ -95,7 +95,7 @@ def test_a_model_of_wide_layers_takes_what_was_planned() -> None:
 @needs_glibc
 @pytest.mark.slow
 def test_generation_of_the_embedded_model_takes_what_was_planned() -> None:
-    check_as_planned(0.2, generation, 32)
+    check_as_planned(0.2, generation, 16, 12)
 
 
 @pytest.mark.slow
