@@ -45,7 +45,7 @@ from qspin.layers.lora import FusedLayers
 from qspin.layers.probe import check_logits, own_logits
 from qspin.layers.refit import SLOT, refit
 
-# it replaces some families' layers, Gemma 3's say, as it is imported
+# it replaces some families' layers as it is imported; which ones is known only of those in `backends.REWRITTEN`
 REWRITTEN = "; Unsloth rewrites some families: --set model.backend=transformers may play this one"
 
 

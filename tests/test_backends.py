@@ -93,7 +93,7 @@ def test_bfloat16_on_a_gpu_without_it_is_told(dtype: str, tmp_path: Path, monkey
     run_dir, progress = RunDir(tmp_path), Notes()
     write_json(run_dir.record, {"backend": "transformers"})
     config = load_config("quickstart", {"model.dtype": dtype})
-    assert _backend(config, run_dir, CUDA, progress) == "transformers"
+    assert _backend(config, "llama", run_dir, CUDA, progress) == "transformers"
     assert [note for note in progress.notes if note.startswith("model.dtype")] == [
         "model.dtype: this GPU has no bfloat16, which is slow here; float16 is not, where its range suffices"
     ] * (dtype == "bfloat16")

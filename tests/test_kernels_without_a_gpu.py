@@ -14,7 +14,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ARCHITECTURES, ROOT
+
+from qspin.layers.backends import REWRITTEN
 
 # what it imports, beside what qspin itself needs
 NEEDS = (
@@ -23,11 +25,17 @@ NEEDS = (
     "triton==3.7.1",  # whose interpreter tests/gpu/interpreted.py completes
 )  # fmt: skip
 SIGNATURES = """
-import inspect, json
+import importlib, inspect, json
 from qspin.layers.backends import unsloth_kernels
 unsloth_kernels()
 import unsloth.kernels as kernels
-print(json.dumps({name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}))
+found = {name: list(inspect.signature(getattr(kernels, name)).parameters) for name in %r}
+
+def rewritten(family):
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    return not getattr(modeling, f"{family.capitalize()}Attention").forward.__module__.startswith("transformers.")
+
+print(json.dumps([found, [family for family in %r if rewritten(family)]]))
 """
 CALLED = {
     "fast_dequantize": ["W", "quant_state", "use_global_buffer"],
@@ -72,10 +80,12 @@ def python(site: Path, folder: Path, *arguments: str, **environment: str) -> sub
 
 
 def test_what_we_call_is_there(site: Path, tmp_path: Path) -> None:
-    done = python(site, tmp_path, "-c", SIGNATURES % list(CALLED))
+    families = [*ARCHITECTURES, "gemma3"]
+    done = python(site, tmp_path, "-c", SIGNATURES % (list(CALLED), families))
     assert done.returncode == 0, done.stderr[-2000:]
     assert not list(tmp_path.iterdir()), "it leaves its own files where the user works"
-    found = json.loads(done.stdout.splitlines()[-1])
+    found, rewritten = json.loads(done.stdout.splitlines()[-1])
+    assert rewritten == [family for family in families if family in REWRITTEN]
     for name, arguments in CALLED.items():
         assert [argument for argument in found[name] if argument in arguments] == arguments, name
     assert found["fast_dequantize"][:2] == ["W", "quant_state"]  # given by position

@@ -30,8 +30,20 @@ def test_an_older_one_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ):
         about.write_text(f"Metadata-Version: 2.1\nName: unsloth\nVersion: {version}\n")
         monkeypatch.setattr(backends, "compiles", lambda missing=missing: not (missing or "").startswith("Triton"))
-        told = unsloth_missing(gpu)
+        told = unsloth_missing(gpu, "llama")
         assert told is None if missing is None else (told or "").startswith(missing)
     assert choose_backend("auto", gpu)[0] == "transformers"
     with pytest.raises(QspinError, match=r"no unsloth here: Unsloth 2026\.2\.10 is older"):
         choose_backend("unsloth", gpu)
+
+
+def test_a_family_that_it_rewrites_is_played_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda _name: OLDEST_UNSLOTH)
+    monkeypatch.setattr(backends, "compiles", lambda: True)
+    assert choose_backend("auto", gpu, "gemma2") == ("unsloth", "a GPU, and Unsloth is installed")
+    name, reason = choose_backend("auto", gpu, "gemma3")
+    assert name == "transformers"
+    assert reason.startswith("Unsloth computes gemma3 in a way of its own")
+    with pytest.raises(QspinError, match=r"no unsloth here: Unsloth computes gemma3_text"):
+        choose_backend("unsloth", gpu, "gemma3_text")

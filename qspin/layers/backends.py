@@ -19,15 +19,20 @@ from qspin.errors import QspinError, one_line
 from qspin.layers.kernels import Kernels, compiles
 
 OLDEST_UNSLOTH = "2026.10.9"
+REWRITTEN = ("gemma3", "gemma3_text")  # families that it gives an attention of its own as it is imported
 
 
-def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -> tuple[BackendName, str]:
+def choose_backend(
+    asked: BackendName | Literal["auto"], device: torch.device, family: str | None = None
+) -> tuple[BackendName, str]:
     """Who computes norms, gates, rotary embeddings and 4-bit weights: torch itself, or Unsloth's kernels; and why.
+
+    `family` is the base's model_type, if there is a base.
 
     Raises:
         QspinError: the one asked for can't be had.
     """
-    missing = unsloth_missing(device)
+    missing = unsloth_missing(device, family)
     if asked == "unsloth" and missing:
         raise QspinError(f"model.backend: no unsloth here: {missing}; or set model.backend=transformers")
     if asked != "auto":
@@ -35,8 +40,8 @@ def choose_backend(asked: BackendName | Literal["auto"], device: torch.device) -
     return ("transformers", missing) if missing else ("unsloth", "a GPU, and Unsloth is installed")
 
 
-def unsloth_missing(device: torch.device) -> str | None:
-    """Why Unsloth's kernels can't be had, if they can't."""
+def unsloth_missing(device: torch.device, family: str | None = None) -> str | None:
+    """Why Unsloth's kernels can't be had, if they can't; for a base of some family, if one is named."""
     if device.type == "cpu":
         return "Unsloth needs a GPU"
     try:
@@ -47,6 +52,8 @@ def unsloth_missing(device: torch.device) -> str | None:
         return f"Unsloth {have} is older than {OLDEST_UNSLOTH}: pip install -U unsloth"
     if not compiles():  # it would be found out by the first kernel
         return "Triton finds no C compiler or no Python.h, which it builds Unsloth's kernels with: install both"
+    if family in REWRITTEN:
+        return f"Unsloth computes {family} in a way of its own, which packs no texts side by side"
     return None
 
 

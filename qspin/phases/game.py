@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from qspin.adapters import Adapter, load_adapter, load_own
+from qspin.base import load_model_config
 from qspin.budget import rows_at_once
 from qspin.config import BackendName, RunConfig
 from qspin.errors import QspinError
@@ -83,7 +84,7 @@ class Game:
             )
         torch.set_num_threads(threads)
         device = computing_device()
-        backend = _backend(config, run_dir, device, progress)
+        backend = _backend(config, load_model_config(prepared.base).model_type, run_dir, device, progress)
         model, crew = _load(prepared, threads, device, backend)
         if crew.count > 1:
             progress.note(f"{crew.count} processes share the work")
@@ -158,20 +159,20 @@ def _load(prepared: Prepared, threads: int, device: torch.device, backend: Backe
     return model, Crew(crew.count, tuple(model.parameters.values()))
 
 
-def _backend(config: RunConfig, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
+def _backend(config: RunConfig, family: str, run_dir: RunDir, device: torch.device, progress: Progress) -> BackendName:
     """As chosen when the run began, since kernels round differently.
 
     Raises:
         QspinError: it can't be had here, or another is asked for now.
     """
     asked = config.model.backend
-    backend: BackendName = remembered(run_dir, "backend", lambda: choose_backend(asked, device)[0])
+    backend: BackendName = remembered(run_dir, "backend", lambda: choose_backend(asked, device, family)[0])
     if asked not in {"auto", backend}:
         raise QspinError(
             f"model.backend: {run_dir.path} began with {backend}, and other kernels round differently; go on with "
             "that, or choose another --out"
         )
-    missing = unsloth_missing(device)
+    missing = unsloth_missing(device, family)
     if backend == "unsloth" and missing:
         raise QspinError(f"{run_dir.path} began with Unsloth's kernels: {missing}; or choose another --out")
     if device.type == "cuda":
