@@ -90,6 +90,11 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: transformers.Olmo2Config(**SHAPE),
     "phi3": lambda: transformers.Phi3Config(**SHAPE),
 }
+FAMILIES = ARCHITECTURES | {  # whose memory is counted
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, head_dim=32, query_pre_attn_scalar=32, sliding_window=7
+    ),
+}
 TINY = Architecture(  # the llama
     family="llama",
     layers=3,
@@ -133,7 +138,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Cal
         if architecture not in made:
             path = tmp_path_factory.mktemp("models") / f"tiny-{architecture}"
             torch.manual_seed(1)
-            model = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[architecture](), dtype=torch.float32)
+            model = transformers.AutoModelForCausalLM.from_config(FAMILIES[architecture](), dtype=torch.float32)
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
             made[architecture] = path

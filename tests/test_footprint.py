@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TINY
+from conftest import FAMILIES, TINY
 from torch import Tensor
 
 from qspin.config import load_config
@@ -186,7 +186,7 @@ def tensors_of_base(model: SlotModel) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_loaded_model_has_the_bytes_that_were_counted(
     architecture: str, double_quant: bool, tiny_model: Callable[..., SlotModel]
 ) -> None:
@@ -217,7 +217,7 @@ def test_an_optimizers_state_has_the_bytes_that_were_counted(name: str, tiny_mod
 
 
 @pytest.mark.parametrize("recomputed", [0, 1, 2, 3])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_forward_pass_keeps_the_bytes_that_were_counted(
     architecture: str, recomputed: int, tiny_model: Callable[..., SlotModel]
 ) -> None:

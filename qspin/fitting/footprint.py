@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qspin.config import Architecture
-from qspin.fitting.shape import POST_NORMS, Linear, linears, widths
+from qspin.fitting.shape import POST_NORMS, QUERY_NORMS, Linear, linears, widths
 from qspin.units import NESTED_BLOCK, NF4_BLOCK
 
 Device = Literal["cpu", "cuda"]
@@ -203,7 +203,7 @@ class Footprint:
         width, inner, queries, keys = widths(self.shape)
         numbers = 2 * width + queries + 2 * inner + self.rank * len(self._adapted)
         family = self.shape.family
-        if family in ("qwen3", "olmo2"):
+        if family in QUERY_NORMS:
             numbers += queries + keys
         if family in POST_NORMS:
             numbers += 2 * width

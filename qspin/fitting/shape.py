@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from qspin.config import Architecture
 from qspin.errors import QspinError
 
-POST_NORMS = ("gemma2", "olmo2")  # families with norms after attention and MLP
+POST_NORMS = ("gemma2", "gemma3_text", "olmo2")  # families with norms after attention and MLP
+QUERY_NORMS = ("gemma3_text", "olmo2", "qwen3")  # families with norms of queries and keys
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in configurations
 
 
@@ -57,6 +58,8 @@ def count_parameters(shape: Architecture) -> int:
     match shape.family:
         case "gemma2":
             norms = 4 * width
+        case "gemma3_text":
+            norms = 4 * width + 2 * shape.head_size
         case "olmo2":
             norms = 2 * width + queries + keys
         case "qwen3":
