@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pyarrow.parquet
 import pytest
+import torch
 import transformers
 import yaml
 from command_line import Answer
@@ -19,6 +20,7 @@ from conftest import CHATML, played_on_markup
 from hub_server import SIGNATURE, TOKEN, HubServer
 from made import IN_FOLDER, IN_PACKAGE, ON_HUB
 from pusher import Pusher
+from safetensors.torch import load_file
 
 from qspin.config import changed_results, load_config
 from qspin.errors import QspinError
@@ -322,6 +324,18 @@ def test_merged_weights_are_published_with_their_check(run: RunDir, hub: HubServ
     assert f"| NLL as published, nats a token | {check['nll_exported']:.4f} |" in card
     assert yaml.safe_load(card.split("---\n")[1])["library_name"] == "transformers"
     transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_merged_weights_take_the_place_of_an_adapter(run: RunDir, hub: HubServer, push: Pusher, tmp_path: Path) -> None:
+    assert push(run, "me/mine", "--iteration", "0").code == 0
+    assert push(run, "me/mine", "--what", "merged").code == 0
+    files = hub.repos["model", "me/mine"].files
+    assert not [name for name in files if name.startswith("adapter")]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    merged = load_file(run.path.with_name("run-push") / "merged-1" / "model.safetensors")
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in merged.items())
 
 
 # --- the licence of the base ---

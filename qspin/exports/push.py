@@ -54,10 +54,11 @@ from qspin.records import Pair, Record
 from qspin.run_dir import RunDir
 
 Content = Literal["adapter", "merged", "dataset"]
-# what an earlier push may have left, of more iterations or more shards, and would be read along with ours
+# What an earlier push may have left, of more iterations or more shards, and would be read along with ours. An adapter
+# would be read in the place of merged weights: transformers then loads the base that it names, and it.
 STALE: dict[Content, list[str]] = {
     "adapter": [],
-    "merged": ["model*.safetensors", "model.safetensors.index.json"],
+    "merged": ["model*.safetensors", "model.safetensors.index.json", ADAPTER_CONFIG, "adapter_model*"],
     "dataset": ["data/iteration-*.parquet"],
 }
 Say = Callable[[str], None]
