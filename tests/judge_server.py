@@ -38,6 +38,7 @@ class JudgeServer:
     def __init__(self, judge: Callable[[str], Failure | str | None]) -> None:
         self.judge = judge  # of the text of the user's message
         self.asked: list[dict[str, Any]] = []
+        self.finish = "stop"  # why its answers end
         self.failed = 0
         self.busiest = 0  # requests at once
         self.seconds = 0.0  # that each answer takes
@@ -107,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(found.status, found.body, **found.headers)
             else:
                 message = {"role": "assistant", "content": found}
-                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                choice = {"index": 0, "message": message, "finish_reason": self.owner.finish}
                 self._send(200, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
 
     def log_message(self, *_: object) -> None:

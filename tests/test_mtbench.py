@@ -106,6 +106,16 @@ def test_a_verdict_that_cannot_be_read_is_asked_for_once_more(again: Path, serve
     assert server.asked == [], "unparsed is kept"
 
 
+def test_what_was_cut_holds_no_verdict(again: Path, server: JudgeServer) -> None:
+    """A judge that thinks aloud repeats the form that it was asked for long before it comes to a verdict."""
+    server.judge, server.finish = lambda _prompt: "I am to end with a grade, as in Rating: [[6]]. First", "length"
+    answer = trial(again, server, "--iteration", "base")
+    assert answer.code == 0
+    assert "9 of 9 judgements hold no verdict that can be read" in " ".join(answer.out.split())
+    assert result_of(again)["figures"]["grades"]["base"]["all"]["both"] == {"judged": 0, "unparsed": 9}
+    assert kept(again)["base/1-turn-1"]["judgment"] == "I am to end with a grade, as in Rating: [[6]]. First"
+
+
 # --- comparisons ---
 
 

@@ -48,8 +48,16 @@ class Judgement(Generic[Verdict]):
     """What a judge said, and what that comes to."""
 
     text: str
-    verdict: Verdict | None  # None: nothing in the text, nor when asked once more
+    verdict: Verdict | None  # None: nothing in the text, or it was cut; nor when asked once more
     refused: bool = False  # the judge would not take this prompt, and the text says why
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What a judge said to a conversation."""
+
+    text: str
+    cut: bool  # at MAX_TOKENS, or at the end of its context
 
 
 class _Again(Exception):
@@ -103,6 +111,15 @@ class Judge:
         stop: threading.Event | None = None,
         note: Callable[[str], None] = lambda _text: None,
     ) -> str:
+        """The text of what it says: see `hear`."""
+        return self.hear(messages, stop, note).text
+
+    def hear(
+        self,
+        messages: Sequence[Message],
+        stop: threading.Event | None = None,
+        note: Callable[[str], None] = lambda _text: None,
+    ) -> Said:
         """What it says to a conversation, at temperature 0. Failures that may pass are tried again.
 
         Raises:
@@ -124,7 +141,7 @@ class Judge:
                 wait *= 2
         raise AssertionError  # it counts for ever
 
-    def _asked_once(self, messages: Sequence[Message]) -> str:
+    def _asked_once(self, messages: Sequence[Message]) -> Said:
         asked = {
             "model": self.model,
             "messages": [{"role": message.role, "content": message.content} for message in messages],
@@ -146,9 +163,9 @@ class Judge:
             raise _Again(f"answers what can't be read ({_said(str(error))})") from None
         response.encoding = "utf-8"  # whatever a server calls it: Python has codecs that are none of text
         self._check_status(response)
-        text = _content(response)
+        said = _content(response)
         self._answered = True
-        return redacted(text)
+        return said
 
     def _check_status(self, response: httpx.Response) -> None:
         status = response.status_code
@@ -183,8 +200,8 @@ def ask_all(
 ) -> None:
     """Have everything judged, `at_once` at a time. `keep` and `note` are called in this thread, as judgements come.
 
-    A text without a verdict is asked for once more. When a stop is asked for, or the judge refuses, what is under way
-    is waited for a few seconds and kept.
+    A text without a verdict, or one that was cut, is asked for once more. When a stop is asked for, or the judge
+    refuses, what is under way is waited for a few seconds and kept.
 
     Raises:
         QspinError: as `Judge.ask`.
@@ -260,13 +277,14 @@ def _judged(
 ) -> Judgement[Verdict]:
     try:
         for _ in range(2):
-            text = judge.ask(messages, stop, note)
-            verdict = parse(text)
+            said = judge.hear(messages, stop, note)
+            # of one that was cut, what looks like a verdict may be the words in which it was asked for one
+            verdict = None if said.cut else parse(said.text)
             if verdict is not None:
                 break
     except _PromptRefused as error:
         return Judgement(str(error), None, refused=True)
-    return Judgement(text, verdict)
+    return Judgement(said.text, verdict)
 
 
 # --- addresses and keys ---
@@ -327,14 +345,16 @@ def _authorization() -> dict[str, str]:
 # --- answers ---
 
 
-def _content(response: httpx.Response) -> str:
+def _content(response: httpx.Response) -> Said:
     """What the model said; nothing, if it said nothing."""
     try:
-        said = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
+        choice = response.json()["choices"][0]
+        said, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _Again(f"answers with no chat completion ({_error_text(response)})") from None
     # a lone surrogate, which JSON can spell, could not be written to a file
-    return said.encode(errors="replace").decode() if isinstance(said, str) else ""
+    text = said.encode(errors="replace").decode() if isinstance(said, str) else ""
+    return Said(redacted(text), cut)
 
 
 def _error_text(response: httpx.Response) -> str:
