@@ -174,8 +174,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
                 f"{source}: {len(heldout_records)} rows are held out, not the {settings.heldout_rows} of "
                 "data.heldout_rows: whole prompts, and a fifth of the good rows at most"
             )
-        train, train_rejects = _render(renderer, train_records)
-        heldout, heldout_rejects = _render(renderer, heldout_records)
+        (train, train_rejects), (heldout, heldout_rejects) = _render_apart(renderer, train_records, heldout_records)
         rejects = _all_rejects(config, (source, data, [*train_rejects, *heldout_rejects]))
         fingerprint, heldout_cut = data.fingerprint, False
     else:
@@ -188,8 +187,7 @@ def _read_rows(config: RunConfig, source: str, renderer: Renderer) -> _Rows:
         heldout_records, overlap = remove_overlap(other.records, train_records)
         if overlap:
             notes.append(f"{settings.heldout_source}: {len(overlap)} rows left out, their prompts are trained on")
-        train, train_rejects = _render(renderer, train_records)
-        heldout, heldout_rejects = _render(renderer, heldout_records)
+        (train, train_rejects), (heldout, heldout_rejects) = _render_apart(renderer, train_records, heldout_records)
         rejects = _all_rejects(
             config, (source, data, train_rejects), (settings.heldout_source, other, [*overlap, *heldout_rejects])
         )
@@ -342,6 +340,23 @@ def _render(renderer: Renderer, records: Sequence[Record]) -> tuple[list[Example
         else:
             examples.append(rendered)
     return examples, rejects
+
+
+def _render_apart(
+    renderer: Renderer, train_records: Sequence[Record], heldout_records: Sequence[Record]
+) -> tuple[tuple[list[Example], list[Reject]], tuple[list[Example], list[Reject]]]:
+    """Training and held-out rows, but for those whose prompt is trained on: prompts of other texts can be the same
+    tokens, as where one spells out the system text that the template writes by itself."""
+    train, heldout = _render(renderer, train_records), _render(renderer, heldout_records)
+    places = {record.id: record.place for record in train_records}
+    trained = {example.prompt_ids: places[example.record_id] for example in train[0]}
+    own = {record.id: record.place for record in heldout_records}
+    overlap = [
+        Reject(own[row.record_id], "trained-on", f"is, as tokens, the prompt of training {place}", malformed=False)
+        for row in heldout[0]
+        if (place := trained.get(row.prompt_ids)) is not None
+    ]
+    return train, ([row for row in heldout[0] if row.prompt_ids not in trained], [*heldout[1], *overlap])
 
 
 def _check_enough(config: RunConfig, rows: _Rows) -> None:

@@ -251,6 +251,27 @@ def test_rows_that_are_too_few_to_split_are_listed_with_those_that_are_too_long(
     assert rows == [(8, "long-prompt"), (9, "duplicate")]
 
 
+def test_prompts_that_are_the_same_tokens_are_not_held_out(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """The template writes a system text by itself, which half of the rows spell out."""
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+    (tmp_path / "own.jinja").write_text(own)
+    plain = [
+        [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"It is {n}."}]
+        for n in range(40)
+    ]
+    spelt = [[{"role": "system", "content": "Be kind."}, *turns] for turns in plain[20:]]
+    source = write(tmp_path / "rows.jsonl", *({"messages": turns} for turns in plain + spelt))
+    settings = {"model.id": str(tiny_folder("llama")), "data.heldout_rows": 12, "data.source": str(source)}
+    found = prepare(
+        load_config(None, settings | {"chat.template": str(tmp_path / "own.jinja")}), datetime.date(2026, 1, 1)
+    )
+    assert not {row.prompt_ids for row in found.heldout} & {row.prompt_ids for row in found.train}
+    left = [reject for _, reject in found.rejects]
+    assert len(found.heldout) + len(left) == 12 and left
+    assert {reject.code for reject in left} == {"trained-on"}
+    assert re.fullmatch(r"is, as tokens, the prompt of training line \d+", left[0].reason)
+
+
 def test_one_prompt_with_several_completions_is_kept_on_one_side(ready: Prepare, tmp_path: Path) -> None:
     found = ready(write(tmp_path / "rows.jsonl", *good(30, per_prompt=3)), **{"data.heldout_rows": 6})
     assert (len(found.train), len(found.heldout), found.rejects) == (24, 6, ())
