@@ -8,9 +8,11 @@ folder = base.weights()                 # the first time, a GGUF is dequantised 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from qspin.safe_text import at_home, redact_logs
 # are of files that hold something else than what they are named for.
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError)
 GENERATION_CONFIG = "generation_config.json"
+OF_SAVING = ("_name_or_path", "transformers_version")  # in a config.json: of how it came there, and nothing else
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +95,23 @@ def find_base(config: ModelConfig) -> Base:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise QspinError(f"model.id: {folder} holds no config.json; name a folder saved with save_pretrained")
-        return Base(folder.resolve().name, str(folder), None, None, {"folder": folder.resolve().name})
+        origin = {"folder": folder.resolve().name, "config": _config_hash(folder / "config.json")}
+        return Base(folder.resolve().name, str(folder), None, None, origin)
     if folder.is_file():
         raise QspinError(f"model.id: {folder} is a file; name a folder saved with save_pretrained, or a hub id")
     if config.id.count("/") != 1 or config.id.startswith((".", "/", "~")):
         raise QspinError(f"model.id: {config.id} is neither a folder here nor a hub id of the form owner/name")
     return _find_on_hub(config.id, config.revision)
+
+
+def _config_hash(path: Path) -> str:
+    """SHA-256 of what it says of how the model computes, which the weights don't tell; a hub id has a commit."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # told of in transformers' words as it is read
+        return ""
+    said = {key: config[key] for key in config if key not in OF_SAVING} if isinstance(config, dict) else config
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _find_on_hub(name: str, revision: str | None) -> Base:

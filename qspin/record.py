@@ -83,6 +83,7 @@ def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
             f"is {ORIGINS[found]}; bring the old one back"
         )
     check_input(run_dir, "chat.template", speech.renderer.template_hash)
+    _refuse_other_config(record, speech.base, run_dir)
     return speech
 
 
@@ -298,6 +299,16 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
                 f"{name}: its content is not what {run_dir.path} began with; choose another --out, or bring it back"
             )
     _refuse_other_tokens(record, prepared, run_dir)
+    _refuse_other_config(record, prepared.base, run_dir)
+
+
+def _refuse_other_config(record: dict[str, Any], base: Base, run_dir: RunDir) -> None:
+    """The same weights: rope, the norms' epsilon and the like would be another model's from here on."""
+    found = base.origin.get("config")
+    if record["base"].get("config", found) != found:  # runs of before did not tell
+        raise QspinError(
+            f"model.id: config.json of {base.name} is not what {run_dir.path} began with; bring the old one back"
+        )
 
 
 def _refuse_other_tokens(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:

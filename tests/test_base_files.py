@@ -28,6 +28,7 @@ from qspin.model import SlotModel
 from qspin.prepare import prepare
 from qspin.run_dir import RunDir
 from qspin.spin import run
+from qspin.trials.loaded import Loaded
 from qspin.watch.progress import Silent
 
 FILE = "model.safetensors"
@@ -175,3 +176,21 @@ def test_a_run_on_4_bits_alone_exports_its_adapter_and_says_so_at_once(folder: P
         with pytest.raises(QspinError, match=r"^--to: nf4 came in 4 bits, which nothing can be merged onto; export"):
             export(trained, to=to, out=tmp_path / to, say=said.append)
     assert said == []
+
+
+def test_another_config_beside_the_same_weights_is_another_model(folder: Path, tmp_path: Path) -> None:
+    settings = small_run(folder, tmp_path / "rows.jsonl", rows=18) | {"model.dtype": "float32"}
+    here = RunDir(tmp_path / "run")
+
+    def play(iterations: int) -> None:
+        config = load_config(None, settings | {"iterations": iterations})
+        run(prepare(config, datetime.date(2026, 1, 2)), here.path, Silent())
+
+    play(1)
+    settle(folder / "config.json", transformers_version="0", _name_or_path="elsewhere")
+    play(1)
+    settle(folder / "config.json", rms_norm_eps=0.01)
+    for go_on in (lambda: play(2), lambda: Loaded.open(here, "0")):
+        with pytest.raises(QspinError, match=r"^model\.id: config\.json of base is not what .* bring the old one"):
+            go_on()
+    assert here.iterations_done() == 1

@@ -138,7 +138,7 @@ def _same_but_for_training(game: Game, other: Cell, source: RunDir) -> bool:
     if not all(key.startswith(("train.", "sft.")) for key in changed):
         return False
     ours, theirs = game.dir.read_record(), source.read_record()
-    alike = ("data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
+    alike = ("base", "data", "inputs", "template_date", "threads", "backend", "base_hash", "versions")
     return all(ours.get(key) == theirs.get(key) for key in alike)
 
 
