@@ -27,6 +27,7 @@ from qspin.prepare import prepare
 from qspin.run_dir import RunDir
 from qspin.spin import run
 from qspin.trials.loaded import Loaded
+from qspin.trials.tasks import Tasks
 from qspin.watch.progress import Silent
 
 
@@ -180,6 +181,17 @@ def test_a_task_that_was_changed_is_computed_again(run_dir: RunDir, tasks: Path)
         assert "documents" in answer.out
     finally:
         file.write_text(was)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet", "rows.tsv", "data/rows.jsonl.gz", "prompt.txt"])
+def test_data_beside_a_task_is_part_of_its_definition(name: str, tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path)
+    (folder / "data").mkdir()
+    before = []
+    for content in (b"question,answer\n1,2\n", b"question,answer\n1,3\n"):
+        (folder / name).write_bytes(content)
+        before.append(Tasks.find([CHOICES], folder).definition(CHOICES))
+    assert len(set(before)) == 2
 
 
 # --- what can't be done ---

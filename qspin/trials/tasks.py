@@ -39,7 +39,9 @@ from qspin.trials.harness import Player
 from qspin.trials.loaded import Loaded
 
 BOOTSTRAPS = 1000  # for standard errors that have no formula
-OF_A_DEFINITION = {".yaml", ".py", ".json", ".jsonl"}
+OF_A_DEFINITION = {".yaml", ".yml", ".py", ".jinja", ".j2", ".md"}
+OF_DATA = {".json", ".jsonl", ".csv", ".tsv", ".txt", ".xml", ".parquet", ".arrow"}  # that datasets reads
+OF_DATA |= {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar"}  # and what it unpacks
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else bootstraps fork this process, model and all
 
@@ -260,6 +262,6 @@ def _is_mean(value: float, values: Sequence[Any]) -> bool:
 
 def _hash(folder: Path) -> str:
     """Over what defines tasks in a folder, and data beside it."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix in OF_A_DEFINITION and path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.suffix in OF_A_DEFINITION | OF_DATA and path.is_file())
     told = "".join(f"{path.relative_to(folder)} {sha256_of(path)}\n" for path in files)
     return hashlib.sha256(told.encode()).hexdigest()
