@@ -246,6 +246,21 @@ def test_a_damaged_adapter_is_named_and_made_again_once_it_is_deleted(
     assert results(out) == results(finished)
 
 
+def test_an_adapter_that_is_made_again_is_measured_again(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
+    """Figures of the one before it stay behind where its folder alone is deleted."""
+    run_dir, notes = RunDir(tmp_path / "run"), Notes()
+    shutil.copytree(finished, run_dir.path)
+    folder = run_dir.iteration(0)
+    shutil.copy(run_dir.iteration(1).evaluation, folder.evaluation)
+    set_up = SetUp("gsm8k", shots=5)
+    keep(folder, Outcome(set_up, [Score("gsm8k", "exact_match", 0.5, 0.1, 5, 2, [0, 1])], "0.4", 1.0))
+    shutil.rmtree(folder.adapter)
+    spin.run(prepared, run_dir.path, notes)
+    assert results(run_dir.path) == results(finished)
+    said = "iteration-0: its adapter is made again, and so are its figures (of benchmarks by qspin eval)"
+    assert said in notes.notes
+
+
 def test_a_damaged_record_says_that_nothing_goes_on_from_it(prepared: Prepared, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)

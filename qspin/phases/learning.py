@@ -162,6 +162,7 @@ def _fit(
         start: who is put into the slot.
     """
     prefix, config = common_prefix([pair.prompt_ids for pair in pairs]), game.config.train
+    _forget_figures(game, folder)
     _heed_other_pairs(game, folder, pairs)
     _heed_lower_budget(game, folder, pairs, prefix)
     failures, reached = 0, steps_kept(folder.snapshots)
@@ -189,6 +190,19 @@ def _fit(
             _forget_plan(folder)
             game.progress.note(f"memory does not hold so many tokens; on with {game.budget.tokens} at once")
     remove(folder.snapshots)
+
+
+def _forget_figures(game: Game, folder: IterationDir) -> None:
+    """Those of an adapter that was deleted: the one that takes its place need not come out alike, as on another machine
+    or with other versions."""
+    kept = [figures for figures in (folder.evaluation, folder.benchmarks) if figures.exists()]
+    if folder.adapter.is_dir() or not kept:
+        return
+    for figures in kept:
+        remove(figures)
+    game.progress.note(
+        f"{folder.path.name}: its adapter is made again, and so are its figures (of benchmarks by qspin eval)"
+    )
 
 
 def _heed_other_pairs(game: Game, folder: IterationDir, pairs: Sequence[Pair]) -> None:
