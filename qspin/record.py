@@ -262,8 +262,9 @@ def _versions() -> dict[str, str]:
 
 def other_versions(run_dir: RunDir) -> str:
     """What computes here and is of another version than when the run began; empty if all are the same."""
-    began = run_dir.read_record()["versions"]
-    return ", ".join(f"{name} {began[name]} -> {now}" for name, now in _versions().items() if began[name] != now)
+    record, here = run_dir.read_record(), {"qspin": qspin.__version__, **_versions()}
+    began = {"qspin": record["qspin"], **record["versions"]}
+    return ", ".join(f"{name} {began[name]} -> {now}" for name, now in here.items() if began[name] != now)
 
 
 def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:

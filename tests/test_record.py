@@ -240,6 +240,8 @@ def test_other_versions_are_told(tiny_folder: Callable[[str], Path], tmp_path: P
         f"other versions than when this run began (torch 2.0.0 -> {importlib.metadata.version('torch')}): what is made "
         "from here on may round otherwise"
     ]
+    write_json(run_dir.record, record | {"qspin": "0.0.1"})
+    assert "(qspin 0.0.1 -> " in play()[0]
 
 
 def test_a_base_that_reads_the_rows_otherwise_is_refused(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
