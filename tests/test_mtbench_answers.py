@@ -23,6 +23,7 @@ from mtbench_parts import (
     TURNS,
     Stop,
     StopsAt,
+    answer_all,
     answers_of,
     folder_of,
     one_line,
@@ -33,6 +34,7 @@ from mtbench_parts import (
 )
 
 from qspin.errors import QspinError
+from qspin.files import sha256_of
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.trials import loaded as loaded_module
@@ -258,6 +260,18 @@ def test_an_answer_that_is_missing_is_made_in_the_company_it_had(
     assert sum(rows) == 2 + 1 + 2, "questions 1 and own-4 for the first turn, 1 alone and 2 and 5 for the second"
     assert {question.id: answers.turns(question) for question in bench.questions} == whole
     assert mtbench_answers.Answers.read(path).lines == answers.lines
+
+
+def test_another_adapter_in_the_place_of_one_answers_anew(answered: Path, tmp_path: Path) -> None:
+    run = RunDir(shutil.copytree(answered, tmp_path / "run"))
+    shutil.copy(questions_of(answered), questions_of(run.path))
+    lines = (folder_of(answered) / "model_answer" / "iteration-1.jsonl").read_text()
+    assert sha256_of(run.iteration(1).adapter / "adapter_model.safetensors") in lines
+    shutil.rmtree(run.iteration(1).adapter)
+    shutil.copytree(run.iteration(0).adapter, run.iteration(1).adapter)
+    answer_all(run.path)
+    assert answers_of(run.path, "iteration-1") != answers_of(answered, "iteration-1")
+    assert answers_of(run.path, "base") == answers_of(answered, "base")
 
 
 def test_a_line_with_turns_that_were_not_asked_is_refused(answered: Path, tmp_path: Path) -> None:

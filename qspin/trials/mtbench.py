@@ -14,7 +14,8 @@ mt-bench/questions-HASH/            one question file
         pairs/base-1/81-turn-2-a.json, …-b.json     with the answers in this order, and in the other one
         result.json                 see mtbench_result.py
 
-A piece that is there is not made again: a judgement as long as the same would be asked.
+A piece that is there is not made again: an answer as long as the player's adapter is the same, a judgement as long as
+the same would be asked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ import filelock
 
 from qspin.errors import QspinError
 from qspin.figures.mtbench_result import FIRST, RESULT, SECOND, TIE, figures
-from qspin.files import full_disk_told, make_folder, read_json, remove_temporaries, write_json, write_text
+from qspin.files import (
+    ADAPTER_WEIGHTS,
+    full_disk_told,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    sha256_of,
+    write_json,
+    write_text,
+)
 from qspin.records import Message
 from qspin.run_dir import RunDir
 from qspin.trials.judge import Judge, Judgement, ask_all
@@ -132,7 +142,7 @@ class Trial:
 
     def answers(self, players: Sequence[str]) -> dict[str, Answers]:
         """Every player's, made where they are missing. The judge is asked for a word before any is, not hours after."""
-        found = {player: Answers.read(self.folder / ANSWERS / f"{_model_name(player)}.jsonl") for player in players}
+        found = {player: self._kept(player) for player in players}
         questions = self.bench.questions
         wanting = [player for player in players if found[player].missing(questions)]
         if wanting:
@@ -144,6 +154,15 @@ class Trial:
             for player in wanting:
                 loaded.seat(player)
                 answer(loaded, self.bench, found[player], _model_name(player), self.progress)
+        return found
+
+    def _kept(self, player: str) -> Answers:
+        if player == "base":  # whom the run began with
+            adapter = self.run_dir.read_record()["inputs"]["model.init_adapter"]
+        else:
+            adapter = sha256_of(self.run_dir.player(player).adapter / ADAPTER_WEIGHTS)
+        found = Answers.read(self.folder / ANSWERS / f"{_model_name(player)}.jsonl")
+        found.keep_of(adapter)
         return found
 
     def _grades(self, player: str, answers: Answers) -> list[Asked]:

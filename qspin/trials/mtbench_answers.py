@@ -159,6 +159,7 @@ class Answers:
 
     path: Path
     lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    adapter: str | None = None  # SHA-256 of the player's own weights, if it has any beside the base's
 
     @staticmethod
     def read(path: Path) -> Answers:
@@ -177,6 +178,13 @@ class Answers:
             except (OSError, ValueError, LookupError, TypeError):
                 raise QspinError(f"{path}: damaged, or not of qspin's making; delete it and run again") from None
         return found
+
+    def keep_of(self, adapter: str | None) -> None:
+        """Those by these weights, as the next ones will be: an adapter that was deleted may have come out otherwise."""
+        self.adapter = adapter
+        for name, line in list(self.lines.items()):
+            if any(how.get("adapter", adapter) != adapter for how in line["qspin"]):  # answers of before did not tell
+                del self.lines[name]
 
     def turns(self, question: Question) -> list[str]:
         line = self.lines.get(str(question.id))
@@ -242,7 +250,8 @@ def answer(loaded: Loaded, bench: Bench, answers: Answers, model: str, progress:
             for question, cap, reply in zip(batch, caps, replies, strict=True):
                 if len(answers.turns(question)) > turn:  # asked again for the others' sake
                     continue
-                how = {"cap": cap, "tokens": reply.tokens, "ended": reply.ended}
+                how: dict[str, Any] = {"cap": cap, "tokens": reply.tokens, "ended": reply.ended}
+                how |= {} if answers.adapter is None else {"adapter": answers.adapter}
                 answers.add(question, model, reply.text.strip(), how)
             answers.write(bench.questions)
     progress.step(what, total, total)
