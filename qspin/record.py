@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 
 import qspin
 from qspin.base import Base
+from qspin.chat import Renderer
+from qspin.chat_template import UnfitError
 from qspin.config import RunConfig, changed_results, dump_config
 from qspin.data import LeftOut
 from qspin.errors import QspinError
@@ -24,9 +27,16 @@ from qspin.layers.backends import unsloth_missing
 from qspin.model import SlotModel
 from qspin.prepare import Prepared, Speech, find_speech, prepare, write_rejects
 from qspin.processes.workers import ALONE, Crew
+from qspin.records import Message
 from qspin.run_dir import RunDir
 
 ORIGINS = {"package": "the installed package", "folder": "the folder", "hub": "the hub's"}  # of a base: where from
+_SPELT = Message(
+    "user",
+    "The quick brown fox jumps over the lazy dog, and asks: why is the sky blue, what is 1,234 times 56, who wrote "
+    "this program?\n\ndef answer(question):\n    return sorted(question.split())[0]\n\nPlease explain it in one "
+    "sentence.",
+)
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
@@ -84,7 +94,23 @@ def recorded_speech(run_dir: RunDir, config: RunConfig) -> Speech:
         )
     check_input(run_dir, "chat.template", speech.renderer.template_hash)
     _refuse_other_config(record, speech.base, run_dir)
+    said = {"end_of_turn": speech.renderer.end_of_turn, "stop_ids": sorted(speech.stop_ids)}
+    said["spelling"] = _spelling(speech.renderer)
+    if any(record.get(key, found) != found for key, found in said.items()):  # spelling: runs of before did not tell
+        raise QspinError(
+            f"model.id: the tokens of {speech.base.name}, or those that end an answer, are not what {run_dir.path} "
+            "began with, so its files, or transformers or tokenizers that read them, have changed; bring the old ones "
+            "back"
+        )
     return speech
+
+
+def _spelling(renderer: Renderer) -> str:
+    """SHA-256 of what a known text is as tokens, for where the run's rows, whose tokens tell more, are not read."""
+    try:
+        return hashlib.sha256(repr(renderer.prompt_ids([_SPELT])).encode()).hexdigest()
+    except UnfitError:  # of a vocabulary where one of these characters is a control token
+        return ""
 
 
 def check_input(run_dir: RunDir, name: str, found: str) -> None:
@@ -249,6 +275,7 @@ def _new_record(prepared: Prepared) -> dict[str, Any]:
         "template_date": prepared.date.isoformat(),
         "end_of_turn": prepared.renderer.end_of_turn,
         "stop_ids": sorted(prepared.stop_ids),
+        "spelling": _spelling(prepared.renderer),
         # 16-bit rounding depends on how a product is shared out among threads
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **_versions()},

@@ -194,3 +194,22 @@ def test_another_config_beside_the_same_weights_is_another_model(folder: Path, t
         with pytest.raises(QspinError, match=r"^model\.id: config\.json of base is not what .* bring the old one"):
             go_on()
     assert here.iterations_done() == 1
+
+
+def test_players_are_not_talked_with_in_other_tokens(folder: Path, tmp_path: Path) -> None:
+    settings = small_run(folder, tmp_path / "rows.jsonl", rows=18) | {"model.dtype": "float32", "iterations": 1}
+    here = RunDir(tmp_path / "run")
+    run(prepare(load_config(None, settings), datetime.date(2026, 1, 2)), here.path, Silent())
+    Loaded.open(here, "0")
+    said = r"^model\.id: the tokens of base, or those that end an answer, are not what .* began with"
+    was = (folder / "tokenizer.json").read_text()
+    content = json.loads(was)
+    words = content["model"]["vocab"]
+    words["e"], words["a"] = words["a"], words["e"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(QspinError, match=said):
+        Loaded.open(here, "0")
+    (folder / "tokenizer.json").write_text(was)
+    settle(folder / "generation_config.json", eos_token_id=[2, 250])
+    with pytest.raises(QspinError, match=said):
+        Loaded.open(here, "0")
