@@ -189,5 +189,5 @@ def _check(figures: PairFigures, task: Task, pairs: Sequence[Pair], config: Trai
         raise QspinError(
             f"before the first step the policy must be the opponent, but their log-probs differ by {gap:.4g} nats: "
             f"the scores of iteration {task.iteration} were made by another model, or by other versions; "
-            "delete its folder and run again"
+            "delete its scores, a folder in its own, and run again"
         )
