@@ -227,7 +227,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     start = 1
     try:
         for fields in reader:
-            if fields and not header:
+            if not any(fields):  # an empty line, or the commas that spreadsheets leave below the last row
+                pass
+            elif not header:
                 header = fields
                 _check_distinct(path, [name for name in header if name])
                 if len(header) == 1 and re.search("[;\t|]", header[0]):
@@ -237,9 +239,9 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                     )
             elif sum(map(len, fields)) > LONGEST:
                 yield Place(start), BadRow("long-line", f"has more than {LONGEST} characters")
-            elif fields and len(fields) == len(header):
+            elif len(fields) == len(header):
                 yield Place(start), dict(zip(header, fields, strict=True))
-            elif fields:
+            else:
                 yield Place(start), BadRow("field-count", f"has {len(fields)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:

@@ -139,6 +139,15 @@ def test_csv_rows(tmp_path: Path) -> None:
     )
 
 
+def test_empty_records_of_csv_are_no_rows(tmp_path: Path) -> None:
+    """Spreadsheets write commas alone for cells that were cleared, above the header and below the last row."""
+    path = tmp_path / "r.csv"
+    path.write_text(',,\r\nprompt,completion,\r\nHi,Hello.,\r\n,,\r\nHi,Bye.,\r\n"","",\r\n,,,,\r\n' + ",,\r\n" * 40)
+    dataset = load(path)
+    assert dataset.records == (record("row-1", "Hi", "Hello."), record("row-2", "Hi", "Bye."))
+    assert dataset.rejects == ()
+
+
 def test_nested_columns_of_parquet(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"messages": [USER, ASSISTANT], "id": 4},
