@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qspin.config import DataConfig, RunConfig
 from qspin.errors import QspinError
+from qspin.records import Record
 
 ASSUMED_ROWS, MOST_ROWS = 1000, 1_000_000
 ASSUMED_PROMPT, ASSUMED_COMPLETION = 128, 256  # tokens of a row, where no data are given
@@ -72,21 +74,26 @@ def rows_of_data(config: RunConfig) -> Rows:
 
 
 def _rows_by_characters(config: RunConfig) -> Rows:
+    from qspin.data import split_heldout
     from qspin.prepare import load_rows
 
-    assert config.data.source is not None
-    dataset = load_rows(config, config.data.source, config.data.limit)
-    count = len(dataset.records)
+    source = config.data.source
+    assert source is not None
+    dataset = load_rows(config, source, config.data.limit)
+    train: Sequence[Record] = dataset.records
+    if config.data.heldout_source is None:
+        train, _ = split_heldout(source, train, config.data.heldout_rows, config.seed, limited=dataset.cut)
 
     def tokens(text: str) -> int:
         return math.ceil(len(text) / CHARACTERS) + 5  # with the marks that a template puts around a turn
 
-    lengths = ((sum(tokens(m.content) for m in r.prompt), tokens(r.completion)) for r in dataset.records)
+    lengths = ((sum(tokens(m.content) for m in r.prompt), tokens(r.completion)) for r in train)
+    counted = _counted(len(train), len(dataset.records), config.data.limit)
     return Rows(
         lengths=tuple(lengths),
         prefix=0,
-        source=f"{config.data.source}: {_counted(count, count, config.data.limit)}, a token taken for {CHARACTERS} "
-        "characters since the model's tokenizer is not here",
+        source=f"{source}: {counted}, a token taken for {CHARACTERS} characters since the model's tokenizer is not "
+        "here",
     )
 
 
