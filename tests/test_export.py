@@ -213,6 +213,11 @@ def test_last_best_and_numbers(run: RunDir, tmp_path: Path) -> None:
     for wrong in ("2", "-1", "first", "01"):
         with pytest.raises(QspinError, match=r"^--iteration: .* is not finished in .*; last, best or 0 to 1 are"):
             chosen_iteration(copy, wrong)
+    for player in ("base", "sft"):
+        with pytest.raises(
+            QspinError, match=f"^--iteration: '{player}' is not an iteration in .*; last, best or 0 to 1 are"
+        ):
+            chosen_iteration(copy, player)
     copy.iteration(1).evaluation.unlink()
     assert chosen_iteration(copy, "last") == 0
 

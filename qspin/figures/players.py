@@ -119,7 +119,9 @@ def chosen_iteration(run_dir: RunDir, wanted: str | None, option: str = "--itera
         raise QspinError(f"{run_dir.path} has no finished iteration yet; the command that began the run goes on")
     if wanted is not None and wanted not in {"last", "best", *map(str, done)}:
         finished = "0" if len(done) == 1 else f"0 to {done[-1]}"
-        raise QspinError(f"{option}: {wanted!r} is not finished in {run_dir.path}; last, best or {finished} are")
+        # the base and a warm start are finished, and not what is asked for
+        wrong = "not an iteration" if wanted in {"base", "sft"} else "not finished"
+        raise QspinError(f"{option}: {wanted!r} is {wrong} in {run_dir.path}; last, best or {finished} are")
     if wanted is not None and wanted.isdigit():
         return int(wanted)
     config = load_kept(run_dir.config)  # as last started: what is kept may be changed
