@@ -212,8 +212,8 @@ def plan(config: RunConfig, *, vram: float | None = None, read_rows: bool = True
     from qspin.planning import plan as planner
     from qspin.planning import plan_rows
 
-    if vram is not None and not 1 <= vram < math.inf:  # NaN is neither
-        raise QspinError(f"vram={vram:g}: name the GiB of a card, at least 1")
+    if vram is not None and not (isinstance(vram, int | float) and 1 <= vram < math.inf):  # NaN is neither
+        raise QspinError(f"vram={vram!r:.80}: name the GiB of a card, at least 1")
     _check_config(config)
     planner.shape_of(config)  # before anything that takes time
     if read_rows and config.data.source is not None:

@@ -135,6 +135,6 @@ def test_what_no_plan_is_made_for() -> None:
     answer = call("plan", "quickstart", "--vram", "12", "--rows", 10**12)
     assert (answer.code, answer.out) == (1, "")
     assert answer.err.startswith("error: data.limit, --rows: 1000000000000 rows are more than a plan is made for")
-    for gigabytes in (float("nan"), float("inf"), -1.0, 0.5):
+    for gigabytes in (float("nan"), float("inf"), -1.0, 0.5, "8"):
         with pytest.raises(QspinError, match=r"^vram=.*: name the GiB of a card, at least 1$"):
-            api.plan(load_config("quickstart"), vram=gigabytes)
+            api.plan(load_config("quickstart"), vram=gigabytes)  # type: ignore[arg-type]
