@@ -195,6 +195,16 @@ def test_one_prompt_shows_no_change() -> None:
     assert "neither better nor worse" in text
 
 
+@pytest.mark.parametrize(("prompts", "told"), [(2, False), (6, False), (7, True)])
+def test_fewer_than_seven_prompts_show_no_change(prompts: int, told: bool) -> None:
+    """Changes of one sign in all of six come by chance more often than the intervals are made for."""
+    base = made(2 * prompts)
+    text = said(base, after(base, real_gain=50))
+    assert ("better in NLL" in text) is told
+    assert ("neither better nor worse" in text) is not told
+    assert ("no difference here can be told from chance" in text) is not told
+
+
 def test_many_rows_of_few_prompts_are_few() -> None:
     prompts = [row // 8 for row in range(128)]
     grouped: dict[str, Any] = {"prompts": prompts, "reported": [prompt % 2 == 0 for prompt in prompts]}

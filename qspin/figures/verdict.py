@@ -18,6 +18,9 @@ from qspin.figures.players import Player, best, kept, loss_of
 Stop = Literal["matched", "worse"]
 
 RATED = {"nll": "NLL", "two_sample_auc": "two-sample AUC", "f1": "token F1"}
+# Changes of one sign in all of n prompts, which no percentile interval of theirs goes beyond, come by chance alone in
+# 2^(1 - n) of all cases: with fewer than seven prompts that is more than the 1 in 60 that is left to each of RATED.
+FEWEST_PROMPTS = 7
 FEW_PROMPTS = 30  # below, a percentile interval is narrower than it says, and no run stops by it
 MATCHED = 0.05  # an AUC's interval that shows a match is at most this to either side
 # Rules of thumb, not measured: nats a token from the opponent that a step is called large or small by, how far from
@@ -77,9 +80,12 @@ def _few_rows(player: Evaluation) -> Iterator[str]:
     rows, prompts = len(player.rows("report")), len(player.prompts_of("report"))
     if prompts < FEW_PROMPTS:
         of = f" with {prompts} different prompts" if prompts < rows else ""
+        chance = "most differences here may be chance"
+        if prompts < FEWEST_PROMPTS:
+            chance = "no difference here can be told from chance"
         yield (
-            f"Few rows: {rows} of {len(player.prompts)} held out are reported{of}, so most differences here may be "
-            "chance, and the run does not stop by them; set data.heldout_rows to 128 or more."
+            f"Few rows: {rows} of {len(player.prompts)} held out are reported{of}, so {chance}, and the run does not "
+            "stop by them; set data.heldout_rows to 128 or more."
         )
     halves: tuple[tuple[Half, str], ...] = (("choose", "those to choose by"), ("report", "the reported ones"))
     alone = [told for half, told in halves if len(player.prompts_of(half)) == 1]
@@ -183,7 +189,7 @@ def _moved(before: Evaluation, after: Evaluation, half: Half, seed: int) -> tupl
     """
     better: dict[str, Figure] = {}
     worse: dict[str, Figure] = {}
-    if len(before.prompts_of(half)) == 1:  # every draw of it is the same, and no interval has a width
+    if len(before.prompts_of(half)) < FEWEST_PROMPTS:
         return better, worse
     for name in RATED:
         found = change(before, after, name, half, seed=seed, confidence=1 - 0.05 / len(RATED))
