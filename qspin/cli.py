@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,6 +92,9 @@ def run(
     if dry_run and as_json:
         raise QspinError("--json tells how a run goes on, and --dry-run does none; leave one of them out")
     RunDir(out).check_usable()
+    if config.data.source is None and RunDir(out).config.is_file():
+        again = shlex.join(["qspin", "run", str(RunDir(out).config), "--out", str(out)])
+        raise QspinError(f"data.source is not set: give --data, or go on with the settings of {out}: {again}")
     quiet_libraries()
     if tracker is not None:
         from qspin.watch.track import check

@@ -35,12 +35,14 @@ _FREE, FACT = _Mark(), _Mark(fact=True)
 _SURROGATE = re.compile("[\ud800-\udfff]")  # Python's for a byte of the command line that is not UTF-8
 
 Positive = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=16)]
 Auto = Literal["auto"]
 BackendName = Literal["transformers", "unsloth"]
 BestBy = Literal["two_sample_auc", "nll", "f1"]
 PerIteration = Annotated[list[Positive], Field(min_length=1)]
+Rates = Annotated[list[Rate], Field(min_length=1)]
 
 
 class _Part(BaseModel):
@@ -161,7 +163,7 @@ class SftConfig(_Part):
     """A supervised warm start on the real completions, before iteration 0: self-play begins with a fine-tuned model."""
 
     epochs: int = Field(0, ge=0, description="passes over the training rows; 0 for a model that is fine-tuned already")
-    lr: Positive = Field(2e-4, description="peak learning rate; everything else is as in train")
+    lr: Rate = Field(2e-4, description="peak learning rate; everything else is as in train")
 
 
 class TrainConfig(_Part):
@@ -174,7 +176,7 @@ class TrainConfig(_Part):
     sft_weight: float = Field(
         0.0, ge=0, description="of the real completions' NLL a token beside ℓ (arXiv 2404.19733); the paper has none"
     )
-    lr: Positive | PerIteration = Field(1e-4, description="peak learning rate; a list as for beta")
+    lr: Rate | Rates = Field(1e-4, description="peak learning rate; a list as for beta")
     optimizer: Literal["rmsprop", "adamw", "paged_adamw_8bit"] = Field(
         "adamw", description="its state is fresh each iteration"
     )

@@ -41,6 +41,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     for key, told in worst.items():
         if told["type"] == "extra_forbidden":
             yield f"{key}: " + _no_such_setting(key, told["loc"], known, groups_of(model))
+        elif told["type"] == "model_type":
+            first = next((name for name in known if name.startswith(f"{key}.")), "")
+            yield f"{key} = {told['input']!r}: it is a group of settings, as {first}"
         else:
             member = "".join(f"[{part}]" for part in told["loc"] if isinstance(part, int))
             place = f"{key}{member} = {told['input']!r}: " if key else ""

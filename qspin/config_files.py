@@ -153,6 +153,8 @@ def _file_of(source: str | Path) -> Path:
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises)
         if os.path.isfile(source):  # noqa: PTH113
             raise QspinError(f"{source}: no preset, and no .yaml file; rows are named with --data")
+        if os.path.isfile(kept := Path(os.path.expanduser(source)) / "config.yaml"):  # noqa: PTH111, PTH113
+            raise QspinError(f"{source}: a folder; a run's settings are a file in it: {kept}")
         raise QspinError(f"{unknown_preset(str(source))}, or name a .yaml file")
     return path
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ _LOOK_AHEAD = 20_000  # rows among which the format is sought, by looking at …
 _SAMPLE = 1_000  # … so many, evenly spread
 
 _SHOWN = 6  # names, in a note
+_SIDES = ("prompt", "completion")
+_ASKING = ("prompt", "question", "instruction", "input", "query", "problem")  # what a column of prompts may be called
 
 _IDS = ("id", "prompt_id")
 _Columns = Mapping[Literal["prompt", "completion", "system"], str]
@@ -295,8 +298,8 @@ def _canonical(prompt: tuple[Message, ...]) -> str:
 def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Columns) -> Format:
     """What most rows of a sample fit; of equal ones, what most have the columns of; then the first of `FORMATS`."""
     if columns or format == "columns":
-        if format not in {"auto", "columns"} or not {"prompt", "completion"} <= columns.keys():
-            missing = [f"data.columns.{key} is not set" for key in ("prompt", "completion") if key not in columns]
+        if format not in {"auto", "columns"} or not set(_SIDES) <= columns.keys():
+            missing = [f"data.columns.{key} is not set" for key in _SIDES if key not in columns]
             raise QspinError(
                 f"{' and '.join(missing) or f'data.format is {format}'}: data.columns names a prompt and a completion "
                 "column, with data.format auto or columns"
@@ -320,10 +323,14 @@ def _choose_format(source: str, head: Sequence[Row], format: str, columns: _Colu
         found = ", ".join(map(short, names))
         wanted = "a known format" if len(candidates) > 1 else f"format {best.name}"
         needed = "; ".join(f"{shape.name} ({', '.join(shape.keys)})" for shape in candidates)
+        sides = sorted(names, key=lambda name: name.lower() not in _ASKING)
+        if len(sides) != 2 or sum(name.lower() in _ASKING for name in sides) != 1:
+            sides = ["NAME", "NAME"]
+        options = [shlex.quote(f"data.columns.{key}={name}") for key, name in zip(_SIDES, sides, strict=True)]
         raise QspinError(
             f"{source}: no row has the columns of {wanted}. "
             f"Columns found: {found or 'none'}. Needed: {needed}. Choose a format with --format, or name the columns: "
-            f"--set data.columns.prompt=NAME --set data.columns.completion=NAME"
+            f"--set {' --set '.join(options)}"
         )
     if "system" in columns and objects and not any(columns["system"] in row for row in objects):
         raise QspinError(f"{source}: no row has the column {short(columns['system'])} of data.columns.system")

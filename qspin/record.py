@@ -314,6 +314,7 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
             f"{prepared.config.data.source}: the rows are not those that {run_dir.path} began with; "
             "choose another --out, or bring the old file back"
         )
+    _refuse_other_config(record, prepared.base, run_dir)
     for name, ours in (("end_of_turn", prepared.renderer.end_of_turn), ("stop_ids", sorted(prepared.stop_ids))):
         if record[name] != ours:
             raise QspinError(
@@ -327,16 +328,17 @@ def _refuse_changes(record: dict[str, Any], prepared: Prepared, run_dir: RunDir)
                 f"{name}: its content is not what {run_dir.path} began with; choose another --out, or bring it back"
             )
     _refuse_other_tokens(record, prepared, run_dir)
-    _refuse_other_config(record, prepared.base, run_dir)
 
 
 def _refuse_other_config(record: dict[str, Any], base: Base, run_dir: RunDir) -> None:
     """The same weights: rope, the norms' epsilon and the like would be another model's from here on."""
     found = base.origin.get("config")
-    if record["base"].get("config", found) != found:  # runs of before did not tell
-        raise QspinError(
-            f"model.id: config.json of {base.name} is not what {run_dir.path} began with; bring the old one back"
-        )
+    if record["base"].get("config", found) == found:  # runs of before did not tell
+        return
+    mend = "bring the old one back"
+    if record["base"]["folder"] != base.origin.get("folder"):  # which may be the same, moved
+        mend = f"choose another --out if it is not {record['base']['folder']}, with which that began"
+    raise QspinError(f"model.id: config.json of {base.name} is not what {run_dir.path} began with; {mend}")
 
 
 def _refuse_other_tokens(record: dict[str, Any], prepared: Prepared, run_dir: RunDir) -> None:

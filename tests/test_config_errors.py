@@ -47,6 +47,8 @@ def test_every_problem_is_in_one_error() -> None:
     ("overrides", "said"),
     [
         ({"train.learning_rate": 1}, "train.learning_rate: no such setting; did you mean train.lr?"),
+        ({"train": 5}, "train = 5: it is a group of settings, as train.loss"),
+        ({"train.lr": [1e-4, 1000]}, "train.lr[1] = 1000: Input should be less than or equal to 1"),
         ({"lr": 1}, "lr: no such setting; did you mean sft.lr or train.lr?"),
         ({"trian.lr": 1}, "trian: no such setting; did you mean train?"),
         ({"evaluation.style": 2024}, "evaluation.style = 2024: Input should be a valid string; put it into quotes"),

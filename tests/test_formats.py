@@ -112,6 +112,10 @@ def test_no_format_fits(tmp_path: Path) -> None:
         "Choose a format with --format, or name the columns: "
         "--set data.columns.prompt=NAME --set data.columns.completion=NAME"
     )
+    path = write_jsonl(tmp_path, {"The Answer": "Hello.", "Question": "Hi"}, name="capital.jsonl")
+    with pytest.raises(QspinError) as caught:
+        load(path)
+    assert str(caught.value).endswith("--set data.columns.prompt=Question --set 'data.columns.completion=The Answer'")
     with pytest.raises(QspinError, match=r"columns of format alpaca\. Columns found: .* Needed: alpaca \(instr"):
         load(path, format="alpaca")
     with pytest.raises(QspinError, match=r"columns of format columns\. Columns found: .* \(ask, told\)"):

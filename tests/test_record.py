@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from command_line import Played, contents, summary_tables
+from command_line import Played, call, contents, refusal, summary_tables
 from conftest import CHATML, Notes, small_run
 
 import qspin
@@ -55,6 +55,29 @@ def test_another_beta_is_refused_with_the_difference(played: Played) -> None:
         "  seed: 0 -> 9\n"
     )
     assert contents(played.out) == before
+
+
+def test_another_model_is_called_that(played: Played, tiny_folder: Callable[[str], Path]) -> None:
+    answer = played.again("--model", tiny_folder("qwen2"))
+    assert (answer.code, answer.err) == (
+        1,
+        f"error: model.id: config.json of tiny-qwen2 is not what {played.out} began with; choose another --out if it "
+        "is not tiny-llama, with which that began\n",
+    )
+
+
+def test_who_has_lost_the_command_is_told_how_to_go_on(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(played.out.parent)
+    kept = f"{played.out.name}/config.yaml"
+    said = refusal("run", "--out", played.out.name)
+    assert said == (
+        f"data.source is not set: give --data, or go on with the settings of {played.out.name}: "
+        f"qspin run {kept} --out {played.out.name}"
+    )
+    said = refusal("run", played.out.name, "--out", played.out.name)
+    assert said == f"{played.out.name}: a folder; a run's settings are a file in it: {kept}"
+    answer = call("run", kept, "--out", played.out.name)
+    assert (answer.code, answer.err) == (0, "")
 
 
 def test_settings_of_another_version_are_told_from_changed_ones(played: Played, tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_real_process_shows_no_traceback(tiny: Path, tmp_path: Path) -> None:
     out, err = command.communicate()
     assert (command.returncode, out) == (1, "")
     (line,) = err.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good: 1 broken-json (line 1 is ")
+    assert line.startswith(f"error: {tmp_path / 'rows.jsonl'}: none of its 1 rows is good: 1 broken-json (line 1 goes ")
 
 
 def test_a_status_of_no_run(tmp_path: Path) -> None:
