@@ -1,6 +1,6 @@
 """Launcher for a bare checkout: `python cli.py …` is `qspin …`."""
 
-from qspin.cli import main
+from qspin.__main__ import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import call, process, refusal
+from command_line import call, hearing_interrupts, process, refusal
 from conftest import ANSI, HOUSE_STYLE, ROOT
 from rich.cells import cell_len
 
@@ -193,6 +193,18 @@ def test_a_run_that_is_stopped_says_how_to_go_on(sent: signal.Signals, tiny: Pat
     _, err = command.communicate(timeout=60)
     assert err == "stopped; the same command goes on from the last finished piece\n"
     assert command.returncode == 128 + sent
+
+
+def test_ctrl_c_before_the_command_line_is_there_shows_no_traceback(tmp_path: Path) -> None:
+    """As of one who sees a slip as soon as the command is sent off."""
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for command in (["-m", "qspin"], [str(ROOT / "cli.py")]):
+        with hearing_interrupts():
+            done = subprocess.run(
+                [sys.executable, *command, "presets"], capture_output=True, text=True, env=environment, check=False
+            )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -80,7 +80,7 @@ def test_the_wheel_says_what_it_needs(wheel: Path) -> None:
         [shipped] = [found for found in archive.namelist() if found.endswith(f".dist-info/licenses/{name}")]
         assert archive.read(shipped) == (ROOT / name).read_bytes()
     [scripts] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("entry_points.txt")]
-    assert scripts.split() == ["[console_scripts]", "qspin", "=", "qspin.cli:main"]
+    assert scripts.split() == ["[console_scripts]", "qspin", "=", "qspin.__main__:main"]
 
 
 def test_the_wheel_finds_its_presets(wheel: Path, tmp_path: Path) -> None:
