@@ -373,7 +373,7 @@ def _check_enough(config: RunConfig, rows: _Rows) -> None:
             if rows.heldout_cut and name == "held-out":
                 more = "raise data.heldout_rows, or add rows"
             if config.data.heldout_source is not None and reasons and reasons[-1].code == "trained-on":
-                more = "leave data.heldout_source out, and rows are split off by themselves"
+                more += "; without data.heldout_source rows are split off by themselves"
             message = f"{source}: {len(found)} {name} rows are left, and 2 are needed; {last}{limit}{more}"
             raise LeftOut(message, rows.rejects) if reasons else QspinError(message)
 

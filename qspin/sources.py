@@ -196,9 +196,7 @@ def _parse_json(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_strict_object, parse_constant=_not_a_number)
     except json.JSONDecodeError as error:
         if text.strip() in {"{", "["}:
-            raise BadRow(
-                "broken-json", "goes on in the next line; write a row a line, or all as one array in a .json file"
-            ) from None
+            raise BadRow("broken-json", "goes on in the next line; write each on a line of its own") from None
         line = f"line {error.lineno}, " if "\n" in text else ""
         raise BadRow("broken-json", f"is broken JSON: {error.msg}: {line}column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of more digits than Python takes; nested too deep

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, SHAPE
+from conftest import FAMILIES, SHAPE
 
 from qspin import budget
 from qspin.budget import rows_at_once, smaller, token_budget
@@ -221,7 +221,7 @@ def test_tries_that_take_a_little_too_much_soon_end(
     tiny_model: Any, machine: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A try may be a minute's work, and there are as many to choose from as layers."""
-    monkeypatch.setitem(ARCHITECTURES, "deep", lambda: transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 24}))
+    monkeypatch.setitem(FAMILIES, "deep", lambda: transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 24}))
     machine(free=1000 * 2000)
     tried: list[int] = []
 

@@ -178,7 +178,7 @@ FATAL_FILES = [
     ("e.csv", b"", "holds no rows; check that it was written to its end"),
     ("e.csv", b"prompt,completion\n", "holds no rows; check that it was written to its end"),
     ("e.jsonl", b"{\n[]\n", "none of its 2 rows is good: "
-     "1 broken-json (line 1 goes on in the next line; write a row a line, or all as one array in a .json file), "
+     "1 broken-json (line 1 goes on in the next line; write each on a line of its own), "
      "1 not-an-object (line 2 is [], not an object); mend them"),
     ("e.jsonl", b'{"prompt": "Hi", "completion": "a"}\n{"prompt": "H\xe4"}\n',
      "line 2, byte offset 49: not UTF-8 (invalid continuation byte); save the file as UTF-8"),

@@ -74,7 +74,11 @@ def test_a_question_that_is_none(change: dict[str, Any], told: str, tmp_path: Pa
 
 def test_files_that_hold_no_questions(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    for content, told in (("", "has no questions"), ("{", "line 1 is broken JSON"), ("[1]\n", "not an object")):
+    for content, told in (
+        ("", "has no questions"),
+        ("{", "line 1 goes on in the"),
+        ("[1]\n", "not an object"),
+    ):
         path.write_text(content)
         with pytest.raises(QspinError, match=told):
             mtbench_answers.read_bench(path, None)

@@ -296,15 +296,15 @@ REFUSED: list[tuple[list[Any], list[Any], dict[str, Any], str]] = [
      "prompt and at most a fifth: 10 with prompts of their own would do; add rows, or give data.heldout_source; left "
      "out: 2 duplicate (line 2 says the same as line 1)"),
     (good(9), good(9), {}, f"other.jsonl: 0 held-out rows are left, {LAST} 4: has the prompt of training line 4; "
-     "leave data.heldout_source out, and rows are split off by themselves"),
+     "raise data.heldout_rows, or add rows; without data.heldout_source rows are split off by themselves"),
     ([LONG, *good(1)], good(9)[2:], {}, f"rows.jsonl: 1 training rows are left, {LAST} 1: the prompt has 813 tokens; "
      "data.max_prompt_tokens is 64; raise that, or add rows"),
     (good(9), good(20)[9:], {"data.limit": 1}, "rows.jsonl: 1 training rows are left, and 2 are needed; raise "
      "data.limit"),
     (good(1), good(20)[9:], {"data.limit": 1}, "rows.jsonl: 1 training rows are left, and 2 are needed; add rows"),
     (["{\n", *good(9)], [], {}, "rows.jsonl: 1 of 10 rows are malformed, more than data.max_malformed_share = 0.05 "
-     "allows: 1 broken-json (line 1 goes on in the next line; write a row a line, or all as one array in a .json "
-     "file); mend them, or raise it"),
+     "allows: 1 broken-json (line 1 goes on in the next line; write each on a line of its own); mend them, or raise "
+     "it"),
 ]  # fmt: skip
 
 

@@ -99,9 +99,7 @@ def test_a_base_in_a_folder_may_lie_elsewhere(
     monkeypatch.chdir("/")
     assert Loaded.open(made, "0").generate(["What is 3?"]) == [before]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        QspinError, match=rf"^model\.id: the rows are other tokens than when {made.path} began, so qwen2's"
-    ):
+    with pytest.raises(QspinError, match=r"^model\.id: config\.json of qwen2 is not what .* if it is not llama,"):
         play("models/qwen2")
     weights = tmp_path / "moved" / "model.safetensors"
     tensors = {name: 2 * tensor for name, tensor in load_file(weights).items()}

@@ -265,10 +265,11 @@ def _read_adapter(
                 f"{stored.path}: {key} is neither half of a LoRA pair nor a module saved whole that the base has; "
                 "such an adapter can't be merged"
             )
-    names = {module: renamed.get(f"{module}.weight", f"{module}.weight") for module in pairs}
-    return {
-        names[module]: _low_rank(module, names[module], pair, config, base) for module, pair in pairs.items()
-    }, whole
+    low_rank = {}
+    for module, pair in pairs.items():
+        name = renamed.get(f"{module}.weight", f"{module}.weight")
+        low_rank[name] = _low_rank(module, name, pair, config, base)
+    return low_rank, whole
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:
