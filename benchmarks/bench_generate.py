@@ -16,6 +16,7 @@ from contestants import (
     generate_official,
     generate_qspin,
     make_config,
+    results_name,
 )
 from harness import alternate, arguments, finish, median
 
@@ -33,7 +34,7 @@ def main() -> None:
     rate = {name: median(runs, "tokens_a_second") for name, runs in results.items()}
     best = max(PEERS, key=lambda name: rate[name])
     finish(
-        "generate",
+        results_name("generate"),
         results,
         ratio=rate["qspin"] / rate[best],
         meaning=f"tokens a second, qspin's over those of {best}, medians of {options.repeats}",

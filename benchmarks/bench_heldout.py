@@ -103,7 +103,7 @@ def main() -> None:
         if len(others) < 2:
             others[name] = player
         if options.out:
-            options.out.write_text(json.dumps(made_by("heldout") | content, indent=2) + "\n")
+            options.out.write_text(json.dumps(made_by() | content, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ over ours.
 
 from __future__ import annotations
 
-from contestants import Job, iterate_peers, iterate_qspin, make_config
+from contestants import Job, iterate_peers, iterate_qspin, make_config, results_name
 from harness import alternate, arguments, finish, in_fresh_process, median, say
 
 ROWS = (64, 128, 256)  # of up to 32 tokens
@@ -34,7 +34,7 @@ def main() -> None:
         ).seconds
         say(f"{rows} rows of up to {cap} tokens: {list(growth.values())[-1]:.1f} s")
     finish(
-        "iteration",
+        results_name("iteration"),
         results,
         ratio=ratio,
         meaning=f"time of HF generate + TRL over qspin's, medians of {options.repeats}",

@@ -7,7 +7,15 @@ The last line is TRL's time over ours, TRL with or without precompute_ref_log_pr
 
 from __future__ import annotations
 
-from contestants import Job, make_config, opponents_pairs, train_qspin, train_trl, train_trl_precompute
+from contestants import (
+    Job,
+    make_config,
+    opponents_pairs,
+    results_name,
+    train_qspin,
+    train_trl,
+    train_trl_precompute,
+)
 from harness import alternate, arguments, finish, in_fresh_process, median, say
 
 
@@ -27,7 +35,7 @@ def main() -> None:
     ratio = median(results[peer]) / median(results["qspin"])
     memory = median(results[peer], "peak_above_model") / median(results["qspin"], "peak_above_model")
     finish(
-        "train",
+        results_name("train"),
         results,
         ratio=ratio,
         meaning=f"time of {peer} over qspin's, medians of {options.repeats}",

@@ -18,9 +18,10 @@ from harness import Measurement, measured
 
 from qspin.base import load_tokenizer
 from qspin.budget import rows_at_once, token_budget
-from qspin.config import RunConfig, load_config
+from qspin.config import ModelConfig, RunConfig, load_config
 from qspin.config_files import presets_dir
 from qspin.fitting.memory import keep_freed_memory
+from qspin.four_bits import compute_dtype
 from qspin.generation import Completion, Request, generate
 from qspin.model import SlotModel
 from qspin.packing import Plan, common_prefix, lengths_of, plan_batches
@@ -31,6 +32,7 @@ from qspin.scoring import score_pairs
 from qspin.training import Task, train
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = compute_dtype(ModelConfig(), DEVICE)  # all compute in: fp32 on a CPU that has no bfloat16 of its own
 HF_WIDTH = 64  # completions side by side in HF generate's best settings
 
 
@@ -41,6 +43,11 @@ class Job:
     config: RunConfig
     pairs: tuple[Pair, ...] = ()  # for training
     examples: tuple[Example, ...] = ()  # for generation
+
+
+def results_name(benchmark: str) -> str:
+    """Results in fp32 stand beside those in bfloat16."""
+    return f"{benchmark}-fp32" if DTYPE is torch.float32 else benchmark
 
 
 def make_config(data: Path | None, *, rows: int, cap: int, batch_size: int) -> RunConfig:
@@ -262,16 +269,15 @@ def _causal_lm(ready: Prepared, config: RunConfig) -> Any:
     """The same base in NF4, as a person loads it."""
     import transformers
 
-    dtype = torch.bfloat16
     return transformers.AutoModelForCausalLM.from_pretrained(
         ready.base.weights(),
-        dtype=dtype,
+        dtype=DTYPE,
         device_map={"": DEVICE},
         quantization_config=transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=config.model.double_quant,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=DTYPE,
         ),
     )
 
@@ -376,7 +382,8 @@ def _dpo(
             precompute_ref_log_probs=precompute,
             gradient_checkpointing=False,
             max_length=None,
-            bf16=True,
+            bf16=DTYPE is torch.bfloat16,
+            fp16=DTYPE is torch.float16,
             use_cpu=DEVICE.type == "cpu",
             logging_steps=1,
             save_strategy="no",

@@ -154,16 +154,16 @@ def write(name: str, content: Mapping[str, Any]) -> None:
     """Keep results beside when, how and on what they were made."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    path.write_text(json.dumps(made_by(name) | dict(content), indent=2) + "\n")
+    path.write_text(json.dumps(made_by() | dict(content), indent=2) + "\n")
     say(f"kept in benchmarks/results/{path.name}")
 
 
-def made_by(name: str) -> dict[str, Any]:
+def made_by() -> dict[str, Any]:
     """When, how and on what a benchmark is run."""
     packages = PACKAGES + (ON_A_GPU if torch.cuda.is_available() else ())
     return {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", f"benchmarks/bench_{name}.py", *map(_name, sys.argv[1:])]),
+        "command": " ".join(["python", f"benchmarks/{_name(sys.argv[0])}", *map(_name, sys.argv[1:])]),
         "machine": _machine(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages if find_spec(p)}},
     }

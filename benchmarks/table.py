@@ -29,21 +29,7 @@ def peer_rates(peer: dict[str, Any]) -> dict[str, float]:
 def table() -> str:
     train, generate, iteration = _read("train"), _read("generate"), _read("iteration")
     rows = [
-        ("", "qspin", "peer", "ratio"),
-        ("---", "---", "---", "---"),
-        *(
-            _row("score and train, seconds a pair", train, peer, "seconds_a_pair")
-            for peer in ("TRL", "TRL, reference precomputed")
-        ),
-        *(
-            (
-                "peak memory above the loaded model",
-                _mebibytes(train, "qspin"),
-                f"{peer}: {_mebibytes(train, peer)}",
-                _ratio(train["medians"][peer]["peak_above_model"] / train["medians"]["qspin"]["peak_above_model"]),
-            )
-            for peer in ("TRL", "TRL, reference precomputed")
-        ),
+        *_training(train),
         *(
             _row("generate, tokens a second", generate, peer, "tokens_a_second", more_is_better=True)
             for peer in ("HF, official settings", "HF, batched by length", "HF, continuous batching")
@@ -51,6 +37,24 @@ def table() -> str:
         _row("a whole iteration, seconds a row", iteration, "HF generate + TRL", "seconds_a_row"),
     ]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def fp32() -> str:
+    """Training on a CPU without bfloat16 of its own, for docs/performance.md."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in _training(_read("train-fp32")))
+
+
+def _training(train: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """The heading of a table of speed, and its first rows."""
+    yield "", "qspin", "peer", "ratio"
+    yield "---", "---", "---", "---"
+    peers = ("TRL", "TRL, reference precomputed")
+    for peer in peers:
+        yield _row("score and train, seconds a pair", train, peer, "seconds_a_pair")
+    for peer in peers:
+        ours, theirs = (train["medians"][name]["peak_above_model"] for name in ("qspin", peer))
+        told = f"{peer}: {_mebibytes(train, peer)}"
+        yield "peak memory above the loaded model", _mebibytes(train, "qspin"), told, _ratio(theirs / ours)
 
 
 def parts() -> str:
@@ -276,6 +280,7 @@ def _ratio(value: float) -> str:
 if __name__ == "__main__":
     print(
         table(),
+        fp32(),
         parts(),
         busy(),
         growth(),

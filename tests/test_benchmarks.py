@@ -118,6 +118,7 @@ def test_the_readme_shows_the_gpu_too() -> None:
         ("exports", "exporting"),
         ("planned_memory", "fitting"),
         ("planned_seconds", "fitting"),
+        ("fp32", "performance"),
         ("gpu", "performance"),
         ("gpu_peers", "performance"),
         ("gpu_memory", "fitting"),
