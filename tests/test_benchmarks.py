@@ -165,6 +165,13 @@ def test_results_say_when_where_and_how(path: Path) -> None:
     assert result["ratio_means"]
 
 
+def test_the_readmes_words_on_fp32_are_the_results() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "train-fp32-cpu.json").read_text())
+    [memory] = result["derived"].values()
+    assert f"trains {result['ratio']:.1f} times as fast as the faster TRL" in (ROOT / "README.md").read_text()
+    assert round(memory) == 5  # "in a fifth of its memory"
+
+
 def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
     for name, count in (("beta", 10), ("loss", 10), ("rank", 10), ("temperature", 6), ("rows", 6), ("rate", 8)):
