@@ -24,7 +24,7 @@ from qspin.trials.judge import Judge
 
 def asked(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, *, timeout: float = 30) -> str:
     monkeypatch.setenv("QSPIN_JUDGE_KEY", KEY)
-    return Judge(server.url, MODEL, timeout=timeout).ask([Message("user", "Well?")])
+    return Judge(server.url, MODEL, timeout=timeout).ask([Message("user", "Well?")]).text
 
 
 # --- addresses, keys and time ---
@@ -33,7 +33,7 @@ def asked(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, *, timeout: floa
 def test_an_address_may_end_in_the_endpoint(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QSPIN_JUDGE_KEY", KEY)
     for url in (f"{server.url}/", f"{server.url}/chat/completions"):
-        assert Judge(url, MODEL, timeout=30).ask([Message("user", "Well?")]) == SEVEN
+        assert Judge(url, MODEL, timeout=30).ask([Message("user", "Well?")]).text == SEVEN
 
 
 @pytest.mark.parametrize(

@@ -110,15 +110,6 @@ class Judge:
         messages: Sequence[Message],
         stop: threading.Event | None = None,
         note: Callable[[str], None] = lambda _text: None,
-    ) -> str:
-        """The text of what it says: see `hear`."""
-        return self.hear(messages, stop, note).text
-
-    def hear(
-        self,
-        messages: Sequence[Message],
-        stop: threading.Event | None = None,
-        note: Callable[[str], None] = lambda _text: None,
     ) -> Said:
         """What it says to a conversation, at temperature 0. Failures that may pass are tried again.
 
@@ -277,7 +268,7 @@ def _judged(
 ) -> Judgement[Verdict]:
     try:
         for _ in range(2):
-            said = judge.hear(messages, stop, note)
+            said = judge.ask(messages, stop, note)
             # of one that was cut, what looks like a verdict may be the words in which it was asked for one
             verdict = None if said.cut else parse(said.text)
             if verdict is not None:
