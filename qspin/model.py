@@ -46,7 +46,7 @@ from qspin.layers.probe import check_logits, own_logits
 from qspin.layers.refit import SLOT, refit
 
 # it replaces some families' layers as it is imported; which ones is known only of those in `backends.REWRITTEN`
-REWRITTEN = "; Unsloth rewrites some families: --set model.backend=transformers may play this one"
+WITHOUT_UNSLOTH = "; Unsloth rewrites some families: --set model.backend=transformers may play this one"
 
 
 class SlotModel:
@@ -113,7 +113,7 @@ class SlotModel:
         layers = refit(peft_model, kernels)
         loaded = SlotModel(peft_model, base, device, dtype, layers)
         loaded._set_aside()
-        advice = REWRITTEN if backend == "unsloth" else ""
+        advice = WITHOUT_UNSLOTH if backend == "unsloth" else ""
         check_logits(reference, loaded._row_logits, causal_lm.config, base.name, dtype, device, advice)
         return loaded
 

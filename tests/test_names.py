@@ -26,7 +26,7 @@ ON_THE_HUB, IN_MEMORY = f"language_model.model.{LAYER}", f"model.language_model.
 
 
 def as_in_memory(folder: Path) -> Path:
-    """The files of a Gemma 3 as releases of transformers between 4.52 and 5 saved it."""
+    """Files of a Gemma 3 whose names are those that transformers has in memory."""
     named = load_file(folder / "model.safetensors")
     named = {name.replace("language_model.model.", "model.language_model."): value for name, value in named.items()}
     save_file(named, folder / "model.safetensors", {"format": "pt"})
