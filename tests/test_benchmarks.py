@@ -169,7 +169,7 @@ def test_the_readmes_words_on_fp32_are_the_results() -> None:
     result = json.loads((ROOT / "benchmarks" / "results" / "train-fp32-cpu.json").read_text())
     [memory] = result["derived"].values()
     assert f"trains {result['ratio']:.1f} times as fast as the faster TRL" in (ROOT / "README.md").read_text()
-    assert round(memory) == 5  # "in a fifth of its memory"
+    assert round(memory) == 5  # "in a fifth of its memory above the loaded model"
 
 
 def test_tables_of_experiments_are_what_the_runs_wrote() -> None:
